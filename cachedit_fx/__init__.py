@@ -1,0 +1,52 @@
+"""A torch.compile backend that lets diffusion transformers skip the work that consecutive denoising steps repeat."""
+
+from pathlib import Path as _Path
+
+
+def _find_sources_of_checkout() -> None:
+    """Make `cachedit_fx.kernels` and `cachedit_fx.passes` importable in a checkout, where both lie beside this folder.
+
+    A wheel holds them inside the package and needs nothing. In a checkout they have no `__init__.py` (a top-level
+    `kernels` package would be taken for the one on PyPI, by transformers among others), so neither an editable
+    install's finder nor a start in the checkout's root would find them; with the root on this package's path both do.
+    """
+    root = _Path(__file__).resolve().parent.parent
+    if (root / "pyproject.toml").is_file() and (root / "passes").is_dir() and str(root) not in __path__:
+        __path__.append(str(root))
+
+
+_find_sources_of_checkout()
+
+from cachedit_fx.api import (  # noqa: E402 - the passes are found only once the path above is set
+    Explanation,
+    compile,
+    disable_cache,
+    enable_cache,
+    explain,
+    refresh_context,
+    summary,
+)
+from cachedit_fx.options import DBCacheConfig, OptionError, Options  # noqa: E402
+from cachedit_fx.runtime.policy import Action, Decision, Reason  # noqa: E402
+from cachedit_fx.runtime.state import CacheWarning, session  # noqa: E402
+from cachedit_fx.runtime.stats import BranchStats, CacheStats  # noqa: E402
+
+__all__ = [
+    "Action",
+    "BranchStats",
+    "CacheStats",
+    "CacheWarning",
+    "DBCacheConfig",
+    "Decision",
+    "Explanation",
+    "OptionError",
+    "Options",
+    "Reason",
+    "compile",
+    "disable_cache",
+    "enable_cache",
+    "explain",
+    "refresh_context",
+    "session",
+    "summary",
+]

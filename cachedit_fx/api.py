@@ -1,0 +1,309 @@
+"""What a user calls: compile a module, enable a pipeline, read what happened."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from torch import fx
+
+from cachedit_fx.backend import compile_graph, rewrite
+from cachedit_fx.options import DBCacheConfig, OptionError, Options, parse_options
+from cachedit_fx.passes.base import facts
+from cachedit_fx.passes.detect_block_loops import BlockLoop, Detection
+from cachedit_fx.passes.plan_regions import RegionPlan, RegionReport
+from cachedit_fx.runtime.listener import listen, stop_listening
+from cachedit_fx.runtime.registry import cache_of_module, caches_of_weights, register, unregister
+from cachedit_fx.runtime.state import ModelCache
+from cachedit_fx.runtime.stats import CacheStats, render
+
+logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model")
+NOT_CAPTURED = "not captured: a graph break, or the recompile limit"
+
+
+def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa: A001 - the name torch uses
+    """Compile `module` in place with the cachedit backend, and return it.
+
+    The module keeps its class, its state dict and its hooks; only its call is compiled (`module.compile` underneath), in
+    isolation from other models of its class. A `copy.deepcopy` of it is uncompiled. Calling this again with other policy
+    settings changes them and compiles nothing; other structural settings compile anew.
+
+    Args:
+        module: a diffusion transformer, taking one denoising step's inputs.
+        **options: any field of `cachedit_fx.options.Options` or, flat, of `DBCacheConfig`; and `fullgraph`, `dynamic`,
+            `mode` as in `torch.compile`.
+
+    Raises:
+        OptionError: on an unknown or invalid option, before anything is compiled.
+    """
+    torch_options = {name: options.pop(name) for name in ("fullgraph", "dynamic") if name in options}
+    parsed = parse_options(options)
+    known = cache_of_module(module)
+    if known is not None and module._compiled_call_impl is not None and not torch_options:
+        if known.options.structure() == parsed.structure():
+            if parsed.cache is not None:
+                known.set_config(parsed.cache)
+            return module
+    cache = ModelCache(parsed)
+    listener = listen(module)
+    if listener is not None:
+        cache.branch_name = lambda: listener.name
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        return compile_graph(gm, example_inputs, cache.options, cache)
+
+    module.compile(backend=backend, isolate_recompiles=True, **torch_options)
+    module._compiled_call_impl = _CountedCall(module._compiled_call_impl, cache)
+    register(module, cache)
+    return module
+
+
+class _CountedCall:
+    """The compiled call; counts those that reached none of our graphs, which nothing else would tell."""
+
+    def __init__(self, compiled: Callable[..., Any] | None, cache: ModelCache) -> None:
+        assert compiled is not None
+        self.compiled, self.cache = compiled, cache
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        session = self.cache.session()
+        before = session.calls
+        result = self.compiled(*args, **kwargs)
+        if session.calls == before and self.cache.options.cache is not None:
+            session.record_uncached(NOT_CAPTURED)
+            self.cache.warn_once(f"a call ran uncached: {NOT_CAPTURED}; TORCH_LOGS=graph_breaks,recompiles tells which")
+        return result
+
+
+def enable_cache(pipe_or_module: Model, cache_config: DBCacheConfig | None = None, **options: Any) -> Model:
+    """Enable caching on a diffusers pipeline or a transformer, and return it.
+
+    Args:
+        pipe_or_module: a pipeline (every component named `transformer`, `transformer_2`, ... is enabled) or a module.
+        cache_config: when to reuse; the defaults of `DBCacheConfig` if left out.
+        **options: as for `cachedit_fx.compile`.
+    """
+    if cache_config is not None:
+        if "cache" in options:
+            raise OptionError("cache and cache_config are two names for one thing: pass one of them")
+        options["cache"] = cache_config
+    for module in transformers_of(pipe_or_module):
+        if _is_optimized(module):
+            raise OptionError(
+                "this module is what torch.compile returned; pass the options to torch.compile(..., backend='cachedit', "
+                "options={...}), or call enable_cache on the module itself"
+            )
+        compile(module, **dict(options))
+    return pipe_or_module
+
+
+def disable_cache(pipe_or_module: Model) -> Model:
+    """Give back the plain, uncompiled module or pipeline. What was never enabled is left as it is."""
+    for module in transformers_of(pipe_or_module):
+        module = _unwrap(module)
+        if cache_of_module(module) is not None:
+            module._compiled_call_impl = None
+            stop_listening(module)
+            unregister(module)
+    return pipe_or_module
+
+
+def refresh_context(
+    pipe_or_module: Model,
+    num_inference_steps: int | None = None,
+    cache_config: DBCacheConfig | None = None,
+    verbose: bool = False,
+) -> Model:
+    """Let the next call start a new generation, if wanted under another policy. Compiles nothing unless F or B change.
+
+    Args:
+        pipe_or_module: enabled before.
+        num_inference_steps: steps of the coming generation; optional, since generations are found from the timestep.
+        cache_config: a new policy, in place of the old.
+        verbose: print the policy that now holds.
+    """
+    for module in transformers_of(pipe_or_module):
+        for cache in _caches(module):
+            if cache.config is None:
+                continue
+            config = cache_config or cache.config
+            if num_inference_steps is not None:
+                config = config.reset(num_inference_steps=num_inference_steps)
+            if config.structure() == cache.config.structure():
+                cache.set_config(config)
+            else:
+                given = {item.name: getattr(cache.options, item.name) for item in fields(Options)}
+                compile(
+                    _unwrap(module), **{name: v for name, v in (given | {"cache": config}).items() if v is not None}
+                )
+            if verbose:
+                Console().print(config)
+    return pipe_or_module
+
+
+def summary(pipe_or_module: Any, details: bool = False) -> list[CacheStats]:
+    """Statistics of the latest generation, one entry for each region; with `details` they are printed as tables.
+
+    Accepts a pipeline, a module, or what `torch.compile` returned.
+    """
+    found: list[CacheStats] = []
+    for module in transformers_of(pipe_or_module):
+        for cache in _caches(module):
+            if cache.latest is not None:
+                found.extend(cache.latest.summary())
+    if details:
+        Console().print(render(found, details=True) if found else "no statistics: nothing has run with the cache")
+    return found
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What detection found in a module's graph; `print(explanation)` tells it all, `.code` is the rewritten graph."""
+
+    loops: tuple[BlockLoop, ...]
+    chain: tuple[str, ...]
+    regions: tuple[RegionPlan, ...]
+    notes: tuple[str, ...]
+    code: str
+    work: dict[str, float]
+
+    def __str__(self) -> str:
+        lines = ["Block loops" if self.loops else "Block loops: none"]
+        for loop in self.loops:
+            streams = ", ".join(f"{c.name} {_shape(c.shape)} {str(c.dtype)[6:]}" for c in loop.carried)
+            role = "chain" if loop.name in self.chain else "prologue"
+            lines.append(
+                f"  {loop.name}: {loop.num_blocks} blocks ({role}, found by {loop.evidence}, "
+                f"{self.work[loop.name]:.0%} of the work)"
+            )
+            lines.append(f"    carried: {streams}")
+            lines.append(
+                f"    invariant: {len(loop.invariant)}, per block: {len(loop.per_block)}, skips: {len(loop.skips)}"
+            )
+        lines.append("Regions" if self.regions else "Regions: none, so calls run uncached")
+        for region in self.regions:
+            whole = sum(not continued for continued in region.continued)
+            lines.append(
+                f"  {region.name}: blocks {region.first} to {region.num_blocks - region.last - 1} of "
+                f"{region.num_blocks} may be bypassed; {len(region.live_outs)} results, {whole} stored whole"
+            )
+        lines.extend(f"Note: {note}" for note in self.notes)
+        return "\n".join([*lines, "", "Rewritten graph", self.code])
+
+
+def _shape(shape: tuple[Any, ...]) -> str:
+    return f"[{', '.join(str(size) for size in shape)}]"
+
+
+class _Captured(Exception):
+    """Carries the rewritten graph out of a call that is not to run."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__("captured")
+        self.graph = graph
+
+
+def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
+    """Capture `module(*args, **kwargs)`, run the passes, and say what they found. No kernel is executed.
+
+    Options are those that the module was compiled with, else the defaults. Where the model is several graphs, the first
+    one with a block loop is explained (those before it do run, to get there), or else the first one.
+    """
+    module = _unwrap(module)
+    caches = _caches(module)
+    options = caches[0].options if caches else Options()
+    first: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        outer = rewrite(gm, options, {})
+        first.append(outer)
+        if not facts(outer)["block_loops"].loops:
+            return gm.forward
+
+        def stop(*_: Any) -> Any:
+            raise _Captured(outer)
+
+        return stop
+
+    with torch.no_grad(), _uncompiled(module):
+        try:
+            torch.compile(module, backend=backend, isolate_recompiles=True)(*args, **kwargs)
+        except _Captured as captured:
+            return _explanation(captured.graph)
+    if not first:
+        raise ValueError(f"{type(module).__name__} could not be captured: TORCH_LOGS=graph_breaks tells why")
+    return _explanation(first[0])
+
+
+@contextlib.contextmanager
+def _uncompiled(module: torch.nn.Module) -> Iterator[None]:
+    """Take the compiled call off the module for a while."""
+    compiled, module._compiled_call_impl = module._compiled_call_impl, None
+    try:
+        yield
+    finally:
+        module._compiled_call_impl = compiled
+
+
+def _explanation(outer: fx.GraphModule) -> Explanation:
+    detection: Detection = facts(outer)["block_loops"]
+    report: RegionReport = facts(outer).get("regions") or RegionReport((), ())
+    total = max(sum(loop.cost for loop in detection.loops), 1)
+    notes = (*detection.notes, *report.refusals)
+    return Explanation(
+        loops=detection.loops,
+        chain=tuple(loop.name for loop in detection.chain_loops),
+        regions=report.regions,
+        notes=notes,
+        code=outer.print_readable(print_output=False),
+        work={loop.name: loop.cost / total for loop in detection.loops},
+    )
+
+
+def transformers_of(pipe_or_module: Any) -> list[torch.nn.Module]:
+    """The modules meant: the module itself, or a pipeline's components named `transformer...`.
+
+    Raises:
+        TypeError: where there is none.
+    """
+    if isinstance(pipe_or_module, torch.nn.Module):
+        return [pipe_or_module]
+    components = getattr(pipe_or_module, "components", None)
+    if isinstance(components, dict):
+        found = [
+            module
+            for name, module in components.items()
+            if name.startswith("transformer") and isinstance(module, torch.nn.Module)
+        ]
+        if found:
+            return found
+        raise TypeError(
+            f"{type(pipe_or_module).__name__} has no component named 'transformer...'; it has "
+            f"{', '.join(components)}. Pass the module itself"
+        )
+    raise TypeError(f"expected a torch.nn.Module or a diffusers pipeline, not {type(pipe_or_module).__name__}")
+
+
+def _is_optimized(module: torch.nn.Module) -> bool:
+    return _unwrap(module) is not module
+
+
+def _unwrap(module: torch.nn.Module) -> torch.nn.Module:
+    inner = module._modules.get("_orig_mod")
+    return inner if isinstance(inner, torch.nn.Module) else module
+
+
+def _caches(module: torch.nn.Module) -> list[ModelCache]:
+    """The caches of a module, the one used last ahead."""
+    inner = _unwrap(module)
+    known = cache_of_module(inner)
+    if known is not None:
+        return [known]
+    return caches_of_weights(inner.parameters())

@@ -1,0 +1,217 @@
+"""The whole story on one screen: from dynamo's graph to a callable that reuses what earlier steps computed.
+
+    dynamo graph ─► normalize ─► find_timestep ─► detect_block_loops ─► plan_regions ─► outline_blocks
+                                                       ─► insert_cache_branch ─► lower ─► CompiledGraph
+
+`torch.compile(model, backend="cachedit", options={...})` finds `cachedit` below through an entry point;
+`cachedit_fx.compile` binds the same function to one module's cache.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from cachedit_fx.lowering import inner_compiler, lower
+from cachedit_fx.options import Options, parse_options
+from cachedit_fx.passes.base import GraphNotSupported, Pass, facts
+from cachedit_fx.passes.detect_block_loops import DetectBlockLoops
+from cachedit_fx.passes.find_timestep import FindTimestep, TimestepSource
+from cachedit_fx.passes.insert_cache_branch import InsertCacheBranch
+from cachedit_fx.passes.manager import PassManager
+from cachedit_fx.passes.normalize import Normalize
+from cachedit_fx.passes.outline_blocks import OutlineBlocks
+from cachedit_fx.passes.plan_regions import PlanRegions, RegionReport
+from cachedit_fx.runtime.registry import cache_of_anchor
+from cachedit_fx.runtime.state import Call, ModelCache, RegionInfo
+
+logger = logging.getLogger(__name__)
+
+GRADIENTS = "gradients wanted"
+NO_REGION = "no region to bypass"
+
+
+def cachedit(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The backend. Keywords are `torch.compile`'s; see `cachedit_fx.options.Options` for what `options` may hold."""
+    return compile_graph(gm, example_inputs, parse_options(options, mode=mode))
+
+
+def compile_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, cache: ModelCache | None = None
+) -> Callable[..., Any]:
+    """Rewrite and lower one graph.
+
+    Args:
+        gm: as dynamo captured it, weights lifted to inputs.
+        example_inputs: the real inputs of the call that is being compiled.
+        options: validated.
+        cache: the cache of the one module this graph is for; None finds it at each call by the weights.
+    """
+    anchor = _anchor(example_inputs)
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
+        return _uncached(gm, example_inputs, options, cache, anchor, GRADIENTS)
+    outer = rewrite(gm, options, _numbers_in_frame())
+    if not facts(outer).get("pieces"):
+        return _uncached(gm, example_inputs, options, cache, anchor, NO_REGION, _why_uncached(outer))
+    distinct = lower(outer, options)
+    logger.info("%d pieces, %d distinct", len(facts(outer)["pieces"]), distinct)
+    if not facts(outer).get("cache_input"):
+        if options.cache is not None and dict(options.passes or ()).get(InsertCacheBranch.name, True):
+            return CompiledGraph(outer.forward, options, cache, anchor, NO_REGION, _why_uncached(outer))
+        return outer.forward
+    report: RegionReport = facts(outer)["regions"]
+    infos = tuple(RegionInfo(r.name, r.num_blocks, r.first, r.last) for r in report.regions)
+    return CachedGraph(outer.forward, options, cache, anchor, infos, facts(outer)["timestep"])
+
+
+def pipeline(options: Options, numbers: Mapping[str, Any]) -> list[Pass]:
+    """The passes in order, options bound."""
+    passes: list[Pass] = [
+        Normalize(),
+        FindTimestep(options.timestep, numbers),
+        DetectBlockLoops(options.loops),
+    ]
+    if options.cache is not None:
+        passes.append(
+            PlanRegions(options.cache.Fn_compute_blocks, options.cache.Bn_compute_blocks, options.scope)  # type: ignore[arg-type]
+        )
+    passes.append(OutlineBlocks(options.granularity, options.inner_backend != "eager"))  # type: ignore[arg-type]
+    if options.cache is not None:
+        passes.append(InsertCacheBranch())
+    return passes
+
+
+def rewrite(gm: fx.GraphModule, options: Options, numbers: Mapping[str, Any]) -> fx.GraphModule:
+    """Run the passes on `gm`; what they learned is in the result's facts. Nothing is compiled."""
+    passes = pipeline(options, numbers)
+    return PassManager(passes, _switches(options, passes)).run(gm)
+
+
+def _switches(options: Options, passes: Sequence[Pass]) -> dict[str, bool]:
+    """`passes={"name": False}` switches one off; `passes=["name", ...]` switches off every optional one not listed."""
+    given = options.passes or ()
+    if all(isinstance(item, str) for item in given):
+        unknown = {str(item): True for item in given}
+        return unknown | {p.name: p.name in given for p in passes if given and p.optional}
+    return dict(given)  # type: ignore[arg-type]
+
+
+class CompiledGraph:
+    """A graph that runs uncached, and says why once; counted in the statistics."""
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        options: Options,
+        cache: ModelCache | None,
+        anchor: int | None,
+        cause: str,
+        explanation: str,
+    ) -> None:
+        self.forward, self.options, self.cause, self.explanation = forward, options, cause, explanation
+        self.find = _CacheFinder(options, cache, anchor)
+
+    def __call__(self, *args: Any) -> Any:
+        cache = self.find(args)
+        cache.session().record_uncached(self.cause)
+        cache.warn_once(self.explanation)
+        return self.forward(*args)
+
+
+class CachedGraph:
+    """A graph with regions: gives every call its session, its timestep and its branch name."""
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        options: Options,
+        cache: ModelCache | None,
+        anchor: int | None,
+        regions: Sequence[RegionInfo],
+        timestep: TimestepSource | None,
+    ) -> None:
+        self.forward, self.regions = forward, regions
+        self.find = _CacheFinder(options, cache, anchor)
+        self.timestep_input = timestep.input_index if timestep else None
+        self.timestep_constant = timestep.constant if timestep else None
+
+    def __call__(self, *args: Any) -> Any:
+        cache = self.find(args)
+        session = cache.session()
+        session.calls += 1
+        timestep = self.timestep_constant if self.timestep_input is None else args[self.timestep_input]
+        return self.forward(Call(session, self.regions, timestep, cache.branch_name()), *args)
+
+
+class _CacheFinder:
+    """From a call's inputs to the cache of its module."""
+
+    def __init__(self, options: Options, cache: ModelCache | None, anchor: int | None) -> None:
+        self.options, self.anchor = options, anchor
+        self.own = cache if cache is not None else (ModelCache(options) if anchor is None else None)
+
+    def __call__(self, args: Sequence[Any]) -> ModelCache:
+        if self.own is not None:
+            return self.own
+        assert self.anchor is not None
+        return cache_of_anchor(args[self.anchor], self.options)
+
+
+def _anchor(example_inputs: Sequence[Any]) -> int | None:
+    """The index of the input that tells modules apart: the last weight, which lies behind what models may share."""
+    weights = [index for index, value in enumerate(example_inputs) if isinstance(value, torch.nn.Parameter)]
+    return weights[-1] if weights else None
+
+
+def _uncached(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    cache: ModelCache | None,
+    anchor: int | None,
+    cause: str,
+    explanation: str | None = None,
+) -> Callable[..., Any]:
+    """The graph as it is, whole, from the inner compiler."""
+    forward = gm.forward if options.inner_backend == "eager" else inner_compiler(options)(gm, list(example_inputs))
+    if options.cache is None:
+        return forward
+    return CompiledGraph(
+        forward, options, cache, anchor, cause, explanation or f"{cause}: nothing is cached under grad mode"
+    )
+
+
+def _why_uncached(gm: fx.GraphModule) -> str:
+    """What was looked for and not found."""
+    detection = facts(gm).get("block_loops")
+    if detection is None:
+        return "no caching: block loops were not looked for, since a pass is switched off"
+    report: RegionReport | None = facts(gm).get("regions")
+    if report is not None and report.refusals:
+        return "no caching: " + "; ".join(report.refusals)
+    return (
+        "no caching: no block loop was found, that is, no run of two or more alike sub-graphs of at least four "
+        "operations in which each takes what the one before it made; cachedit_fx.explain(module, ...) shows more"
+    )
+
+
+def _numbers_in_frame() -> dict[str, float]:
+    """Arguments of the frame being traced that are Python numbers: dynamo makes them constants of its first graph."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        frame = InstructionTranslator.current_tx().output.root_tx.f_locals
+    except (AttributeError, AssertionError):
+        return {}
+    named = dict(frame) | (frame["kwargs"] if isinstance(frame.get("kwargs"), dict) else {})
+    return {k: float(v) for k, v in named.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}

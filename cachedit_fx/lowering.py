@@ -1,0 +1,169 @@
+"""Hands the pieces of an outlined graph to the inner compiler, once for each distinct piece.
+
+    blocks_0 ─┐
+    blocks_1 ─┼─ one key ──► inner compiler ──► one callable, called with each block's own weights
+    blocks_2 ─┘
+
+The key is a piece's structure: targets, constants, wiring, and of its inputs the shapes, strides, dtypes, devices and
+tensor-subclass metadata. Weights are inputs, so two blocks of a model have one key, and a model of 57 blocks has a
+handful of distinct pieces. Anything that cannot be keyed is compiled by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
+from torch.fx.node import map_arg
+
+from cachedit_fx.options import Options
+from cachedit_fx.passes.graph_analysis import value_of
+
+logger = logging.getLogger(__name__)
+
+InnerCompiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+
+
+class Lowered(torch.nn.Module):
+    """A compiled piece in the place of its graph module."""
+
+    def __init__(self, compiled: Callable[..., Any]) -> None:
+        super().__init__()
+        self.forward = compiled
+
+
+def lower(gm: fx.GraphModule, options: Options) -> int:
+    """Replace every piece below `gm` by its compiled form, in place.
+
+    Returns the number of distinct pieces that were compiled. With `inner_backend="eager"` nothing is compiled and
+    pieces stay graph modules.
+    """
+    if options.inner_backend == "eager":
+        return 0
+    compiler = inner_compiler(options)
+    compiled: dict[Hashable, Callable[..., Any]] = {}
+    for holder in (gm, *_branches(gm)):
+        for node in list(holder.graph.nodes):
+            if node.op != "call_module":
+                continue
+            piece = holder.get_submodule(str(node.target))
+            assert isinstance(piece, fx.GraphModule)
+            key = structure_key(piece)
+            if key not in compiled:
+                compiled[key] = compile_piece(piece, compiler)
+                logger.info("%s: compiled", node.target)
+            setattr(holder, str(node.target), Lowered(compiled[key]))
+    return len(compiled)
+
+
+def _branches(gm: fx.GraphModule) -> list[fx.GraphModule]:
+    """The graph modules that `gm` hands to `cache.run`: regions hold pieces of their own."""
+    found = []
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            value = getattr(gm, str(node.target), None)
+            if isinstance(value, fx.GraphModule):
+                found.append(value)
+    return found
+
+
+def inner_compiler(options: Options) -> InnerCompiler:
+    """The function (graph module, fake inputs) -> callable that `inner_backend`, `inner_options` and `mode` name."""
+    inner = options.inner_backend
+    extra = dict(options.inner_options or {})
+    if callable(inner):
+        given = inner
+        return lambda gm, inputs: given(gm, inputs, **extra)
+    if inner == "inductor":
+        from torch._inductor import list_mode_options
+        from torch._inductor.compile_fx import compile_fx
+
+        patches = (list_mode_options(options.mode) if options.mode else {}) | extra
+        return lambda gm, inputs: compile_fx(gm, inputs, config_patches=patches or None)
+    from torch._dynamo.backends.registry import lookup_backend
+
+    backend = lookup_backend(inner)
+    return lambda gm, inputs: backend(gm, inputs, **extra)
+
+
+def compile_piece(piece: fx.GraphModule, compiler: InnerCompiler) -> Callable[..., Any]:
+    """Compile one piece under a tracing context of its own.
+
+    The surrounding context is that of the whole graph: its fake mode is not the one that the recorded values belong to,
+    and what ahead-of-time autograd leaves in it for one piece would be taken for the next one's.
+    """
+    inputs = [value_of(node) for node in piece.graph.nodes if node.op == "placeholder"]
+    with tracing(TracingContext(_fake_mode(inputs))):
+        return compiler(piece, inputs)
+
+
+def _fake_mode(values: Sequence[Any]) -> FakeTensorMode | None:
+    for value in values:
+        mode = getattr(value, "fake_mode", None)
+        if mode is None and hasattr(value, "__tensor_flatten__"):
+            names, _ = value.__tensor_flatten__()
+            mode = _fake_mode([getattr(value, name) for name in names])
+        if isinstance(mode, FakeTensorMode):
+            return mode
+    return None
+
+
+def structure_key(piece: fx.GraphModule) -> Hashable:
+    """Equal for two pieces exactly if one's compiled form serves the other."""
+    index: dict[fx.Node, int] = {}
+    rows: list[Hashable] = []
+    for node in piece.graph.nodes:
+        arguments = map_arg((node.args, node.kwargs), lambda item: _Ref(index[item]))
+        row: list[Hashable] = [node.op, _constant(arguments)]
+        if node.op == "placeholder":
+            row.append(_input_key(value_of(node)))
+        elif node.op == "get_attr":
+            row.append(("attribute", id(piece), str(node.target)))
+        elif node.op != "output":
+            row.append(node.target if isinstance(node.target, str) else (node.target, id(node.target)))
+        rows.append(tuple(row))
+        index[node] = len(index)
+    return tuple(rows)
+
+
+class _Ref:
+    """An argument that is a node, named by its place in the graph."""
+
+    def __init__(self, place: int) -> None:
+        self.place = place
+
+
+def _constant(value: Any) -> Hashable:
+    """A hashable twin of a constant argument, its type included: 1, 1.0 and True are three constants."""
+    if isinstance(value, _Ref):
+        return ("node", value.place)
+    if isinstance(value, (tuple, list)):
+        return (type(value).__name__, tuple(_constant(item) for item in value))
+    if isinstance(value, dict):
+        return ("dict", tuple((name, _constant(item)) for name, item in sorted(value.items())))
+    if isinstance(value, slice):
+        return ("slice", _constant((value.start, value.stop, value.step)))
+    return (type(value).__name__, repr(value))
+
+
+def _input_key(value: Any) -> Hashable:
+    if not isinstance(value, torch.Tensor):
+        return (type(value).__name__, str(value))
+    key: tuple[Hashable, ...] = (
+        type(value).__name__,
+        tuple(str(size) for size in value.shape),
+        tuple(str(step) for step in value.stride()) if value.layout is torch.strided else str(value.layout),
+        value.dtype,
+        str(value.device),
+        value.requires_grad,
+        isinstance(value, torch.nn.Parameter),
+    )
+    if hasattr(value, "__tensor_flatten__"):
+        names, context = value.__tensor_flatten__()
+        key += (repr(context), *(_input_key(getattr(value, name)) for name in names))
+    return key

@@ -1,0 +1,300 @@
+"""The settings a user may pass, their defaults and their checks.
+
+    torch.compile(model, backend="cachedit", options={"cache": "dbcache", "Fn_compute_blocks": 1, "scope": "loop"})
+                                                         │
+                                    parse_options(mapping) ──► Options(cache=DBCacheConfig(...), scope="loop", ...)
+
+Settings are of two kinds. *Structural* ones shape the rewritten graph (where it is cut, who compiles the pieces) and
+make up `Options.structure()`. All others are *policy*: they are read anew at every call, and changing them compiles
+nothing.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
+from typing import Any, Self, TypeAlias
+
+
+class OptionError(ValueError):
+    """A setting that is unknown, out of range, or at odds with another one."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a setting may be: a test, the words for it in an error message, and the names to choose from, if any."""
+
+    allows: Callable[[Any], bool]
+    words: str
+    choices: tuple[str, ...] = ()
+
+
+def _setting(default: Any, rule: Rule, **more: Any) -> Any:
+    return field(default=default, metadata={"rule": rule}, **more)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _integer(low: int, note: str = "") -> Rule:
+    def allows(value: Any) -> bool:
+        return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= low
+
+    return Rule(allows, f"an integer >= {low}{note and f' ({note})'}")
+
+
+def _choice(*names: str) -> Rule:
+    return Rule(lambda value: isinstance(value, str) and value in names, f"one of {', '.join(map(repr, names))}", names)
+
+
+def _optional(rule: Rule) -> Rule:
+    return Rule(lambda value: value is None or rule.allows(value), f"{rule.words}, or None", rule.choices)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
+
+
+def _is_switches(value: Any) -> bool:
+    return isinstance(value, tuple) and all(
+        isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], bool)
+        for item in value
+    )
+
+
+_FLAG = Rule(lambda value: isinstance(value, bool), "True or False")
+_MASK = Rule(
+    lambda value: isinstance(value, tuple) and bool(value) and all(bit in (0, 1) for bit in value),
+    "a non-empty list, tuple or string of ones (compute) and zeros (may reuse), one for each step",
+)
+_LIMIT = _integer(-1, "a number of steps; -1 = no limit")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    by_lower = {other.lower(): other for other in known}
+    return by_lower[difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.0)[0]]
+
+
+def _reject_unknown(given: Iterable[Any], known: Mapping[str, str]) -> None:
+    """Raise on the first name that is not among `known`, a map from name to the class that documents it."""
+    for name in given:
+        if name not in known:
+            nearest = _nearest(str(name), known)
+            raise OptionError(
+                f"unknown option {name!r}; the nearest known one is {nearest!r} (see {known[nearest]}). "
+                f"Known options: {', '.join(sorted(known, key=str.lower))}."
+            )
+
+
+def _check_fields(settings: Any) -> None:
+    for item in fields(settings):
+        value, rule = getattr(settings, item.name), item.metadata["rule"]
+        if not rule.allows(value):
+            guess = isinstance(value, str) and rule.choices and f"; did you mean {_nearest(value, rule.choices)!r}?"
+            raise OptionError(f"{item.name}={value!r} is not allowed: it must be {rule.words}{guess or ''}")
+
+
+@dataclass(frozen=True)
+class DBCacheConfig:
+    """When the blocks in the middle are bypassed.
+
+    Steps are denoising steps, counted from 0 in each generation; limits hold for each CFG branch by itself.
+    """
+
+    Fn_compute_blocks: int = _setting(8, _integer(0, "a number of blocks"))
+    """First blocks, computed at every step; what they add to the hidden states is compared. 0 needs a static mask."""
+    Bn_compute_blocks: int = _setting(0, _integer(0, "a number of blocks"))
+    """Last blocks, computed at every step; they smooth out what the bypass approximates."""
+    residual_diff_threshold: float = _setting(0.08, Rule(_is_number, "a number (a ratio; 0 or less = never reuse)"))
+    """The middle is bypassed where the relative L1 difference lies below this. A ratio, without unit."""
+    max_accumulated_residual_diff_threshold: float | None = _setting(
+        None, _optional(Rule(lambda value: _is_number(value) and value >= 0, "a number >= 0 (a sum of ratios)"))
+    )
+    """Compute once the differences of the cached steps since the last computed one add up to this. None = no limit."""
+    max_warmup_steps: int = _setting(8, _integer(0, "a number of steps"))
+    """Steps at the start that are computed. Not used with a mask, whose leading ones are the warm-up."""
+    warmup_interval: int = _setting(1, _integer(1, "a number of steps"))
+    """Of the warm-up only every n-th step must compute; those between are decided like any other."""
+    max_cached_steps: int = _setting(-1, _LIMIT)
+    """Cached steps in a generation. -1 = no limit."""
+    max_continuous_cached_steps: int = _setting(-1, _LIMIT)
+    """Cached steps in a row. -1 = no limit."""
+    enable_separate_cfg: bool | None = _setting(None, _optional(_FLAG))
+    """True: calls alternate between the conditional and the unconditional branch. False: every call is a step (fused or
+    no CFG; also for second-order schedulers, which evaluate a timestep twice). None: found by `runtime.tracker`."""
+    cfg_compute_first: bool = _setting(False, _FLAG)
+    """With `enable_separate_cfg=True`: the unconditional branch is called first."""
+    cfg_diff_compute_separate: bool = _setting(True, _FLAG)
+    """False: the difference that the step's first branch measured serves the step's other branches too."""
+    num_inference_steps: int | None = _setting(None, _optional(_integer(1, "a number of steps")))
+    """Steps in a generation; the step after starts a new one. None = new generations are found from the timestep."""
+    steps_computation_mask: Sequence[int] | None = _setting(None, _optional(_MASK))
+    """One digit for each step: 1 computes, 0 may reuse. Lists and strings of digits become tuples."""
+    steps_computation_policy: str = _setting("dynamic", _choice("dynamic", "static"))
+    """What a zero in the mask means: "dynamic" = decided by the difference, "static" = reuse, with nothing measured."""
+
+    def __post_init__(self) -> None:
+        mask: Any = self.steps_computation_mask
+        if isinstance(mask, (list, tuple, str)):
+            entries = [{"0": 0, "1": 1}.get(digit, digit) for digit in mask] if isinstance(mask, str) else mask
+            bits = tuple(int(bit) if bit in (0, 1) else bit for bit in entries)  # others: for the rule to reject
+            object.__setattr__(self, "steps_computation_mask", bits)
+        _check_fields(self)
+        if self.Fn_compute_blocks == 0 and not self.static:
+            raise OptionError(
+                "Fn_compute_blocks=0 leaves nothing to measure a difference on: it must be >= 1, unless "
+                "steps_computation_mask is given with steps_computation_policy='static'"
+            )
+        if self.cfg_compute_first and self.cfg_diff_compute_separate:
+            raise OptionError(
+                "cfg_compute_first=True cannot be combined with cfg_diff_compute_separate=True, which is its default: "
+                "pass cfg_diff_compute_separate=False too, so that one difference serves both branches of a step, "
+                "or leave cfg_compute_first=False"
+            )
+        steps, mask = self.num_inference_steps, self.steps_computation_mask
+        if steps is not None and mask is not None and len(mask) != steps:
+            raise OptionError(
+                f"steps_computation_mask has {len(mask)} digits but num_inference_steps={steps}: "
+                "they must agree; change one of them or leave num_inference_steps=None"
+            )
+
+    @property
+    def static(self) -> bool:
+        """Whether the mask alone decides and no difference is ever measured."""
+        return self.steps_computation_mask is not None and self.steps_computation_policy == "static"
+
+    def reset(self, **changes: Any) -> Self:
+        """A copy with some fields changed; this one stays as it is."""
+        _reject_unknown(changes, _CACHE_FIELDS)
+        return replace(self, **changes)
+
+    def structure(self) -> tuple[int, int]:
+        """The fields that shape the graph: numbers of first and of last blocks. All others are policy."""
+        return self.Fn_compute_blocks, self.Bn_compute_blocks
+
+
+Backend: TypeAlias = str | Callable[..., Any]
+Passes: TypeAlias = tuple[str, ...] | tuple[tuple[str, bool], ...]
+
+_BACKENDS = ("inductor", "aot_eager", "eager")
+# Names as of torch 2.13. Asking `torch._inductor` for them would import it.
+_MODES = (
+    "default",
+    "reduce-overhead",
+    "max-autotune",
+    "max-autotune-no-cudagraphs",
+    "lite",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything one compiled model was asked for. Hashable; not to be changed in place, `inner_options` included."""
+
+    cache: DBCacheConfig | None = _setting(
+        DBCacheConfig(),
+        Rule(lambda value: value is None or isinstance(value, DBCacheConfig), "'dbcache', a DBCacheConfig or None"),
+    )
+    """When to reuse; None = never, the graph is cut and compiled as it is. "dbcache" = `DBCacheConfig()`."""
+    # Hashes leave out what may be unhashable; comparison does not, so equal options still have equal hashes.
+    inner_backend: Backend = _setting(
+        "inductor",
+        Rule(
+            lambda value: callable(value) or value in _BACKENDS,
+            f"{_choice(*_BACKENDS).words}, or a callable",
+            _BACKENDS,
+        ),
+        hash=False,
+    )
+    """What compiles each distinct piece: a name, or a callable (graph module, example inputs) -> callable."""
+    inner_options: Mapping[str, Any] = _setting(
+        None,
+        Rule(
+            lambda value: isinstance(value, dict) and all(isinstance(k, str) for k in value),
+            "a mapping from names to values",
+        ),
+        hash=False,
+    )
+    """Handed on to the inner backend. None becomes an empty dict."""
+    mode: str | None = _setting(None, _optional(_choice(*_MODES)))
+    """Inductor's mode for the pieces; `inner_options`, where given too, are applied on top of it."""
+    granularity: str = _setting("block", _choice("block", "region"))
+    """What is compiled as one piece: a block (few distinct ones, fast to compile), or a whole region (more fusion)."""
+    scope: str = _setting("model", _choice("model", "loop"))
+    """One bypassed region over the chain of all block loops, or one for each loop."""
+    passes: Passes | None = _setting(
+        None,
+        Rule(
+            lambda value: value is None or _is_names(value) or _is_switches(value),
+            "a mapping name -> bool, a list of names, or None",
+        ),
+    )
+    """Passes switched on or off by name: sorted (name, bool) pairs where a mapping was given, else the names as listed.
+    None = the defaults. The names are the pass manager's to check."""
+    timestep: str | None = _setting(
+        None, _optional(Rule(lambda value: isinstance(value, str) and value.isidentifier(), "the name of an argument"))
+    )
+    """The argument of `forward` that holds the timestep. None = found by itself."""
+    loops: tuple[str, ...] | None = _setting(
+        None,
+        _optional(Rule(lambda value: _is_names(value) and bool(value), "a non-empty list of names of block loops")),
+    )
+    """The block loops that make up the chain. None = chosen by itself; `explain` says which and why."""
+
+    def __post_init__(self) -> None:
+        given: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
+        passes, loops, inner = given["passes"], given["loops"], given["inner_options"]
+        if given["cache"] == "dbcache":
+            object.__setattr__(self, "cache", DBCacheConfig())
+        if inner is None or isinstance(inner, Mapping):
+            object.__setattr__(self, "inner_options", dict(inner or {}))
+        if isinstance(passes, Mapping):
+            object.__setattr__(self, "passes", tuple(sorted(passes.items(), key=str)) or None)
+        elif isinstance(passes, list):
+            object.__setattr__(self, "passes", tuple(passes))
+        if isinstance(loops, list):
+            object.__setattr__(self, "loops", tuple(loops))
+        _check_fields(self)
+        if self.mode not in (None, "default") and self.inner_backend != "inductor":
+            raise OptionError(
+                f"mode={self.mode!r} is a mode of inductor, but inner_backend={self.inner_backend!r}: "
+                "leave out mode, or pass inner_backend='inductor'"
+            )
+
+    def structure(self) -> "Structure":
+        """A hashable key: options with equal structure share their compiled graphs, whatever their policy."""
+        return replace(self, cache=None), self.cache.structure() if self.cache else None
+
+
+Structure: TypeAlias = tuple[Options, tuple[int, int] | None]
+
+_CACHE_FIELDS = dict.fromkeys((item.name for item in fields(DBCacheConfig)), "cachedit_fx.DBCacheConfig")
+_KNOWN = dict.fromkeys((item.name for item in fields(Options)), "cachedit_fx.options.Options") | _CACHE_FIELDS
+
+
+def parse_options(options: Mapping[str, Any] | None, *, mode: str | None = None) -> Options:
+    """Check what a user passed and fill in the defaults.
+
+    `options` may hold any field of `Options` and, flat, any field of `DBCacheConfig`, applied on top of `cache`.
+    `mode` is the keyword that torch.compile hands to a backend.
+    """
+    if options is not None and not isinstance(options, Mapping):
+        raise OptionError(f"options must be a mapping from names to values, not {type(options).__name__}: {options!r}")
+    given = dict(options or {})
+    _reject_unknown(given, _KNOWN)
+    if mode is not None and given.setdefault("mode", mode) != mode:
+        raise OptionError(
+            f"mode is given twice, as {mode!r} and in the options as {given['mode']!r}: leave out one of them"
+        )
+    flat = {name: given.pop(name) for name in list(given) if name in _CACHE_FIELDS}
+    parsed = Options(**given)
+    if not flat:
+        return parsed
+    if parsed.cache is None:
+        raise OptionError(
+            f"{', '.join(flat)}: settings of a cache, but cache=None switches it off; "
+            "leave them out, or pass cache='dbcache'"
+        )
+    return replace(parsed, cache=parsed.cache.reset(**flat))

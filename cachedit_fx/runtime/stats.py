@@ -1,0 +1,250 @@
+"""What the policy said, counted: one `CacheStats` for each region of a generation, and tables of them for people.
+
+Nothing is counted twice: each branch keeps the decisions themselves, and every number is read off them. Steps are
+denoising steps of the generation, from 0. Differences that are not finite are counted but never enter a percentile.
+"""
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from cachedit_fx.options import DBCacheConfig
+from cachedit_fx.runtime.policy import Action, Decision, Reason
+
+PERCENTILES = {"P00": 0, "P25": 25, "P50": 50, "P75": 75, "P95": 95, "Min": 0, "Max": 100}
+_ONE_COLUMN = 30
+"""Steps up to which the table by step has one column; more stand in two, which fit into 100 characters."""
+
+
+@dataclass
+class BranchStats:
+    """One CFG branch."""
+
+    decisions: dict[int, Decision] = field(default_factory=dict)
+    """By step."""
+
+    @property
+    def executed_steps(self) -> int:
+        return len(self.decisions)
+
+    @property
+    def cached_steps(self) -> list[int]:
+        return [step for step, decision in self.decisions.items() if decision.action is Action.REUSE]
+
+    @property
+    def residual_diffs(self) -> dict[int, float]:
+        """Finite differences, by the step that measured them."""
+        return {
+            step: decision.difference
+            for step, decision in self.decisions.items()
+            if decision.difference is not None and math.isfinite(decision.difference)
+        }
+
+    @property
+    def reasons(self) -> dict[int, Reason]:
+        return {step: decision.reason for step, decision in self.decisions.items()}
+
+
+@dataclass
+class CacheStats:
+    """One region in one generation.
+
+    Names without prefix mean branch 0, `cfg_` ones branch 1; `work`, counts of calls and times mean all branches.
+    """
+
+    name: str
+    num_blocks: int
+    """Blocks of the chain that the region was cut from: first, bypassed and last ones."""
+    first: int
+    """First blocks, computed at every step (F)."""
+    last: int
+    """Last blocks, computed at every step (B)."""
+    branches: list[BranchStats] = field(default_factory=list)
+    bytes_held: int = 0
+    """Size of what is stored for reuse, all branches, in bytes."""
+    uncached_causes: Counter[str] = field(default_factory=Counter)
+    """Calls that ran uncached without a decision of the policy, by cause."""
+    compute_seconds: list[float] = field(default_factory=list)
+    """Measured times of the blocks in the middle where they were computed, storing included."""
+    reuse_seconds: list[float] = field(default_factory=list)
+    """Measured times of the bypass that took their place."""
+
+    def record(self, branch: int, step: int, decision: Decision) -> None:
+        """Take down a decision."""
+        while len(self.branches) <= branch:
+            self.branches.append(BranchStats())
+        self.branches[branch].decisions[step] = decision
+
+    def record_seconds(self, action: Action, seconds: float) -> None:
+        """Take down how long the region took where it was computed or bypassed."""
+        (self.reuse_seconds if action is Action.REUSE else self.compute_seconds).append(seconds)
+
+    def record_uncached(self, cause: str) -> None:
+        """Take down a call on which the policy had no say (gradients wanted, ...)."""
+        self.uncached_causes[cause] += 1
+
+    def branch(self, index: int) -> BranchStats:
+        """The branch's statistics; empty ones where it was never called."""
+        return self.branches[index] if index < len(self.branches) else BranchStats()
+
+    @property
+    def executed_steps(self) -> int:
+        return self.branch(0).executed_steps
+
+    @property
+    def cached_steps(self) -> list[int]:
+        return self.branch(0).cached_steps
+
+    @property
+    def residual_diffs(self) -> dict[int, float]:
+        return self.branch(0).residual_diffs
+
+    @property
+    def reasons(self) -> dict[int, Reason]:
+        return self.branch(0).reasons
+
+    @property
+    def cfg_cached_steps(self) -> list[int]:
+        return self.branch(1).cached_steps
+
+    @property
+    def cfg_residual_diffs(self) -> dict[int, float]:
+        return self.branch(1).residual_diffs
+
+    @property
+    def uncached_calls(self) -> int:
+        return self.uncached_causes.total()
+
+    @property
+    def non_finite(self) -> int:
+        """Differences that were infinite or not a number."""
+        return sum(list(branch.reasons.values()).count(Reason.NOT_FINITE) for branch in self.branches)
+
+    @property
+    def _cached(self) -> int:
+        return sum(len(branch.cached_steps) for branch in self.branches)
+
+    @property
+    def work(self) -> float:
+        """Block executions over the uncached run's, uncached calls included; 1.0 before the first call."""
+        calls = sum(branch.executed_steps for branch in self.branches) + self.uncached_calls
+        bypassed = self._cached * (self.num_blocks - self.first - self.last)
+        return 1.0 - bypassed / (calls * self.num_blocks) if calls and self.num_blocks else 1.0
+
+    @property
+    def expected_seconds_saved(self) -> float | None:
+        """What the bypassed blocks would have taken, had the bypass been free. A median: compiling does not count."""
+        return self._cached * statistics.median(self.compute_seconds) if self.compute_seconds else None
+
+    @property
+    def measured_seconds_saved(self) -> float | None:
+        """The same less what the bypass took. None where either was not measured."""
+        if not self.compute_seconds or not self.reuse_seconds:
+            return None
+        return self._cached * (statistics.median(self.compute_seconds) - statistics.median(self.reuse_seconds))
+
+    def inert_threshold_message(self, config: DBCacheConfig) -> str | None:
+        """Says so, where the difference was compared with the threshold and never lay below it."""
+        decisions = [decision for branch in self.branches for decision in branch.decisions.values()]
+        above = [d.difference for d in decisions if d.reason is Reason.ABOVE_THRESHOLD and d.difference is not None]
+        if not above or any(decision.reason is Reason.BELOW_THRESHOLD for decision in decisions):
+            return None
+        return f"inert threshold: smallest difference {min(above):.3g}, threshold {config.residual_diff_threshold:.3g}"
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self._summary}"
+
+    @property
+    def _summary(self) -> str:
+        cached = " + ".join(f"{len(branch.cached_steps)} of {branch.executed_steps}" for branch in self.branches)
+        return f"{cached or 'no'} steps cached, work {self.work:.0%}{''.join(self._remarks())}"
+
+    def _remarks(self) -> Iterable[str]:
+        if self.expected_seconds_saved is not None:
+            yield f"; expected to save {self.expected_seconds_saved:.3g} s"
+        if self.measured_seconds_saved is not None:
+            yield f", measured {self.measured_seconds_saved:.3g} s"
+        if self.bytes_held:
+            yield f"; {self.bytes_held / 2**20:.3g} MiB held"
+        if self.non_finite:
+            yield f"; differences not finite: {self.non_finite}"
+        for cause, calls in self.uncached_causes.items():
+            yield f"; uncached calls: {calls} ({cause})"
+
+
+def percentiles(differences: Iterable[float]) -> dict[str, float]:
+    """The keys of `PERCENTILES`, interpolated linearly; empty where there is no finite difference."""
+    finite = [difference for difference in differences if math.isfinite(difference)]
+    return {name: float(np.percentile(finite, q)) for name, q in PERCENTILES.items()} if finite else {}
+
+
+_COLUMNS = ("branch", "F+mid+B", "cached", "work", *PERCENTILES)
+
+
+def _rows(region: CacheStats) -> list[tuple[str, ...]]:
+    """The cells below `_COLUMNS`, a row for each branch."""
+    blocks = f"{region.first}+{region.num_blocks - region.first - region.last}+{region.last}"
+    rows = []
+    for index, branch in enumerate(region.branches or [BranchStats()]):
+        cached = f"{len(branch.cached_steps)}/{branch.executed_steps}"
+        found = percentiles(branch.residual_diffs.values())
+        shared = ("", "") if index else (blocks, f"{region.work:.0%}")
+        cells = (f"{found[name]:.3f}" if found else "-" for name in PERCENTILES)
+        rows.append((str(index), shared[0], cached, shared[1], *cells))
+    return rows
+
+
+def markdown(stats: Sequence[CacheStats]) -> str:
+    """The summary as a markdown table."""
+    table = [("region", *_COLUMNS), ("---",) * (len(_COLUMNS) + 1)]
+    table += [(region.name, *row) for region in stats for row in _rows(region)]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in table)
+
+
+def render(stats: Sequence[CacheStats], *, details: bool = False) -> Group:
+    """A rich renderable: a summary of each region, and with `details` every step's action, reason and difference."""
+    parts: list[Table | Text] = []
+    for region in stats:
+        summary = Table(title=Text(region.name), caption=Text(region._summary), caption_justify="left")
+        for title in _COLUMNS:
+            summary.add_column(title, justify="right", no_wrap=True)
+        for row in _rows(region):
+            summary.add_row(*row)
+        parts.append(summary)
+        if details:
+            parts += [_step_table(region.name, index, branch) for index, branch in enumerate(region.branches)]
+    return Group(*parts, *(_legend(stats) if details else ()))
+
+
+def _step_table(name: str, index: int, branch: BranchStats) -> Table:
+    steps = sorted(branch.decisions)
+    height = len(steps) if len(steps) <= _ONE_COLUMN else math.ceil(len(steps) / 2)
+    columns = [steps[start : start + height] for start in range(0, len(steps), height)]
+    table = Table(title=Text(f"{name}, branch {index}"))
+    for _ in columns:
+        table.add_column("step", justify="right", no_wrap=True)
+        for title in ("action", "reason", "difference"):
+            table.add_column(title, no_wrap=True)
+    for row in range(height):
+        cells: list[Text] = []
+        for column in columns:
+            if row < len(column):
+                decision = branch.decisions[column[row]]
+                difference = "" if decision.difference is None else f"{decision.difference:.4f}"
+                style = "green" if decision.action is Action.REUSE else ""
+                texts = (str(column[row]), decision.action.value, decision.reason.value, difference)
+                cells += [Text(text, style=style) for text in texts]
+        table.add_row(*cells)
+    return table
+
+
+def _legend(stats: Sequence[CacheStats]) -> list[Text]:
+    counts = Counter(reason for region in stats for branch in region.branches for reason in branch.reasons.values())
+    return [Text(f"{counts[reason]:4} x {reason.value}: {reason.explanation}") for reason in Reason if reason in counts]

@@ -1,0 +1,101 @@
+"""Finds the graph input that holds the timestep.
+
+By name first (`timestep` and its usual variants, as the end of the input's source name), then by use: a small input that
+reaches a sine or cosine through element-wise operations alone is what a sinusoidal time embedding is made of.
+
+A timestep that the tracer saw as a Python number is a constant of the graph and no input: then the number is passed in
+by who knows it (the tracer's frame). Analysis only. Provides `timestep` (a `TimestepSource`, or None).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from cachedit_fx.passes.base import GraphNotSupported, Pass, PassResult, facts
+from cachedit_fx.passes.graph_analysis import numel, target_name, tensor_of, value_of
+
+NAMES = ("timestep", "timesteps", "timestep_cond", "t", "time", "noise_labels", "noise_level", "sigma", "sigmas")
+_ELEMENTWISE = frozenset(
+    """to float half bfloat16 double type_as mul add sub div truediv neg unsqueeze view reshape expand flatten getitem
+    repeat squeeze outer log clamp""".split()
+)
+
+
+@dataclass(frozen=True)
+class TimestepSource:
+    """Where the timestep of a call is found: the index of a graph input, or a number that the graph was made for."""
+
+    name: str
+    input_index: int | None = None
+    constant: float | None = None
+
+
+class FindTimestep(Pass):
+    """Provides `timestep`.
+
+    Args:
+        name: the argument's name; None finds it.
+        numbers: arguments of the traced frame that are Python numbers, by name.
+    """
+
+    name: ClassVar[str] = "find_timestep"
+    provides: ClassVar[frozenset[str]] = frozenset({"timestep"})
+
+    def __init__(self, argument: str | None = None, numbers: Mapping[str, Any] | None = None) -> None:
+        self.argument = argument
+        self.numbers = dict(numbers or {})
+
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        found = self._by_name(inputs) or (self._by_use(inputs) if self.argument is None else None)
+        if found is None and self.argument is not None:
+            names = sorted({source_name(node) for node in inputs if not _is_weight(node)})
+            raise GraphNotSupported(f"timestep={self.argument!r}: the graph has no such input; it has {names}")
+        facts(gm)["timestep"] = found
+        return PassResult(gm, int(found is not None))
+
+    def _by_name(self, inputs: list[fx.Node]) -> TimestepSource | None:
+        by_name = {source_name(node): index for index, node in enumerate(inputs) if not _is_weight(node)}
+        for name in (self.argument,) if self.argument else NAMES:
+            if name in by_name:
+                return TimestepSource(name, input_index=by_name[name])
+            if name in self.numbers:
+                return TimestepSource(name, constant=float(self.numbers[name]))
+        return None
+
+    def _by_use(self, inputs: list[fx.Node]) -> TimestepSource | None:
+        for index, node in enumerate(inputs):
+            tensor = tensor_of(node)
+            if tensor is None or tensor.dim() > 1 or _is_weight(node) or numel(tensor) > 4096:
+                continue
+            if _reaches_sine(node):
+                return TimestepSource(source_name(node), input_index=index)
+        return None
+
+
+def _is_weight(node: fx.Node) -> bool:
+    return isinstance(value_of(node), torch.nn.Parameter) or "_parameters_" in str(node.target)
+
+
+def source_name(node: fx.Node) -> str:
+    """The argument's name as the user wrote it: `L_kwargs_timestep_` -> `timestep`."""
+    return re.sub(r"^L_(?:kwargs_|args_)?", "", str(node.target)).strip("_")
+
+
+def _reaches_sine(source: fx.Node) -> bool:
+    pending, seen = [source], {source}
+    while pending:
+        for user in pending.pop().users:
+            name = target_name(user)
+            if name in ("sin", "cos"):
+                return True
+            if name in _ELEMENTWISE and user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return False

@@ -1,0 +1,288 @@
+"""Questions that several passes ask of a dynamo-level graph: values, fingerprints, aliases, cost. Nothing here rewrites.
+
+A *body node* is one that computes: neither a placeholder nor an attribute nor the output. Positions count body nodes in
+graph order, so a contiguous range of positions is always a convex sub-graph.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+from torch.fx.node import map_arg
+
+_OUTSIDE_BODY = frozenset({"placeholder", "get_attr", "output"})
+
+
+def body_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that compute, in graph order."""
+    return [node for node in graph.nodes if node.op not in _OUTSIDE_BODY]
+
+
+def value_of(node: fx.Node) -> Any:
+    """The fake value that the tracer recorded: a tensor, a number, or a tuple of such; None where there is none."""
+    if "example_value" in node.meta:
+        return node.meta["example_value"]
+    return node.meta.get("val")
+
+
+def tensor_of(node: fx.Node) -> torch.Tensor | None:
+    """The recorded fake tensor, or None where the node's value is not a single tensor."""
+    value = value_of(node)
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def input_nodes(node: fx.Node) -> list[fx.Node]:
+    """Every argument node of `node` in the order it stands in args and kwargs, repeats included."""
+    found: list[fx.Node] = []
+    map_arg((node.args, node.kwargs), found.append)
+    return found
+
+
+def describe_value(value: Any) -> Hashable:
+    """Shape, dtype and device of a value, without strides: what must agree for two values to be alike."""
+    if isinstance(value, torch.Tensor):
+        return (type(value).__name__, tuple(str(size) for size in value.shape), value.dtype, str(value.device))
+    if isinstance(value, (list, tuple)):
+        return tuple(describe_value(item) for item in value)
+    return type(value).__name__
+
+
+def same_kind(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two nodes carry values of one shape, dtype and device."""
+    return describe_value(value_of(a)) == describe_value(value_of(b))
+
+
+def target_name(node: fx.Node) -> str:
+    """A readable name of what the node calls."""
+    target = node.target
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+
+
+def fingerprint(node: fx.Node) -> Hashable:
+    """What a node does and to what kinds of values, without saying to which: equal for a block's node and its twin.
+
+    Constants are left out on purpose, as a layer's index or scale may differ from block to block; the lowering, which
+    must not confuse two blocks, keys on them.
+    """
+    inputs = tuple(describe_value(value_of(item)) for item in input_nodes(node))
+    target: Hashable = node.target if node.op != "call_module" else "call_module"
+    return (node.op, target, inputs, describe_value(value_of(node)))
+
+
+def positions_of(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
+    """Node -> its index in `nodes`."""
+    return {node: index for index, node in enumerate(nodes)}
+
+
+def live_ins(nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+    """Values that `nodes` take from outside, in the order of their first use."""
+    inside = set(nodes)
+    found: dict[fx.Node, None] = {}
+    for node in nodes:
+        for item in input_nodes(node):
+            if item not in inside:
+                found.setdefault(item)
+    return tuple(found)
+
+
+def live_outs(nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+    """Values made by `nodes` that others use, in the order they are made."""
+    inside = set(nodes)
+    return tuple(node for node in nodes if any(user not in inside for user in node.users))
+
+
+def dependents(sources: Iterable[fx.Node], within: Sequence[fx.Node]) -> set[fx.Node]:
+    """The nodes of `within` (in graph order) that use one of `sources`, directly or through others of `within`."""
+    reached = set(sources)
+    found: set[fx.Node] = set()
+    for node in within:
+        if any(item in reached for item in node.all_input_nodes):
+            reached.add(node)
+            found.add(node)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mutation and aliasing
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Python's in-place operators write to their first argument when it is a tensor.
+IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.ifloordiv: operator.floordiv,
+    operator.imod: operator.mod,
+    operator.ipow: operator.pow,
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+    operator.ixor: operator.xor,
+}
+
+# Methods and functions that may return a view of their first argument. `to`, `contiguous`, `reshape`, `flatten` and
+# `type_as` do so for some inputs only; for safety they count.
+_VIEW_NAMES = frozenset(
+    """alias as_strided chunk contiguous detach diagonal expand expand_as flatten float half bfloat16 double to type_as
+    getitem hsplit movedim moveaxis mT mH narrow permute real imag reshape reshape_as rot90 select slice split
+    split_with_sizes squeeze swapaxes swapdims t T tensor_split transpose unbind unflatten unfold unsqueeze view view_as
+    view_as_complex view_as_real vsplit getattr""".split()
+)
+
+_FACTORIES = frozenset(
+    """clone empty empty_like zeros zeros_like ones ones_like full full_like new_empty new_zeros new_ones new_full
+    rand randn rand_like randn_like""".split()
+)
+
+
+def mutated_input(node: fx.Node) -> fx.Node | None:
+    """The node whose tensor `node` writes to in place, or None. (`out=` counts.)"""
+    out = node.kwargs.get("out")
+    if isinstance(out, fx.Node):
+        return out
+    first = node.args[0] if node.args else None
+    if not isinstance(first, fx.Node) or tensor_of(first) is None:
+        return None
+    if node.target in IN_PLACE_OPERATORS or node.target is operator.setitem:
+        return first
+    if node.kwargs.get("inplace") is True or _inplace_argument(node):
+        return first
+    name = target_name(node)
+    in_place = name.endswith("_") and not name.endswith("__") and not name.startswith("_")
+    return first if in_place and name not in ("requires_grad_",) else None
+
+
+def _inplace_argument(node: fx.Node) -> bool:
+    """`F.dropout(x, p, training, inplace)` and `F.silu(x, inplace)` and their like, called by position."""
+    if node.op != "call_function" or not isinstance(node.target, Callable):  # type: ignore[arg-type]
+        return False
+    positional = {F.dropout: 3, F.silu: 1, F.relu: 1, F.leaky_relu: 2, F.elu: 2, F.hardtanh: 3, F.mish: 1}
+    index = positional.get(node.target)  # type: ignore[call-overload]
+    return index is not None and len(node.args) > index and node.args[index] is True
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the node may return a view of its first argument."""
+    return node.op in ("call_function", "call_method") and target_name(node) in _VIEW_NAMES
+
+
+def is_factory(node: fx.Node) -> bool:
+    """Whether the node returns memory that nothing else holds."""
+    return node.op in ("call_function", "call_method") and target_name(node) in _FACTORIES
+
+
+def root_of(node: fx.Node) -> fx.Node:
+    """The node whose memory `node` may be a view of: itself where it is none."""
+    while is_view(node) or mutated_input(node) is not None:
+        source = mutated_input(node)
+        if source is None:
+            source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        if source is None:
+            return node
+        node = source
+    return node
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pure data movement
+# ---------------------------------------------------------------------------------------------------------------------
+
+_DATA_MOVEMENT = frozenset(
+    """cat concat concatenate stack chunk split split_with_sizes tensor_split unbind getitem narrow select slice view
+    view_as reshape reshape_as flatten unflatten permute transpose swapaxes movedim squeeze unsqueeze contiguous expand
+    expand_as repeat clone alias""".split()
+)
+
+
+def is_data_movement(node: fx.Node) -> bool:
+    """Whether the node only moves numbers: concatenates, slices, reshapes."""
+    return node.op in ("call_function", "call_method") and target_name(node) in _DATA_MOVEMENT
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cost
+# ---------------------------------------------------------------------------------------------------------------------
+
+_MATMULS = frozenset({"linear", "matmul", "bmm", "mm", "addmm", "baddbmm", "einsum", "__matmul__"})
+
+
+def hint(size: Any) -> int:
+    """A concrete number for a size that may be symbolic."""
+    if isinstance(size, int):
+        return size
+    try:
+        return int(size.node.hint)
+    except (AttributeError, TypeError, ValueError):
+        return 1
+
+
+def numel(tensor: torch.Tensor) -> int:
+    """Number of elements, symbols replaced by their hints."""
+    return math.prod(hint(size) for size in tensor.shape)
+
+
+def is_compute(node: fx.Node) -> bool:
+    """Whether the node multiplies matrices, convolves or attends."""
+    name = target_name(node)
+    return name in _MATMULS or name.startswith("conv") or "attention" in name
+
+
+def cost_of(node: fx.Node) -> int:
+    """An estimate of the node's floating-point operations, from the shapes alone. Good for comparing, not for timing."""
+    output = value_of(node)
+    if isinstance(output, (list, tuple)):
+        output = next((item for item in output if isinstance(item, torch.Tensor)), None)
+    if not isinstance(output, torch.Tensor):
+        return 0
+    name = target_name(node)
+    inputs = [tensor for item in input_nodes(node) if (tensor := tensor_of(item)) is not None]
+    if name in _MATMULS and inputs and inputs[0].dim():
+        return 2 * numel(output) * hint(inputs[0].shape[-1])
+    if "attention" in name and len(inputs) > 1 and inputs[1].dim() > 1:
+        return 4 * numel(output) * hint(inputs[1].shape[-2])
+    if name.startswith("conv") and len(inputs) > 1 and inputs[1].dim() > 1:
+        weight = inputs[1]
+        return 2 * numel(output) * (numel(weight) // max(hint(weight.shape[0]), 1))
+    return numel(output)
+
+
+def ordered(nodes: Iterable[fx.Node], position: dict[fx.Node, int]) -> Iterator[fx.Node]:
+    """`nodes` in graph order."""
+    return iter(sorted(nodes, key=position.__getitem__))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Contexts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def open_contexts(nodes: Sequence[fx.Node]) -> list[tuple[int, int]]:
+    """Position ranges [enter, exit] within which autocast or the grad mode differs from that at the graph's start."""
+    spans: list[tuple[int, int]] = []
+    entered: dict[fx.Node, int] = {}
+    grad_since: int | None = None
+    for position, node in enumerate(nodes):
+        name = target_name(node)
+        if name in ("_enter_autocast", "_enter_inference_mode"):
+            entered[node] = position
+        elif name in ("_exit_autocast", "_exit_inference_mode"):
+            opened = next((item for item in node.all_input_nodes if item in entered), None)
+            if opened is not None:
+                spans.append((entered.pop(opened), position))
+        elif name == "_set_grad_enabled":
+            if grad_since is None:
+                grad_since = position
+            else:
+                spans.append((grad_since, position))
+                grad_since = None
+    last = len(nodes)
+    spans.extend((position, last) for position in entered.values())
+    if grad_since is not None:
+        spans.append((grad_since, last))
+    return spans

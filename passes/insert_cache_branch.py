@@ -1,0 +1,146 @@
+"""Puts a guarded branch around each region of an outlined graph.
+
+    blocks_0 = self.blocks_0(h, ...)                blocks_0 = self.blocks_0(h, ...)
+    blocks_1 = self.blocks_1(blocks_0, ...)   ->    decision = cache.decide(0, h, blocks_0, (blocks_0, ...))
+    blocks_2 = self.blocks_2(blocks_1, ...)         region_0 = cache.run(0, decision, self.region_0_compute,
+    ...                                                                  self.region_0_bases, (blocks_0, ...))
+                                                    ...
+
+The graph gets one input more, `cache`, ahead of all others: the run time's side of one call. Whatever decides, stores
+and predicts is behind its two methods, so that the policy is not in the graph and changing it compiles nothing.
+`region_k_compute` is the region as it was; `region_k_bases` gives, for each of its results, the base that a stored
+residual is added to, or None where the result is stored whole.
+
+Requires `regions`, `pieces`, `origin`; provides `cache_input`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import fx
+from torch.fx.node import map_arg
+
+from cachedit_fx.passes.base import Pass, PassResult, facts
+from cachedit_fx.passes.graph_analysis import live_ins
+from cachedit_fx.passes.outline_blocks import PLACE
+from cachedit_fx.passes.plan_regions import Continuation, RegionPlan, RegionReport
+
+
+class InsertCacheBranch(Pass):
+    """Regions become `cache.run(...)`, guarded by `cache.decide(...)`."""
+
+    name: ClassVar[str] = "insert_cache_branch"
+    requires: ClassVar[frozenset[str]] = frozenset({"regions", "pieces", "origin"})
+    provides: ClassVar[frozenset[str]] = frozenset({"cache_input"})
+
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        report: RegionReport = facts(gm)["regions"]
+        if not report.regions:
+            return PassResult(gm, 0)
+        cache = _add_cache_input(gm.graph)
+        origin = dict(facts(gm)["origin"])
+        for number, region in enumerate(report.regions):
+            _guard(gm, number, region, cache, origin)
+        gm.delete_all_unused_submodules()
+        facts(gm)["cache_input"] = True
+        return PassResult(gm, len(report.regions))
+
+
+def _add_cache_input(graph: fx.Graph) -> fx.Node:
+    first = next(iter(graph.nodes))
+    with graph.inserting_before(first):
+        return graph.placeholder("cache", type_expr=Any)
+
+
+def _guard(gm: fx.GraphModule, number: int, region: RegionPlan, cache: fx.Node, origin: dict[fx.Node, fx.Node]) -> None:
+    members = [node for node in gm.graph.nodes if region.start <= node.meta.get(PLACE, -1) < region.end]
+    results = [origin[value] for value in region.live_outs if value in origin]
+    inputs = list(dict.fromkeys([*live_ins(members), *(origin[value] for value in region.bases.inputs)]))
+    compute, bases = f"{region.name}_compute", f"{region.name}_bases"
+    gm.add_module(compute, _module(gm, compute, inputs, members, results))
+    gm.add_module(bases, _bases(gm, bases, inputs, region, origin))
+
+    inside, behind = set(members), members[-1].next
+    with gm.graph.inserting_before(members[0]):
+        hidden, reference = _compared(gm, region, origin)
+        streams = tuple(origin[value] for value in region.bases.inputs)
+        decision = gm.graph.call_method("decide", (cache, number, reference, hidden, streams))
+        decision.name = f"decision_{number}"
+    with gm.graph.inserting_before(behind):
+        branches = (gm.graph.get_attr(compute), gm.graph.get_attr(bases))
+        call = gm.graph.call_method("run", (cache, number, decision, *branches, tuple(inputs)))
+        call.name = region.name
+        call.meta = {"example_value": tuple(node.meta.get("example_value") for node in results)}
+        for index, value in enumerate(value for value in region.live_outs if value in origin):
+            getitem = gm.graph.call_function(operator.getitem, (call, index))
+            getitem.meta = dict(results[index].meta)
+            results[index].replace_all_uses_with(getitem, delete_user_cb=lambda user: user not in inside)
+            origin[value] = getitem
+    for node in reversed(members):
+        gm.graph.erase_node(node)
+
+
+def _module(
+    gm: fx.GraphModule, name: str, inputs: Sequence[fx.Node], members: Sequence[fx.Node], results: Sequence[fx.Node]
+) -> fx.GraphModule:
+    """`members` as a graph module of their own."""
+    graph = fx.Graph()
+    local: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        local[node] = graph.placeholder(node.name)
+        local[node].meta = dict(node.meta)
+    for node in members:
+        local[node] = graph.node_copy(node, local.__getitem__)
+        local[node].meta = dict(node.meta)
+    graph.output(tuple(local[node] for node in results))
+    return fx.GraphModule(gm, graph, name)
+
+
+def _bases(
+    gm: fx.GraphModule, name: str, inputs: Sequence[fx.Node], region: RegionPlan, origin: Mapping[fx.Node, fx.Node]
+) -> fx.GraphModule:
+    graph = fx.Graph()
+    local = {node: graph.placeholder(node.name) for node in inputs}
+    for node, twin in local.items():
+        twin.meta = dict(node.meta)
+    found = iter(_inline(graph, region.bases, {value: local[origin[value]] for value in region.bases.inputs}))
+    kept = [
+        next(found) if continued else None
+        for value, continued in zip(region.live_outs, region.continued, strict=True)
+        if value in origin
+    ]
+    graph.output(tuple(kept))
+    return fx.GraphModule(gm, graph, name)
+
+
+def _compared(
+    gm: fx.GraphModule, region: RegionPlan, origin: Mapping[fx.Node, fx.Node]
+) -> tuple[fx.Node | None, fx.Node | None]:
+    """(H_F, its base) as nodes of the outer graph; None where there is none."""
+    if region.hidden_out is None:
+        return None, None
+    hidden = origin[region.hidden_out]
+    if region.reference is None:
+        return hidden, None
+    (reference,) = _inline(gm.graph, region.reference, {value: origin[value] for value in region.reference.inputs})
+    return hidden, reference
+
+
+def _inline(graph: fx.Graph, bases: Continuation, known: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:
+    """Copy a continuation's graph in, and return its results."""
+    local: dict[fx.Node, fx.Node] = {}
+    inputs = iter(bases.inputs)
+    for node in bases.graph.nodes:
+        if node.op == "placeholder":
+            local[node] = known[next(inputs)]
+        elif node.op == "output":
+            results: list[fx.Node] = []
+            map_arg(node.args[0], lambda item: results.append(local[item]))
+            return results
+        else:
+            local[node] = graph.node_copy(node, local.__getitem__)
+            local[node].meta = dict(node.meta)
+    return []

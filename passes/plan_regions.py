@@ -1,0 +1,311 @@
+"""Decides which stretch of the chain may be bypassed, and how each value that leaves it continues one that enters.
+
+    block 0 .. F-1 │ block F ............ N-B-1 │ block N-B .. N-1
+         head      │ region: computed or bypassed │      tail
+
+For every live-out of the region there is a *base*, what it would be if every block handed its carried values on
+unchanged: block outputs are traced back to the matching block inputs, and glue between loops (streams concatenated,
+sliced) is replayed. The residual that is stored is live-out minus base. A live-out that continues nothing is stored
+whole, unless it depends on no carried value at all: then it is hoisted out of the region and always computed.
+
+The same tracing over the head gives the reference of the difference: r = H_F - base(H_F), which for a plain chain is
+H_F - H_in.
+
+Analysis only. Requires `block_loops`; provides `regions` (a tuple of `RegionPlan`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from torch import fx
+from torch.fx.node import map_arg
+
+from cachedit_fx.passes.base import Pass, PassResult, facts
+from cachedit_fx.passes.detect_block_loops import Block, BlockLoop, Detection
+from cachedit_fx.passes.graph_analysis import (
+    body_nodes,
+    dependents,
+    is_data_movement,
+    live_ins,
+    live_outs,
+    mutated_input,
+    open_contexts,
+    positions_of,
+    root_of,
+    tensor_of,
+)
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """The bases of some values as a small graph: `inputs` in, one result per continued value out."""
+
+    inputs: tuple[fx.Node, ...]
+    graph: fx.Graph
+
+    @property
+    def is_trivial(self) -> bool:
+        """Whether every base is simply one of the inputs."""
+        return all(node.op in ("placeholder", "output") for node in self.graph.nodes)
+
+
+@dataclass(frozen=True)
+class RegionPlan:
+    """One region of one graph.
+
+    Attributes:
+        name: `region_<k>`.
+        loops: names of the loops it runs through.
+        blocks: all blocks of its chain, head and tail included.
+        first, last: F and B, the blocks that always run before and behind it.
+        start, end: its body nodes, half-open, in graph order.
+        live_ins, live_outs: the values that cross its border (hoisted ones left out).
+        continued: for each live-out, whether it has a base; where False it is stored whole.
+        bases: the bases of the continued live-outs, from values outside the region.
+        hoisted: nodes inside [start, end) that must run before the region, whatever is decided.
+        hidden_out: H_F, the hidden states behind the head; None where F is 0.
+        reference: base of H_F; None where H_F continues nothing (then H_F itself is compared).
+    """
+
+    name: str
+    loops: tuple[str, ...]
+    blocks: tuple[Block, ...]
+    first: int
+    last: int
+    start: int
+    end: int
+    live_ins: tuple[fx.Node, ...] = field(repr=False)
+    live_outs: tuple[fx.Node, ...] = field(repr=False)
+    continued: tuple[bool, ...]
+    bases: Continuation = field(repr=False)
+    hoisted: tuple[fx.Node, ...] = field(repr=False)
+    hidden_out: fx.Node | None = field(repr=False)
+    reference: Continuation | None = field(repr=False)
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def middle(self) -> tuple[Block, ...]:
+        return self.blocks[self.first : self.num_blocks - self.last]
+
+
+@dataclass(frozen=True)
+class RegionReport:
+    """The regions, and one sentence for each that could not be had."""
+
+    regions: tuple[RegionPlan, ...]
+    refusals: tuple[str, ...]
+
+
+class PlanRegions(Pass):
+    """Provides a `RegionReport`.
+
+    Args:
+        first, last: F and B.
+        scope: "model" makes one region over the whole chain, "loop" one for each of its loops.
+    """
+
+    name: ClassVar[str] = "plan_regions"
+    requires: ClassVar[frozenset[str]] = frozenset({"block_loops"})
+    provides: ClassVar[frozenset[str]] = frozenset({"regions"})
+
+    def __init__(self, first: int, last: int, scope: Literal["model", "loop"] = "model") -> None:
+        self.first = first
+        self.last = last
+        self.scope = scope
+
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        detection: Detection = facts(gm)["block_loops"]
+        chain = list(zip(detection.chain_loops, detection.hidden, strict=True))
+        segments = [chain] if self.scope == "model" else [[item] for item in chain]
+        nodes = body_nodes(gm.graph)
+        regions: list[RegionPlan] = []
+        refusals: list[str] = []
+        for segment in segments:
+            if not segment:
+                continue
+            try:
+                regions.append(_plan(f"region_{len(regions)}", segment, nodes, self.first, self.last))
+            except RegionRefused as refusal:
+                refusals.append(str(refusal))
+        facts(gm)["regions"] = RegionReport(tuple(regions), tuple(refusals))
+        return PassResult(gm, len(regions))
+
+
+class RegionRefused(Exception):
+    """Why there can be no region here."""
+
+
+def _plan(
+    name: str, segment: Sequence[tuple[BlockLoop, int]], nodes: Sequence[fx.Node], first: int, last: int
+) -> RegionPlan:
+    loops = [loop for loop, _ in segment]
+    blocks = tuple(block for loop in loops for block in loop.blocks)
+    where = " + ".join(loop.name for loop in loops)
+    if first + last >= len(blocks):
+        raise RegionRefused(
+            f"{where}: Fn_compute_blocks + Bn_compute_blocks = {first} + {last} leaves nothing to bypass of "
+            f"{len(blocks)} blocks; choose a sum below {len(blocks)}"
+        )
+    start = blocks[first - 1].end if first else blocks[0].start
+    end = blocks[len(blocks) - last - 1].end
+    _refuse_side_effects(where, nodes, start, end)
+
+    handed_on = {
+        out: into
+        for loop in loops
+        for carried in loop.carried
+        for into, out in zip(carried.inputs, carried.outputs, strict=True)
+        if out is not None
+    }
+    position = positions_of(nodes)
+    streams = [v for loop in loops for carried in loop.carried for v in carried.inputs + carried.outputs]
+    entering = {v for v in streams if v is not None and position.get(v, -1) < start}
+    inside = nodes[start:end]
+    moving = dependents(entering, inside)
+    hoisted = _hoisted(inside, moving)
+    kept = [node for node in inside if node not in hoisted]
+    ins, outs = live_ins(kept), live_outs(kept)
+
+    replay = _Replay(handed_on, position, start, hoisted)
+    continued = tuple(replay.add(value) for value in outs)
+    if not any(continued):
+        raise RegionRefused(f"{where}: no value that leaves the region continues one that enters it")
+    hidden_out = _hidden_behind(segment, first)
+    reference = None
+    if first and hidden_out is None:
+        raise RegionRefused(f"{where}: block {first - 1} hands no hidden states on")
+    if hidden_out is not None:
+        head = _Replay(handed_on, position, blocks[0].start)
+        if head.add(hidden_out):
+            reference = head.finish()
+    return RegionPlan(
+        name=name,
+        loops=tuple(loop.name for loop in loops),
+        blocks=blocks,
+        first=first,
+        last=last,
+        start=start,
+        end=end,
+        live_ins=ins,
+        live_outs=outs,
+        continued=continued,
+        bases=replay.finish(),
+        hoisted=tuple(node for node in inside if node in hoisted),
+        hidden_out=hidden_out,
+        reference=reference,
+    )
+
+
+def _refuse_side_effects(where: str, nodes: Sequence[fx.Node], start: int, end: int) -> None:
+    inside = set(nodes[start:end])
+    for node in nodes[start:end]:
+        target = mutated_input(node)
+        if target is not None and root_of(target) not in inside:
+            raise RegionRefused(
+                f"{where}: {node.name} writes in place to {root_of(target).name}, made outside the region"
+            )
+    for low, high in open_contexts(nodes):
+        if low < start <= high or low < end <= high:
+            raise RegionRefused(
+                f"{where}: {nodes[low].name} opens a context (autocast, grad mode) that spans its border"
+            )
+
+
+def _hoisted(inside: Sequence[fx.Node], moving: set[fx.Node]) -> set[fx.Node]:
+    """Nodes that no carried value reaches but that something behind the region needs, with what they need."""
+    within = set(inside)
+    wanted = [node for node in live_outs(inside) if node not in moving]
+    found: set[fx.Node] = set()
+    while wanted:
+        node = wanted.pop()
+        if node in found:
+            continue
+        found.add(node)
+        wanted.extend(item for item in node.all_input_nodes if item in within)
+    return found
+
+
+def _hidden_behind(segment: Sequence[tuple[BlockLoop, int]], first: int) -> fx.Node | None:
+    """H_F: the hidden states that block F-1 hands on; None for F = 0."""
+    index = first - 1
+    if index < 0:
+        return None
+    for loop, slot in segment:
+        if index < loop.num_blocks:
+            return loop.carried[slot].outputs[index]
+        index -= loop.num_blocks
+    return None
+
+
+class _Replay:
+    """Builds the graph of bases: values made before `start` are inputs, carried outputs become carried inputs, and
+    data movement in between is copied."""
+
+    def __init__(
+        self,
+        handed_on: Mapping[fx.Node, fx.Node],
+        position: Mapping[fx.Node, int],
+        start: int,
+        hoisted: AbstractSet[fx.Node] = frozenset(),
+    ) -> None:
+        self._handed_on = handed_on
+        self._position = position
+        self._start = start
+        self._hoisted = hoisted
+        self._graph = fx.Graph()
+        self._inputs: dict[fx.Node, fx.Node] = {}
+        self._copies: dict[fx.Node, fx.Node] = {}
+        self._results: list[fx.Node] = []
+        self._first_body: fx.Node | None = None
+
+    def add(self, value: fx.Node) -> bool:
+        """Trace `value` back; False where it continues nothing."""
+        if tensor_of(value) is None or not self._can(value):
+            return False
+        self._results.append(self._copy(value))
+        return True
+
+    def finish(self) -> Continuation:
+        self._graph.output(tuple(self._results))
+        return Continuation(tuple(self._inputs), self._graph)
+
+    def _is_outside(self, node: fx.Node) -> bool:
+        return self._position.get(node, -1) < self._start or node in self._hoisted
+
+    def _can(self, node: fx.Node) -> bool:
+        if self._is_outside(node):
+            return True
+        if node in self._handed_on:
+            return self._can(self._handed_on[node])
+        return is_data_movement(node) and all(self._can(item) for item in node.all_input_nodes)
+
+    def _placeholder(self, node: fx.Node) -> fx.Node:
+        if self._first_body is None:
+            result = self._graph.placeholder(node.name)
+        else:
+            with self._graph.inserting_before(self._first_body):
+                result = self._graph.placeholder(node.name)
+        result.meta = dict(node.meta)
+        return result
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        if self._is_outside(node):
+            if node not in self._inputs:
+                self._inputs[node] = self._placeholder(node)
+            return self._inputs[node]
+        if node in self._handed_on:
+            return self._copy(self._handed_on[node])
+        if node not in self._copies:
+            args, kwargs = map_arg((node.args, node.kwargs), self._copy)
+            copy = self._graph.create_node(node.op, node.target, args, kwargs, node.name)
+            copy.meta = dict(node.meta)
+            self._copies[node] = copy
+            self._first_body = self._first_body or copy
+        return self._copies[node]
