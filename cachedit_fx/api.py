@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -12,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import fx
 
-from cachedit_fx.backend import compile_graph, rewrite
+from cachedit_fx.backend import compile_graph, pass_manager, rewrite
 from cachedit_fx.options import DBCacheConfig, OptionError, Options, parse_options
 from cachedit_fx.passes.base import facts
 from cachedit_fx.passes.detect_block_loops import BlockLoop, Detection
@@ -31,9 +32,9 @@ NOT_CAPTURED = "not captured: a graph break, or the recompile limit"
 def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa: A001 - the name torch uses
     """Compile `module` in place with the cachedit backend, and return it.
 
-    The module keeps its class, its state dict and its hooks; only its call is compiled (`module.compile` underneath), in
-    isolation from other models of its class. A `copy.deepcopy` of it is uncompiled. Calling this again with other policy
-    settings changes them and compiles nothing; other structural settings compile anew.
+    The module keeps its class, its state dict and its hooks; only its call is compiled (`module.compile` underneath),
+    in isolation from other models of its class. A `copy.deepcopy` of it is uncompiled. Calling this again with other
+    policy settings changes them and compiles nothing; other structural settings compile anew.
 
     Args:
         module: a diffusion transformer, taking one denoising step's inputs.
@@ -45,16 +46,17 @@ def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa
     """
     torch_options = {name: options.pop(name) for name in ("fullgraph", "dynamic") if name in options}
     parsed = parse_options(options)
+    _check_against(module, parsed)
     known = cache_of_module(module)
-    if known is not None and module._compiled_call_impl is not None and not torch_options:
-        if known.options.structure() == parsed.structure():
-            if parsed.cache is not None:
-                known.set_config(parsed.cache)
-            return module
+    compiled = known is not None and module._compiled_call_impl is not None and not torch_options
+    if known is not None and compiled and known.options.structure() == parsed.structure():
+        if parsed.cache is not None:
+            known.set_config(parsed.cache)
+        return module
     cache = ModelCache(parsed)
     listener = listen(module)
     if listener is not None:
-        cache.branch_name = lambda: listener.name
+        cache.hint = listener.hint
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         return compile_graph(gm, example_inputs, cache.options, cache)
@@ -63,6 +65,18 @@ def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa
     module._compiled_call_impl = _CountedCall(module._compiled_call_impl, cache)
     register(module, cache)
     return module
+
+
+def _check_against(module: torch.nn.Module, options: Options) -> None:
+    """Raise now on names that would otherwise fail, or do nothing, in the middle of a compilation."""
+    pass_manager(options)
+    parameters = inspect.signature(module.forward).parameters
+    open_ended = any(item.kind is inspect.Parameter.VAR_KEYWORD for item in parameters.values())
+    if options.timestep is not None and options.timestep not in parameters and not open_ended:
+        raise OptionError(
+            f"timestep={options.timestep!r}: {type(module).__name__}.forward has no such argument; it has "
+            f"{', '.join(parameters)}"
+        )
 
 
 class _CountedCall:
@@ -97,8 +111,8 @@ def enable_cache(pipe_or_module: Model, cache_config: DBCacheConfig | None = Non
     for module in transformers_of(pipe_or_module):
         if _is_optimized(module):
             raise OptionError(
-                "this module is what torch.compile returned; pass the options to torch.compile(..., backend='cachedit', "
-                "options={...}), or call enable_cache on the module itself"
+                "this module is what torch.compile returned; pass the options to torch.compile(..., "
+                "backend='cachedit', options={...}), or call enable_cache on the module itself"
             )
         compile(module, **dict(options))
     return pipe_or_module
@@ -130,18 +144,25 @@ def refresh_context(
         verbose: print the policy that now holds.
     """
     for module in transformers_of(pipe_or_module):
-        for cache in _caches(module):
-            if cache.config is None:
-                continue
-            config = cache_config or cache.config
+        caches = [cache for cache in _caches(module) if cache.config is not None]
+        if not caches:
+            raise ValueError(
+                f"{type(_unwrap(module)).__name__} has no cache to refresh: call enable_cache first; a model that "
+                "torch.compile(backend='cachedit') returned has one from its first call on"
+            )
+        for cache in caches:
+            config = cache_config or cache.config or DBCacheConfig()
             if num_inference_steps is not None:
                 config = config.reset(num_inference_steps=num_inference_steps)
-            if config.structure() == cache.config.structure():
+            if cache.config is not None and config.structure() == cache.config.structure():
                 cache.set_config(config)
-            else:
+            elif cache is cache_of_module(_unwrap(module)):
                 given = {item.name: getattr(cache.options, item.name) for item in fields(Options)}
-                compile(
-                    _unwrap(module), **{name: v for name, v in (given | {"cache": config}).items() if v is not None}
+                compile(_unwrap(module), **{k: v for k, v in (given | {"cache": config}).items() if v is not None})
+            else:
+                raise OptionError(
+                    "Fn_compute_blocks and Bn_compute_blocks shape the compiled graph: call torch.compile again to "
+                    "change them, or use cachedit_fx.compile, which does so by itself"
                 )
             if verbose:
                 Console().print(config)
@@ -234,7 +255,8 @@ def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
 
     with torch.no_grad(), _uncompiled(module):
         try:
-            torch.compile(module, backend=backend, isolate_recompiles=True)(*args, **kwargs)
+            isolated: dict[str, Any] = {"isolate_recompiles": True}  # missing from torch 2.13's overloads
+            torch.compile(module, backend=backend, **isolated)(*args, **kwargs)
         except _Captured as captured:
             return _explanation(captured.graph)
     if not first:

@@ -18,8 +18,8 @@ from torch import fx
 
 from cachedit_fx.lowering import inner_compiler, lower
 from cachedit_fx.options import Options, parse_options
-from cachedit_fx.passes.base import GraphNotSupported, Pass, facts
-from cachedit_fx.passes.detect_block_loops import DetectBlockLoops
+from cachedit_fx.passes.base import Pass, facts
+from cachedit_fx.passes.detect_block_loops import DetectBlockLoops, Detection
 from cachedit_fx.passes.find_timestep import FindTimestep, TimestepSource
 from cachedit_fx.passes.insert_cache_branch import InsertCacheBranch
 from cachedit_fx.passes.manager import PassManager
@@ -62,48 +62,56 @@ def compile_graph(
         return _uncached(gm, example_inputs, options, cache, anchor, GRADIENTS)
     outer = rewrite(gm, options, _numbers_in_frame())
     if not facts(outer).get("pieces"):
-        return _uncached(gm, example_inputs, options, cache, anchor, NO_REGION, _why_uncached(outer))
+        return _uncached(gm, example_inputs, options, cache, anchor, NO_REGION, _why_uncached(facts(outer)))
     distinct = lower(outer, options)
     logger.info("%d pieces, %d distinct", len(facts(outer)["pieces"]), distinct)
-    if not facts(outer).get("cache_input"):
-        if options.cache is not None and dict(options.passes or ()).get(InsertCacheBranch.name, True):
-            return CompiledGraph(outer.forward, options, cache, anchor, NO_REGION, _why_uncached(outer))
+    found = dict(facts(outer))
+    outer.meta.clear()  # what the passes learned refers to the flat graph, and would keep it alive
+    if "cache_input" in found:
+        regions = tuple(RegionInfo(r.name, r.num_blocks, r.first, r.last) for r in found["regions"].regions)
+        return CachedGraph(outer.forward, options, cache, anchor, regions, found.get("timestep"))
+    if options.cache is None:
         return outer.forward
-    report: RegionReport = facts(outer)["regions"]
-    infos = tuple(RegionInfo(r.name, r.num_blocks, r.first, r.last) for r in report.regions)
-    return CachedGraph(outer.forward, options, cache, anchor, infos, facts(outer)["timestep"])
+    return CompiledGraph(outer.forward, options, cache, anchor, NO_REGION, _why_uncached(found))
 
 
 def pipeline(options: Options, numbers: Mapping[str, Any]) -> list[Pass]:
     """The passes in order, options bound."""
-    passes: list[Pass] = [
+    first, last = options.cache.structure() if options.cache is not None else (0, 0)
+    return [
         Normalize(),
         FindTimestep(options.timestep, numbers),
         DetectBlockLoops(options.loops),
+        PlanRegions(first, last, options.scope),
+        OutlineBlocks(options.granularity, canonical_layout=options.inner_backend != "eager"),
+        InsertCacheBranch(),
     ]
-    if options.cache is not None:
-        passes.append(
-            PlanRegions(options.cache.Fn_compute_blocks, options.cache.Bn_compute_blocks, options.scope)  # type: ignore[arg-type]
-        )
-    passes.append(OutlineBlocks(options.granularity, options.inner_backend != "eager"))  # type: ignore[arg-type]
-    if options.cache is not None:
-        passes.append(InsertCacheBranch())
-    return passes
+
+
+def pass_manager(options: Options, numbers: Mapping[str, Any] | None = None) -> PassManager:
+    """The passes, switched on and off as the options say.
+
+    `passes={"name": False}` switches one off, `passes=["name", ...]` every optional one that is not listed.
+
+    Raises:
+        PassOrderError: on a name that is no pass, or one that cannot be switched off.
+    """
+    passes = pipeline(options, numbers or {})
+    given = options.passes
+    if given is None:
+        switches = {}
+    elif all(isinstance(item, str) for item in given):
+        switches = {str(name): True for name in given} | {p.name: p.name in given for p in passes if p.optional}
+    else:
+        switches = dict(item for item in given if isinstance(item, tuple))
+    if options.cache is None:
+        switches |= {PlanRegions.name: False, InsertCacheBranch.name: False}
+    return PassManager(passes, switches)
 
 
 def rewrite(gm: fx.GraphModule, options: Options, numbers: Mapping[str, Any]) -> fx.GraphModule:
     """Run the passes on `gm`; what they learned is in the result's facts. Nothing is compiled."""
-    passes = pipeline(options, numbers)
-    return PassManager(passes, _switches(options, passes)).run(gm)
-
-
-def _switches(options: Options, passes: Sequence[Pass]) -> dict[str, bool]:
-    """`passes={"name": False}` switches one off; `passes=["name", ...]` switches off every optional one not listed."""
-    given = options.passes or ()
-    if all(isinstance(item, str) for item in given):
-        unknown = {str(item): True for item in given}
-        return unknown | {p.name: p.name in given for p in passes if given and p.optional}
-    return dict(given)  # type: ignore[arg-type]
+    return pass_manager(options, numbers).run(gm)
 
 
 class CompiledGraph:
@@ -150,7 +158,7 @@ class CachedGraph:
         session = cache.session()
         session.calls += 1
         timestep = self.timestep_constant if self.timestep_input is None else args[self.timestep_input]
-        return self.forward(Call(session, self.regions, timestep, cache.branch_name()), *args)
+        return self.forward(Call(session, self.regions, timestep, cache.hint()), *args)
 
 
 class _CacheFinder:
@@ -191,18 +199,18 @@ def _uncached(
     )
 
 
-def _why_uncached(gm: fx.GraphModule) -> str:
+def _why_uncached(found: Mapping[str, Any]) -> str:
     """What was looked for and not found."""
-    detection = facts(gm).get("block_loops")
-    if detection is None:
-        return "no caching: block loops were not looked for, since a pass is switched off"
-    report: RegionReport | None = facts(gm).get("regions")
+    detection: Detection | None = found.get("block_loops")
+    report: RegionReport | None = found.get("regions")
+    if detection is not None and not detection.loops:
+        return (
+            "no caching: no block loop was found, that is, no run of two or more alike sub-graphs of at least four "
+            "operations in which each takes what the one before it made; cachedit_fx.explain(module, ...) shows more"
+        )
     if report is not None and report.refusals:
         return "no caching: " + "; ".join(report.refusals)
-    return (
-        "no caching: no block loop was found, that is, no run of two or more alike sub-graphs of at least four "
-        "operations in which each takes what the one before it made; cachedit_fx.explain(module, ...) shows more"
-    )
+    return "no caching: a pass that it needs is switched off by the option `passes`"
 
 
 def _numbers_in_frame() -> dict[str, float]:

@@ -12,14 +12,13 @@ handful of distinct pieces. Anything that cannot be keyed is compiled by itself.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
-from torch.fx.node import map_arg
 
 from cachedit_fx.options import Options
 from cachedit_fx.passes.graph_analysis import value_of
@@ -84,7 +83,13 @@ def inner_compiler(options: Options) -> InnerCompiler:
         from torch._inductor.compile_fx import compile_fx
 
         patches = (list_mode_options(options.mode) if options.mode else {}) | extra
-        return lambda gm, inputs: compile_fx(gm, inputs, config_patches=patches or None)
+        if patches.get("triton.cudagraphs"):
+            # A CUDA graph is recorded for fixed addresses of its weights, or copies them in at every replay; a piece
+            # that serves many blocks has many.
+            patches["triton.cudagraphs"] = False
+            logger.warning("CUDA graphs are left off: blocks share one compilation, and would copy their weights in")
+        compile_piece: Any = compile_fx  # its declared result covers ahead-of-time packaging too
+        return lambda gm, inputs: compile_piece(gm, inputs, config_patches=patches or None)
     from torch._dynamo.backends.registry import lookup_backend
 
     backend = lookup_backend(inner)
@@ -118,8 +123,7 @@ def structure_key(piece: fx.GraphModule) -> Hashable:
     index: dict[fx.Node, int] = {}
     rows: list[Hashable] = []
     for node in piece.graph.nodes:
-        arguments = map_arg((node.args, node.kwargs), lambda item: _Ref(index[item]))
-        row: list[Hashable] = [node.op, _constant(arguments)]
+        row: list[Hashable] = [node.op, _constant((node.args, dict(node.kwargs)), index)]
         if node.op == "placeholder":
             row.append(_input_key(value_of(node)))
         elif node.op == "get_attr":
@@ -131,23 +135,16 @@ def structure_key(piece: fx.GraphModule) -> Hashable:
     return tuple(rows)
 
 
-class _Ref:
-    """An argument that is a node, named by its place in the graph."""
-
-    def __init__(self, place: int) -> None:
-        self.place = place
-
-
-def _constant(value: Any) -> Hashable:
-    """A hashable twin of a constant argument, its type included: 1, 1.0 and True are three constants."""
-    if isinstance(value, _Ref):
-        return ("node", value.place)
+def _constant(value: Any, index: Mapping[fx.Node, int]) -> Hashable:
+    """A hashable twin of an argument: nodes by their place, constants with their type (1, 1.0 and True are three)."""
+    if isinstance(value, fx.Node):
+        return ("node", index[value])
     if isinstance(value, (tuple, list)):
-        return (type(value).__name__, tuple(_constant(item) for item in value))
+        return (type(value).__name__, tuple(_constant(item, index) for item in value))
     if isinstance(value, dict):
-        return ("dict", tuple((name, _constant(item)) for name, item in sorted(value.items())))
+        return ("dict", tuple((name, _constant(item, index)) for name, item in sorted(value.items())))
     if isinstance(value, slice):
-        return ("slice", _constant((value.start, value.stop, value.step)))
+        return ("slice", _constant((value.start, value.stop, value.step), index))
     return (type(value).__name__, repr(value))
 
 

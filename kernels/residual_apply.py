@@ -13,15 +13,16 @@ import torch
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
 
 
-def residual_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that residuals of values in `dtype` are kept in."""
-    return _WIDER.get(dtype, dtype)
+def residual_dtype(value: torch.Tensor) -> torch.dtype:
+    """The dtype that the residual of `value` is kept in. Metal has no float64: there, float32 stays float32."""
+    wider = _WIDER.get(value.dtype, value.dtype)
+    return torch.float32 if wider is torch.float64 and value.device.type == "mps" else wider
 
 
 def residual_like(result: torch.Tensor) -> torch.Tensor:
     """An empty, contiguous buffer for the residual of `result`, usable with and without inference mode."""
     with torch.inference_mode(False):
-        return torch.empty(result.shape, dtype=residual_dtype(result.dtype), device=result.device)
+        return torch.empty(result.shape, dtype=residual_dtype(result), device=result.device)
 
 
 def store_residual(result: torch.Tensor, base: torch.Tensor | None, out: torch.Tensor) -> None:

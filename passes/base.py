@@ -17,10 +17,6 @@ from torch import fx
 META_KEY = "cachedit_fx"
 
 
-class GraphNotSupported(Exception):
-    """The graph cannot be cut into pieces safely; the message says what stands in the way."""
-
-
 @dataclass(frozen=True)
 class PassResult:
     """What a pass hands back: the graph module to go on with, and how many places it matched."""

@@ -9,6 +9,7 @@ by who knows it (the tracer's frame). Analysis only. Provides `timestep` (a `Tim
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from cachedit_fx.passes.base import GraphNotSupported, Pass, PassResult, facts
+from cachedit_fx.passes.base import Pass, PassResult, facts
 from cachedit_fx.passes.graph_analysis import numel, target_name, tensor_of, value_of
+
+logger = logging.getLogger(__name__)
 
 NAMES = ("timestep", "timesteps", "timestep_cond", "t", "time", "noise_labels", "noise_level", "sigma", "sigmas")
 _ELEMENTWISE = frozenset(
@@ -56,7 +59,7 @@ class FindTimestep(Pass):
         found = self._by_name(inputs) or (self._by_use(inputs) if self.argument is None else None)
         if found is None and self.argument is not None:
             names = sorted({source_name(node) for node in inputs if not _is_weight(node)})
-            raise GraphNotSupported(f"timestep={self.argument!r}: the graph has no such input; it has {names}")
+            logger.warning("timestep=%r: this graph has no such input; it has %s", self.argument, names)
         facts(gm)["timestep"] = found
         return PassResult(gm, int(found is not None))
 

@@ -70,7 +70,7 @@ class OutlineBlocks(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"block_loops"})
     provides: ClassVar[frozenset[str]] = frozenset({"pieces", "origin"})
 
-    def __init__(self, granularity: Literal["block", "region"] = "block", canonical_layout: bool = True) -> None:
+    def __init__(self, granularity: str = "block", canonical_layout: bool = True) -> None:
         self.granularity = granularity
         self.canonical_layout = canonical_layout
 
@@ -108,7 +108,7 @@ def plan_pieces(
     nodes: Sequence[fx.Node],
     detection: Detection,
     regions: Sequence[RegionPlan],
-    granularity: Literal["block", "region"],
+    granularity: str,
 ) -> list[Piece]:
     """Divide all body nodes into pieces, in an order in which they can run."""
     cuts: dict[int, tuple[str, Kind]] = {}
@@ -199,7 +199,8 @@ class _Outliner:
         inputs = self._inputs(piece)
         for value in inputs:
             local[value] = inner.placeholder(_identifier(value.name))
-            local[value].meta = dict(self.outer[value].meta)
+            # Without dynamo's mark of a static input: a piece is called with the weights of many blocks.
+            local[value].meta = {k: v for k, v in self.outer[value].meta.items() if k != "tensor_dict"}
 
         def take(node: fx.Node) -> fx.Node:
             """The local twin; what cannot cross a cut (a submodule, a size tuple) is made again here."""

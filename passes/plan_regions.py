@@ -115,7 +115,7 @@ class PlanRegions(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"block_loops"})
     provides: ClassVar[frozenset[str]] = frozenset({"regions"})
 
-    def __init__(self, first: int, last: int, scope: Literal["model", "loop"] = "model") -> None:
+    def __init__(self, first: int, last: int, scope: str = "model") -> None:
         self.first = first
         self.last = last
         self.scope = scope

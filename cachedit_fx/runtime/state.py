@@ -26,6 +26,7 @@ import torch
 from cachedit_fx.kernels.l1_diff import l1_difference, residual
 from cachedit_fx.kernels.residual_apply import apply_residual, residual_dtype, residual_like, store_residual
 from cachedit_fx.options import DBCacheConfig, Options
+from cachedit_fx.runtime.listener import Hint
 from cachedit_fx.runtime.policy import Action, Decision, History, Reason, advance, decide
 from cachedit_fx.runtime.stats import CacheStats
 from cachedit_fx.runtime.tracker import Position, Tracker
@@ -60,7 +61,9 @@ def session(key: Hashable) -> Iterator[None]:
 
 def read_back(values: Sequence[torch.Tensor]) -> list[float]:
     """The 0-d `values` as numbers, in one transfer: the only place where the host waits for the device."""
-    return torch.stack([value.detach().to(torch.float64) for value in values]).tolist()  # type: ignore[no-any-return]
+    exact = torch.float32 if values[0].device.type == "mps" else torch.float64  # Metal has no float64
+    numbers: list[float] = torch.stack([value.detach().to(exact) for value in values]).tolist()
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def _fits(buffer: Any, result: torch.Tensor) -> bool:
     if not isinstance(buffer, torch.Tensor):
         return False
     same_place = buffer.shape == result.shape and buffer.device == result.device
-    return same_place and buffer.dtype == residual_dtype(result.dtype)
+    return same_place and buffer.dtype == residual_dtype(result)
 
 
 class Session:
@@ -199,13 +202,13 @@ class ModelCache:
 
     Attributes:
         options: as parsed; only the policy fields of `options.cache` may change later (`set_config`).
-        branch_name: returns the name that the caller gave to the present CFG branch, or None.
+        hint: returns what the caller says of the present call.
     """
 
     def __init__(self, options: Options) -> None:
         self.options = options
         self.config = options.cache
-        self.branch_name: Callable[[], str | None] = lambda: None
+        self.hint: Callable[[], Hint] = Hint
         self.latest: Session | None = None
         self._by_thread: weakref.WeakKeyDictionary[threading.Thread, Session] = weakref.WeakKeyDictionary()
         self._by_key: OrderedDict[Hashable, Session] = OrderedDict()
@@ -253,13 +256,13 @@ class Call:
         session: Session,
         regions: Sequence[RegionInfo],
         timestep: torch.Tensor | float | None,
-        branch_name: str | None,
+        hint: Hint,
     ) -> None:
         self.session = session
         self.regions = regions
         self.config = session.cache.config or DBCacheConfig()
-        self._timestep = timestep
-        self._branch_name = branch_name
+        self._time = timestep if hint.time is None else hint.time
+        self._branch_name = hint.branch
         self._position: Position | None = None
         self._residuals: dict[int, tuple[torch.Tensor | None, Hashable]] = {}
 
@@ -342,7 +345,7 @@ class Call:
         """Find the position; where the timestep is on the device, read it together with the differences against every
         branch that the call may turn out to be."""
         tracker = self.session.tracker
-        time_now, name = self._timestep, self._branch_name
+        time_now, name = self._time, self._branch_name
         measured: dict[int, float] = {}
         if isinstance(time_now, torch.Tensor):
             branches = []
