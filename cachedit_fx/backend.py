@@ -91,17 +91,18 @@ def pipeline(options: Options, numbers: Mapping[str, Any]) -> list[Pass]:
 def pass_manager(options: Options, numbers: Mapping[str, Any] | None = None) -> PassManager:
     """The passes, switched on and off as the options say.
 
-    `passes={"name": False}` switches one off, `passes=["name", ...]` every optional one that is not listed.
+    `passes={"name": False}` switches one off, `passes=["name", ...]` every one that is not listed. A pass that lacks
+    what another would have provided is skipped.
 
     Raises:
-        PassOrderError: on a name that is no pass, or one that cannot be switched off.
+        PassOrderError: on a name that is no pass.
     """
     passes = pipeline(options, numbers or {})
     given = options.passes
     if given is None:
         switches = {}
     elif all(isinstance(item, str) for item in given):
-        switches = {str(name): True for name in given} | {p.name: p.name in given for p in passes if p.optional}
+        switches = {str(name): True for name in given} | {item.name: item.name in given for item in passes}
     else:
         switches = dict(item for item in given if isinstance(item, tuple))
     if options.cache is None:

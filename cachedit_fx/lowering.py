@@ -37,27 +37,25 @@ class Lowered(torch.nn.Module):
 
 
 def lower(gm: fx.GraphModule, options: Options) -> int:
-    """Replace every piece below `gm` by its compiled form, in place.
+    """Replace every piece below `gm` by its compiled form, in place; twins get one and the same.
 
-    Returns the number of distinct pieces that were compiled. With `inner_backend="eager"` nothing is compiled and
-    pieces stay graph modules.
+    Returns the number of distinct pieces. With `inner_backend="eager"` a piece is its own compiled form.
     """
-    if options.inner_backend == "eager":
-        return 0
     compiler = inner_compiler(options)
-    compiled: dict[Hashable, Callable[..., Any]] = {}
+    lowered: dict[Hashable, torch.nn.Module] = {}
     for holder in (gm, *_branches(gm)):
-        for node in list(holder.graph.nodes):
+        for node in holder.graph.nodes:
             if node.op != "call_module":
                 continue
             piece = holder.get_submodule(str(node.target))
             assert isinstance(piece, fx.GraphModule)
             key = structure_key(piece)
-            if key not in compiled:
-                compiled[key] = compile_piece(piece, compiler)
+            if key not in lowered:
+                eager = options.inner_backend == "eager"
+                lowered[key] = piece if eager else Lowered(compile_piece(piece, compiler))
                 logger.info("%s: compiled", node.target)
-            setattr(holder, str(node.target), Lowered(compiled[key]))
-    return len(compiled)
+            setattr(holder, str(node.target), lowered[key])
+    return len(lowered)
 
 
 def _branches(gm: fx.GraphModule) -> list[fx.GraphModule]:

@@ -1,9 +1,9 @@
 """The interface that every pass shares.
 
 A pass takes a graph module and returns a graph module with the number of matches. What one pass learns and another
-needs travels as a named *fact* in `GraphModule.meta`: `requires` and `provides` name facts, and the manager refuses
-an order in which a fact is read before it is made. Options are bound in the constructor, so that whoever runs the
-passes knows no pass's arguments.
+needs travels as a named *fact* in `GraphModule.meta`: a pass names the facts that it requires, uses if they are there,
+and provides, and the manager finds the order. Options are bound in the constructor, so that whoever runs the passes
+knows no pass's arguments.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 META_KEY = "cachedit_fx"
 
@@ -30,15 +32,17 @@ class Pass(ABC):
 
     Attributes:
         name: what `options={"passes": {name: False}}` calls it.
-        requires: facts that must have been provided by an earlier pass.
-        provides: facts that this pass leaves in the graph module's meta.
-        optional: whether the user may switch it off.
+        requires: facts without which it is skipped.
+        uses: facts that it reads where they are there; whoever provides them runs first.
+        provides: facts that it leaves in the graph module's meta.
+        conflicts: names of passes that cannot run beside it.
     """
 
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]] = frozenset()
+    uses: ClassVar[frozenset[str]] = frozenset()
     provides: ClassVar[frozenset[str]] = frozenset()
-    optional: ClassVar[bool] = True
+    conflicts: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def run(self, gm: fx.GraphModule) -> PassResult:
@@ -49,3 +53,12 @@ def facts(gm: fx.GraphModule) -> dict[str, Any]:
     """The facts that passes have left on this graph module."""
     result: dict[str, Any] = gm.meta.setdefault(META_KEY, {})
     return result
+
+
+def make_module(root: torch.nn.Module | dict[str, Any], graph: fx.Graph, name: str) -> fx.GraphModule:
+    """A graph module whose code is generated when it is first called or printed.
+
+    Of the pieces of a model most are twins of another, and never called: generating their code took most of the time
+    of all passes together.
+    """
+    return _LazyGraphModule(root, graph, name)

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 from torch import fx
 from torch.fx.node import map_arg
 
-from cachedit_fx.passes.base import Pass, PassResult, facts
+from cachedit_fx.passes.base import Pass, PassResult, facts, make_module
 from cachedit_fx.passes.graph_analysis import live_ins
 from cachedit_fx.passes.outline_blocks import PLACE
 from cachedit_fx.passes.plan_regions import Continuation, RegionPlan, RegionReport
@@ -96,7 +96,7 @@ def _module(
         local[node] = graph.node_copy(node, local.__getitem__)
         local[node].meta = dict(node.meta)
     graph.output(tuple(local[node] for node in results))
-    return fx.GraphModule(gm, graph, name)
+    return make_module(gm, graph, name)
 
 
 def _bases(
@@ -113,7 +113,7 @@ def _bases(
         if value in origin
     ]
     graph.output(tuple(kept))
-    return fx.GraphModule(gm, graph, name)
+    return make_module(gm, graph, name)
 
 
 def _compared(

@@ -1,4 +1,4 @@
-"""Orders, checks, runs, times and dumps the passes. It alone lints and recompiles.
+"""Orders the passes by their contracts, runs, times and dumps them. It alone lints and recompiles.
 
 `TORCH_TRACE=dir` records the graph before the first pass and after each pass that changed it, as artifacts named
 `cachedit_fx_<pass>`; `TORCH_LOGS="+cachedit_fx"` shows one line a pass.
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class PassOrderError(ValueError):
-    """A pass needs a fact that no pass before it provides, or a name does not name a pass."""
+    """The passes cannot be ordered, or a name does not name a pass."""
 
 
 @dataclass(frozen=True)
@@ -34,38 +34,30 @@ class PassReport:
 
 
 class PassManager:
-    """Runs passes in their order.
+    """Runs passes in the order that their contracts ask for; of equals, in the order given.
 
     Args:
-        passes: in order. Every fact that a pass requires must be provided by an earlier one.
+        passes: every fact that one requires must be provided by another.
         enabled: pass name -> bool; what is not named is on.
 
     Raises:
-        PassOrderError: on a bad order, or a name in `enabled` that is no pass or cannot be switched off.
+        PassOrderError: where a fact is provided by no pass, or passes wait for each other, or two that are on conflict,
+            or a name in `enabled` is no pass.
     """
 
     def __init__(self, passes: Sequence[Pass], enabled: Mapping[str, bool] | None = None) -> None:
-        self.passes = tuple(passes)
-        self.enabled = dict(enabled or {})
+        self.passes = order(passes)
+        self.enabled = {item.name: True for item in self.passes}
         self.reports: list[PassReport] = []
-        self._check_order()
-        self._check_names()
-
-    def _check_order(self) -> None:
-        available: set[str] = set()
+        for name, on in (enabled or {}).items():
+            if name not in self.enabled:
+                raise PassOrderError(f"no pass is called {name!r}; the passes are {', '.join(self.enabled)}")
+            self.enabled[name] = on
+        active = {item.name for item in self.passes if self.enabled[item.name]}
         for item in self.passes:
-            missing = sorted(item.requires - available)
-            if missing:
-                raise PassOrderError(f"pass {item.name!r} requires {missing}, which no pass before it provides")
-            available |= item.provides
-
-    def _check_names(self) -> None:
-        known = {item.name: item for item in self.passes}
-        for name, on in self.enabled.items():
-            if name not in known:
-                raise PassOrderError(f"no pass is called {name!r}; the passes are {', '.join(known)}")
-            if not on and not known[name].optional:
-                raise PassOrderError(f"pass {name!r} cannot be switched off: every later pass stands on it")
+            clash = sorted(item.conflicts & active)
+            if clash and item.name in active:
+                raise PassOrderError(f"pass {item.name!r} cannot run beside {clash[0]!r}: switch one of them off")
 
     def run(self, gm: fx.GraphModule) -> fx.GraphModule:
         """Run the enabled passes on `gm`; a pass whose facts are absent, since an earlier one was off, is skipped."""
@@ -90,7 +82,7 @@ class PassManager:
         return gm
 
     def _reason_to_skip(self, item: Pass, gm: fx.GraphModule) -> str | None:
-        if not self.enabled.get(item.name, True):
+        if not self.enabled[item.name]:
             return "switched off"
         missing = sorted(item.requires - facts(gm).keys())
         return f"nothing provided {missing}" if missing else None
@@ -102,3 +94,26 @@ class PassManager:
             metadata_fn=lambda: {"name": f"cachedit_fx_{name}", "encoding": "string"},
             payload_fn=lambda: gm.print_readable(print_output=False, include_stride=True, include_device=True),
         )
+
+
+def order(passes: Sequence[Pass]) -> tuple[Pass, ...]:
+    """Put every pass behind those that provide what it requires or uses, otherwise keeping the order given.
+
+    Raises:
+        PassOrderError: where that is not possible.
+    """
+    provided = {fact for item in passes for fact in item.provides}
+    for item in passes:
+        missing = sorted(item.requires - provided)
+        if missing:
+            raise PassOrderError(f"pass {item.name!r} requires {missing}, which no pass provides")
+    ordered: list[Pass] = []
+    waiting = list(passes)
+    while waiting:
+        pending = [(item, {fact for other in waiting if other is not item for fact in other.provides}) for item in waiting]
+        ready = next((item for item, due in pending if not (item.requires | item.uses) & due), None)
+        if ready is None:
+            raise PassOrderError(f"these passes wait for each other: {', '.join(item.name for item in waiting)}")
+        ordered.append(ready)
+        waiting.remove(ready)
+    return tuple(ordered)

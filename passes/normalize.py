@@ -38,7 +38,6 @@ class Normalize(Pass):
 
     name: ClassVar[str] = "normalize"
     provides: ClassVar[frozenset[str]] = frozenset({"normalized"})
-    optional: ClassVar[bool] = False
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         matches = _gather_getitems(gm.graph) + _purify_writes(gm.graph)

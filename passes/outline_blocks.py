@@ -27,7 +27,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.fx.node import map_arg
 
-from cachedit_fx.passes.base import Pass, PassResult, facts
+from cachedit_fx.passes.base import Pass, PassResult, facts, make_module
 from cachedit_fx.passes.detect_block_loops import Detection
 from cachedit_fx.passes.graph_analysis import (
     body_nodes,
@@ -68,6 +68,7 @@ class OutlineBlocks(Pass):
 
     name: ClassVar[str] = "outline_blocks"
     requires: ClassVar[frozenset[str]] = frozenset({"block_loops"})
+    uses: ClassVar[frozenset[str]] = frozenset({"regions"})
     provides: ClassVar[frozenset[str]] = frozenset({"pieces", "origin"})
 
     def __init__(self, granularity: str = "block", canonical_layout: bool = True) -> None:
@@ -178,7 +179,7 @@ class _Outliner:
                 self._outline(piece)
         output = next(node for node in reversed(self.gm.graph.nodes) if node.op == "output")
         self.graph.output(map_arg(output.args[0], self.outer.__getitem__)).meta = dict(output.meta)
-        result = fx.GraphModule(self.gm, self.graph, "CachedTransformer")
+        result = make_module(self.gm, self.graph, "CachedTransformer")
         result.meta = dict(self.gm.meta)
         facts(result)["pieces"] = tuple(self.names)
         facts(result)["origin"] = self.outer
@@ -216,7 +217,7 @@ class _Outliner:
         outputs = tuple(self._canonical(inner, node, local[node]) for node in results)
         inner.output(outputs)
         name = self._unique(piece.name)
-        self.gm.add_module(name, fx.GraphModule(root, inner, name))
+        self.gm.add_module(name, make_module(root, inner, name))
         call = self.graph.call_module(name, tuple(self.outer[value] for value in inputs))
         call.meta = {"example_value": tuple(value_of(node) for node in outputs), KIND: piece.kind, PLACE: piece.start}
         for index, node in enumerate(results):

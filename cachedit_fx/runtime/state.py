@@ -300,7 +300,7 @@ class Call:
 
         def difference() -> float:
             shared = self.session.shared_differences
-            if branch and not self.config.cfg_diff_compute_separate and (number, step) in shared:
+            if not self.config.cfg_diff_compute_separate and (number, step) in shared:
                 return shared[number, step]
             value = measured.get(branch)
             if value is None:

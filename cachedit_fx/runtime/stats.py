@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -212,7 +213,17 @@ def render(stats: Sequence[CacheStats], *, details: bool = False) -> Group:
     """A rich renderable: a summary of each region, and with `details` every step's action, reason and difference."""
     parts: list[Table | Text] = []
     for region in stats:
-        summary = Table(title=Text(region.name), caption=Text(region._summary), caption_justify="left")
+        # No edges and little padding: all columns fit into 80 characters.
+        summary = Table(
+            title=Text(region.name),
+            title_justify="left",
+            caption=Text(region._summary),
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+            show_edge=False,
+            pad_edge=False,
+            collapse_padding=True,
+        )
         for title in _COLUMNS:
             summary.add_column(title, justify="right", no_wrap=True)
         for row in _rows(region):
