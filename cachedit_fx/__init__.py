@@ -26,7 +26,7 @@ from cachedit_fx.api import (  # noqa: E402 - the passes are found only once the
     refresh_context,
     summary,
 )
-from cachedit_fx.options import DBCacheConfig, OptionError, Options  # noqa: E402
+from cachedit_fx.options import CalibratorConfig, DBCacheConfig, OptionError, Options, TaylorSeerCalibratorConfig  # noqa: E402
 from cachedit_fx.runtime.policy import Action, Decision, Reason  # noqa: E402
 from cachedit_fx.runtime.state import CacheWarning, session  # noqa: E402
 from cachedit_fx.runtime.stats import BranchStats, CacheStats  # noqa: E402
@@ -36,12 +36,14 @@ __all__ = [
     "BranchStats",
     "CacheStats",
     "CacheWarning",
+    "CalibratorConfig",
     "DBCacheConfig",
     "Decision",
     "Explanation",
     "OptionError",
     "Options",
     "Reason",
+    "TaylorSeerCalibratorConfig",
     "compile",
     "disable_cache",
     "enable_cache",

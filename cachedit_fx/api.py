@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from torch import fx
 
 from cachedit_fx.backend import compile_graph, pass_manager, rewrite
-from cachedit_fx.options import DBCacheConfig, OptionError, Options, parse_options
+from cachedit_fx.options import CalibratorConfig, DBCacheConfig, OptionError, Options, parse_options
 from cachedit_fx.passes.base import facts
 from cachedit_fx.passes.detect_block_loops import BlockLoop, Detection
 from cachedit_fx.passes.plan_regions import RegionPlan, RegionReport
@@ -39,30 +40,35 @@ def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa
     Args:
         module: a diffusion transformer, taking one denoising step's inputs.
         **options: any field of `cachedit_fx.options.Options` or, flat, of `DBCacheConfig`; and `fullgraph`, `dynamic`,
-            `mode` as in `torch.compile`.
+            `mode` as in `torch.compile`. The first two hold until they are given again.
 
     Raises:
         OptionError: on an unknown or invalid option, before anything is compiled.
     """
-    torch_options = {name: options.pop(name) for name in ("fullgraph", "dynamic") if name in options}
+    given = {name: options.pop(name) for name in ("fullgraph", "dynamic") if name in options}
     parsed = parse_options(options)
     _check_against(module, parsed)
-    known = cache_of_module(module)
-    compiled = known is not None and module._compiled_call_impl is not None and not torch_options
-    if known is not None and compiled and known.options.structure() == parsed.structure():
+    known, compiled = cache_of_module(module), module._compiled_call_impl
+    kept = compiled.torch_options if isinstance(compiled, _CountedCall) else None
+    torch_options = (kept or {}) | given
+    if known is not None and torch_options == kept and known.options.structure() == parsed.structure():
         if parsed.cache is not None:
-            known.set_config(parsed.cache)
+            known.set_policy(parsed.cache, parsed.calibrator)
         return module
     cache = ModelCache(parsed)
     listener = listen(module)
     if listener is not None:
         cache.hint = listener.hint
 
+    owned = weakref.ref(cache)  # by the module's call: dynamo keeps a backend for good, and the cache holds buffers
+
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        cache = owned()
+        assert cache is not None
         return compile_graph(gm, example_inputs, cache.options, cache)
 
     module.compile(backend=backend, isolate_recompiles=True, **torch_options)
-    module._compiled_call_impl = _CountedCall(module._compiled_call_impl, cache)
+    module._compiled_call_impl = _CountedCall(module._compiled_call_impl, cache, torch_options)
     register(module, cache)
     return module
 
@@ -82,9 +88,11 @@ def _check_against(module: torch.nn.Module, options: Options) -> None:
 class _CountedCall:
     """The compiled call; counts those that reached none of our graphs, which nothing else would tell."""
 
-    def __init__(self, compiled: Callable[..., Any] | None, cache: ModelCache) -> None:
+    def __init__(
+        self, compiled: Callable[..., Any] | None, cache: ModelCache, torch_options: Mapping[str, Any]
+    ) -> None:
         assert compiled is not None
-        self.compiled, self.cache = compiled, cache
+        self.compiled, self.cache, self.torch_options = compiled, cache, dict(torch_options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         session = self.cache.session()
@@ -96,18 +104,25 @@ class _CountedCall:
         return result
 
 
-def enable_cache(pipe_or_module: Model, cache_config: DBCacheConfig | None = None, **options: Any) -> Model:
+def enable_cache(
+    pipe_or_module: Model,
+    cache_config: DBCacheConfig | None = None,
+    calibrator_config: CalibratorConfig | None = None,
+    **options: Any,
+) -> Model:
     """Enable caching on a diffusers pipeline or a transformer, and return it.
 
     Args:
         pipe_or_module: a pipeline (every component named `transformer`, `transformer_2`, ... is enabled) or a module.
         cache_config: when to reuse; the defaults of `DBCacheConfig` if left out.
+        calibrator_config: what predicts the bypassed part; if left out, what was stored last is used again.
         **options: as for `cachedit_fx.compile`.
     """
-    if cache_config is not None:
-        if "cache" in options:
-            raise OptionError("cache and cache_config are two names for one thing: pass one of them")
-        options["cache"] = cache_config
+    for name, given in (("cache", cache_config), ("calibrator", calibrator_config)):
+        if given is not None and name in options:
+            raise OptionError(f"{name} and {name}_config are two names for one thing: pass one of them")
+        if given is not None:
+            options[name] = given
     for module in transformers_of(pipe_or_module):
         if _is_optimized(module):
             raise OptionError(
@@ -134,13 +149,14 @@ def refresh_context(
     num_inference_steps: int | None = None,
     cache_config: DBCacheConfig | None = None,
     verbose: bool = False,
+    calibrator_config: CalibratorConfig | None = None,
 ) -> Model:
     """Let the next call start a new generation, if wanted under another policy. Compiles nothing unless F or B change.
 
     Args:
         pipe_or_module: enabled before.
         num_inference_steps: steps of the coming generation; optional, since generations are found from the timestep.
-        cache_config: a new policy, in place of the old.
+        cache_config, calibrator_config: a new policy and a new predictor, in place of the old.
         verbose: print the policy that now holds.
     """
     for module in transformers_of(pipe_or_module):
@@ -155,10 +171,11 @@ def refresh_context(
             if num_inference_steps is not None:
                 config = config.reset(num_inference_steps=num_inference_steps)
             if cache.config is not None and config.structure() == cache.config.structure():
-                cache.set_config(config)
+                cache.set_policy(config, calibrator_config or cache.options.calibrator)
             elif cache is cache_of_module(_unwrap(module)):
-                given = {item.name: getattr(cache.options, item.name) for item in fields(Options)}
-                compile(_unwrap(module), **{k: v for k, v in (given | {"cache": config}).items() if v is not None})
+                given = {item.name: getattr(cache.options, item.name) for item in fields(Options)} | {"cache": config}
+                given["calibrator"] = calibrator_config or cache.options.calibrator
+                compile(_unwrap(module), **{name: value for name, value in given.items() if value is not None})
             else:
                 raise OptionError(
                     "Fn_compute_blocks and Bn_compute_blocks shape the compiled graph: call torch.compile again to "
@@ -328,4 +345,4 @@ def _caches(module: torch.nn.Module) -> list[ModelCache]:
     known = cache_of_module(inner)
     if known is not None:
         return [known]
-    return caches_of_weights(inner.parameters())
+    return sorted(caches_of_weights(inner.parameters()), key=lambda cache: cache.used, reverse=True)

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -163,15 +164,17 @@ class CachedGraph:
 
 
 class _CacheFinder:
-    """From a call's inputs to the cache of its module."""
+    """From a call's inputs to the cache of its module, which is held weakly: dynamo keeps compiled code for good."""
 
     def __init__(self, options: Options, cache: ModelCache | None, anchor: int | None) -> None:
         self.options, self.anchor = options, anchor
-        self.own = cache if cache is not None else (ModelCache(options) if anchor is None else None)
+        self.own = weakref.ref(cache) if cache is not None else None
+        self.nobodys = ModelCache(options) if cache is None and anchor is None else None
 
     def __call__(self, args: Sequence[Any]) -> ModelCache:
-        if self.own is not None:
-            return self.own
+        found = self.own() if self.own is not None else self.nobodys
+        if found is not None:
+            return found
         assert self.anchor is not None
         return cache_of_anchor(args[self.anchor], self.options)
 

@@ -152,7 +152,7 @@ def _input_key(value: Any) -> Hashable:
     key: tuple[Hashable, ...] = (
         type(value).__name__,
         tuple(str(size) for size in value.shape),
-        tuple(str(step) for step in value.stride()) if value.layout is torch.strided else str(value.layout),
+        _strides(value) if value.layout is torch.strided else str(value.layout),
         value.dtype,
         str(value.device),
         value.requires_grad,
@@ -162,3 +162,9 @@ def _input_key(value: Any) -> Hashable:
         names, context = value.__tensor_flatten__()
         key += (repr(context), *(_input_key(getattr(value, name)) for name in names))
     return key
+
+
+def _strides(value: torch.Tensor) -> tuple[str, ...]:
+    """Without those of dimensions of size 1, which mean nothing and are as they may: a slice of a stream of batch 1 is
+    contiguous, but remembers the stride of what it was cut from. Inductor's own checks leave them out too."""
+    return tuple("" if str(size) == "1" else str(step) for size, step in zip(value.shape, value.stride(), strict=True))

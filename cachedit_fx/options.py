@@ -175,6 +175,27 @@ class DBCacheConfig:
         return self.Fn_compute_blocks, self.Bn_compute_blocks
 
 
+@dataclass(frozen=True)
+class CalibratorConfig:
+    """How a bypassed region's results are predicted; the base of the calibrators' own classes."""
+
+    calibrator_cache_type: str = _setting("residual", _choice("residual", "hidden_states"))
+    """What is predicted: what the region adds to the values that run through it, or those values themselves."""
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+
+
+@dataclass(frozen=True)
+class TaylorSeerCalibratorConfig(CalibratorConfig):
+    """A Taylor expansion over the computed steps: order 1 continues on a line, order 0 repeats the latest value."""
+
+    taylorseer_order: int = _setting(1, _integer(0, "a number of derivatives"))
+    """Derivatives used. order + 1 values are kept for every result of a region and every CFG branch."""
+
+
+_CALIBRATORS = {"taylorseer": TaylorSeerCalibratorConfig}
+
 Backend: TypeAlias = str | Callable[..., Any]
 Passes: TypeAlias = tuple[str, ...] | tuple[tuple[str, bool], ...]
 
@@ -198,6 +219,15 @@ class Options:
         Rule(lambda value: value is None or isinstance(value, DBCacheConfig), "'dbcache', a DBCacheConfig or None"),
     )
     """When to reuse; None = never, the graph is cut and compiled as it is. "dbcache" = `DBCacheConfig()`."""
+    calibrator: CalibratorConfig | None = _setting(
+        None,
+        Rule(
+            lambda value: value is None or isinstance(value, CalibratorConfig),
+            f"{_choice(*_CALIBRATORS).words}, a calibrator's config such as TaylorSeerCalibratorConfig(), or None",
+            tuple(_CALIBRATORS),
+        ),
+    )
+    """What predicts the results of a bypassed region. None = what was stored last is used again."""
     # Hashes leave out what may be unhashable; comparison does not, so equal options still have equal hashes.
     inner_backend: Backend = _setting(
         "inductor",
@@ -248,6 +278,8 @@ class Options:
         passes, loops, inner = given["passes"], given["loops"], given["inner_options"]
         if given["cache"] == "dbcache":
             object.__setattr__(self, "cache", DBCacheConfig())
+        if isinstance(given["calibrator"], str) and given["calibrator"] in _CALIBRATORS:
+            object.__setattr__(self, "calibrator", _CALIBRATORS[given["calibrator"]]())
         if inner is None or isinstance(inner, Mapping):
             object.__setattr__(self, "inner_options", dict(inner or {}))
         if isinstance(passes, Mapping):
@@ -265,7 +297,7 @@ class Options:
 
     def structure(self) -> "Structure":
         """A hashable key: options with equal structure share their compiled graphs, whatever their policy."""
-        return replace(self, cache=None), self.cache.structure() if self.cache else None
+        return replace(self, cache=None, calibrator=None), self.cache.structure() if self.cache else None
 
 
 Structure: TypeAlias = tuple[Options, tuple[int, int] | None]

@@ -1,12 +1,16 @@
 """Storing what a region adds to the values that run through it, and adding it again where the region is bypassed.
 
-    store:   residual = result - base            apply:   result = base + residual
+    store:   residual = result - base            apply:   result = base + sum_j c_j residual_j
+
+One residual of weight 1 repeats the latest computed step; more of them, with a calibrator's weights, predict.
 
 Residuals are kept one precision up (float32 for 16-bit values, float64 for float32 ones): base + (result - base) in the
 values' own precision is not `result`, and reuse on identical inputs must reproduce it to the bit.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -32,8 +36,16 @@ def store_residual(result: torch.Tensor, base: torch.Tensor | None, out: torch.T
         out.sub_(base.detach())
 
 
-def apply_residual(base: torch.Tensor | None, residual: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """base + residual in `dtype`; the stored value itself, as a copy, where there is no base."""
-    if base is None:
-        return residual.to(dtype, copy=True)
-    return torch.add(base, residual).to(dtype)
+def apply_residual(
+    base: torch.Tensor | None, stored: Sequence[torch.Tensor], weights: Sequence[float], dtype: torch.dtype
+) -> torch.Tensor:
+    """base + sum_j weights[j] * stored[j] in `dtype`, summed in the precision of `stored`; no base counts as zero.
+
+    A new tensor of the stored ones' shape. One value of weight 1 gives back exactly the result that it was stored from.
+    """
+    terms = [(value, weight) for value, weight in zip(stored, weights, strict=True) if weight]
+    (value, weight), *others = terms
+    total = value * weight if base is None else torch.add(base, value, alpha=weight)
+    for value, weight in others:
+        total.add_(value, alpha=weight)
+    return total.to(dtype)

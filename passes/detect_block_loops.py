@@ -30,6 +30,7 @@ from torch import fx
 from cachedit_fx.passes.base import Pass, PassResult, facts
 from cachedit_fx.passes.graph_analysis import (
     body_nodes,
+    closes_context,
     cost_of,
     dependents,
     describe_value,
@@ -216,7 +217,7 @@ def module_path(raw: str) -> str:
 
 
 def _family(path: str) -> tuple[str, int] | None:
-    """(`blocks.#`, 3) for `blocks.3`; (`block_#`, 3) for `block_3`; None where the last part has no number at its end."""
+    """(`blocks.#`, 3) for `blocks.3`; (`block_#`, 3) for `block_3`; None where the last part ends in no number."""
     head, _, last = path.rpartition(".")
     match = re.fullmatch(r"(.*?)(\d+)", last)
     if match is None:
@@ -301,17 +302,17 @@ def _tandem_repeats(
             continue
         first, period, length = best
         first += low
-        ranges = _rotate(nodes, start + first, period, length)
-        found.append(ranges)
+        found.append(_rotate(nodes, start + first, period, length))
         pending += [(low, first), (first + length, high)]
     return sorted(found)
 
 
 def _longest_repeat(codes: np.ndarray[Any, Any]) -> tuple[int, int, int] | None:
-    """(start, period, length) of the repeat that covers most; of equals the one of the shortest period."""
+    """(start, period, length) of the repeat that covers most; of equals the one of the shortest period, so that a stack
+    of (linear, relu) shows as what it is, a repeat too short to be a block."""
     best: tuple[int, int, int] | None = None
     size = len(codes)
-    for period in range(MIN_BLOCK_NODES, size // 2 + 1):
+    for period in range(1, size // 2 + 1):
         same = codes[:-period] == codes[period:]
         edges = np.flatnonzero(np.diff(np.concatenate(([False], same, [False])).astype(np.int8)))
         for first, last in zip(edges[::2], edges[1::2], strict=True):
@@ -353,7 +354,7 @@ def _build_loop(span: _Span, nodes: Sequence[fx.Node], prints: Sequence[Hashable
     if not all(_is_substantial(block) for block in blocks):
         return None
     carried = _carried(blocks, prints)
-    if not carried:
+    if not carried or not all(_is_driven(block, carried, index) for index, block in enumerate(blocks)):
         return None
     inside = nodes[blocks[0].start : blocks[-1].end]
     made_by = {node: index for index, block in enumerate(blocks) for node in block.nodes}
@@ -387,12 +388,17 @@ def _is_substantial(block: Block) -> bool:
     return block.num_nodes >= MIN_BLOCK_NODES and any(is_compute(node) for node in block.nodes)
 
 
+def _is_driven(block: Block, carried: Sequence[Carried], index: int) -> bool:
+    """Whether the block's work depends on what it is handed. Parallel experts add to a sum that they do not read."""
+    return any(is_compute(node) for node in dependents({item.inputs[index] for item in carried}, block.nodes))
+
+
 def _share_gaps(
     ranges: Sequence[tuple[int, int]], nodes: Sequence[fx.Node], prints: Sequence[Hashable]
 ) -> list[tuple[int, int]]:
-    """Give the nodes between two blocks to one of them: what uses the block before (a ControlNet residual added) to
-    it, what prepares the next (a modulation picked) to that. Ahead of the first and behind the last block, as much is
-    taken as looks like what stands between the others."""
+    """Give the nodes between two blocks to one of them: what uses the block before (a ControlNet residual added,
+    its autocast left) to it, what prepares the next (a modulation picked) to that. Ahead of the first and behind
+    the last block, as much is taken as looks like what stands between the others."""
     starts = [start for start, _ in ranges]
     ends = [end for _, end in ranges]
     for index in range(len(ranges) - 1):
@@ -401,7 +407,7 @@ def _share_gaps(
             continue
         made = nodes[starts[index] : starts[index + 1]]
         of_block = set(made[: ends[index] - starts[index]])
-        behind = dependents(of_block, made)
+        behind = dependents(of_block, made) | {node for node in made if closes_context(node)}
         cut = max((at + 1 for at in gap if nodes[at] in behind), default=gap.start)
         ends[index] = starts[index + 1] = cut
     lead = starts[1] - ranges[1][0]

@@ -1,7 +1,7 @@
 """Finds the graph input that holds the timestep.
 
-By name first (`timestep` and its usual variants, as the end of the input's source name), then by use: a small input that
-reaches a sine or cosine through element-wise operations alone is what a sinusoidal time embedding is made of.
+By name first (`timestep` and its usual variants, as the end of the input's source name), then by use: a small input
+that reaches a sine or cosine through element-wise operations alone is what a sinusoidal time embedding is made of.
 
 A timestep that the tracer saw as a Python number is a constant of the graph and no input: then the number is passed in
 by who knows it (the tracer's frame). Analysis only. Provides `timestep` (a `TimestepSource`, or None).
@@ -24,10 +24,12 @@ from cachedit_fx.passes.graph_analysis import numel, target_name, tensor_of, val
 logger = logging.getLogger(__name__)
 
 NAMES = ("timestep", "timesteps", "timestep_cond", "t", "time", "noise_labels", "noise_level", "sigma", "sigmas")
-_ELEMENTWISE = frozenset(
-    """to float half bfloat16 double type_as mul add sub div truediv neg unsqueeze view reshape expand flatten getitem
-    repeat squeeze outer log clamp""".split()
-)
+# fmt: off
+_ELEMENTWISE = frozenset({
+    "to", "float", "half", "bfloat16", "double", "type_as", "mul", "add", "sub", "div", "truediv", "neg", "unsqueeze",
+    "view", "reshape", "expand", "flatten", "getitem", "repeat", "squeeze", "outer", "log", "clamp",
+})
+# fmt: on
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Questions that several passes ask of a dynamo-level graph: values, fingerprints, aliases, cost. Nothing here rewrites.
+"""Questions that several passes ask of a graph: values, fingerprints, aliases, cost. Nothing here rewrites.
 
 A *body node* is one that computes: neither a placeholder nor an attribute nor the output. Positions count body nodes in
 graph order, so a contiguous range of positions is always a convex sub-graph.
@@ -59,8 +59,10 @@ def same_kind(a: fx.Node, b: fx.Node) -> bool:
 
 
 def target_name(node: fx.Node) -> str:
-    """A readable name of what the node calls."""
+    """A readable name of what the node calls: `cat` for `torch.cat`, a method and `torch.ops.aten.cat.default`."""
     target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        target = target.overloadpacket
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))
 
 
@@ -126,19 +128,25 @@ IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.ixor: operator.xor,
 }
 
-# Methods and functions that may return a view of their first argument. `to`, `contiguous`, `reshape`, `flatten` and
-# `type_as` do so for some inputs only; for safety they count.
-_VIEW_NAMES = frozenset(
-    """alias as_strided chunk contiguous detach diagonal expand expand_as flatten float half bfloat16 double to type_as
-    getitem hsplit movedim moveaxis mT mH narrow permute real imag reshape reshape_as rot90 select slice split
-    split_with_sizes squeeze swapaxes swapdims t T tensor_split transpose unbind unflatten unfold unsqueeze view view_as
-    view_as_complex view_as_real vsplit getattr""".split()
-)
+# Methods and functions that may return a view of their first argument. `to`, `contiguous`, `reshape`, `flatten`,
+# `type_as` and `dropout` (outside training it returns its input) do so for some inputs only; for safety they count.
+# fmt: off
+_VIEW_NAMES = frozenset({
+    "alias", "as_strided", "broadcast_to", "chunk", "contiguous", "cpu", "cuda", "detach", "diagonal", "dropout",
+    "expand", "expand_as", "flatten", "float", "half", "bfloat16", "double", "to", "type_as", "ravel", "getitem",
+    "hsplit", "movedim", "moveaxis", "mT", "mH", "narrow", "permute", "real", "imag", "reshape", "reshape_as", "rot90",
+    "select", "slice", "split", "split_with_sizes", "squeeze", "swapaxes", "swapdims", "t", "T", "tensor_split",
+    "transpose", "unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as", "view_as_complex", "view_as_real",
+    "vsplit", "getattr",
+})
+# fmt: on
 
-_FACTORIES = frozenset(
-    """clone empty empty_like zeros zeros_like ones ones_like full full_like new_empty new_zeros new_ones new_full
-    rand randn rand_like randn_like""".split()
-)
+# fmt: off
+_FACTORIES = frozenset({
+    "clone", "empty", "empty_like", "zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "new_empty",
+    "new_zeros", "new_ones", "new_full", "rand", "randn", "rand_like", "randn_like",
+})
+# fmt: on
 
 
 def mutated_input(node: fx.Node) -> fx.Node | None:
@@ -193,11 +201,14 @@ def root_of(node: fx.Node) -> fx.Node:
 # Pure data movement
 # ---------------------------------------------------------------------------------------------------------------------
 
-_DATA_MOVEMENT = frozenset(
-    """cat concat concatenate stack chunk split split_with_sizes tensor_split unbind getitem narrow select slice view
-    view_as reshape reshape_as flatten unflatten permute transpose swapaxes movedim squeeze unsqueeze contiguous expand
-    expand_as repeat clone alias""".split()
-)
+# fmt: off
+_DATA_MOVEMENT = frozenset({
+    "cat", "concat", "concatenate", "stack", "chunk", "split", "split_with_sizes", "tensor_split", "unbind", "getitem",
+    "narrow", "select", "slice", "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "permute",
+    "transpose", "swapaxes", "movedim", "squeeze", "unsqueeze", "contiguous", "expand", "expand_as", "repeat", "clone",
+    "alias",
+})
+# fmt: on
 
 
 def is_data_movement(node: fx.Node) -> bool:
@@ -234,7 +245,7 @@ def is_compute(node: fx.Node) -> bool:
 
 
 def cost_of(node: fx.Node) -> int:
-    """An estimate of the node's floating-point operations, from the shapes alone. Good for comparing, not for timing."""
+    """An estimate of the node's floating-point operations, from shapes alone. Good for comparing, not for timing."""
     output = value_of(node)
     if isinstance(output, (list, tuple)):
         output = next((item for item in output if isinstance(item, torch.Tensor)), None)
@@ -243,7 +254,8 @@ def cost_of(node: fx.Node) -> int:
     name = target_name(node)
     inputs = [tensor for item in input_nodes(node) if (tensor := tensor_of(item)) is not None]
     if name in _MATMULS and inputs and inputs[0].dim():
-        return 2 * numel(output) * hint(inputs[0].shape[-1])
+        left = inputs[1] if name in ("addmm", "baddbmm") else inputs[0]
+        return 2 * numel(output) * hint(left.shape[-1])
     if "attention" in name and len(inputs) > 1 and inputs[1].dim() > 1:
         return 4 * numel(output) * hint(inputs[1].shape[-2])
     if name.startswith("conv") and len(inputs) > 1 and inputs[1].dim() > 1:
@@ -262,6 +274,11 @@ def ordered(nodes: Iterable[fx.Node], position: dict[fx.Node, int]) -> Iterator[
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def closes_context(node: fx.Node) -> bool:
+    """Whether the node leaves autocast or inference mode."""
+    return target_name(node) in ("_exit_autocast", "_exit_inference_mode")
+
+
 def open_contexts(nodes: Sequence[fx.Node]) -> list[tuple[int, int]]:
     """Position ranges [enter, exit] within which autocast or the grad mode differs from that at the graph's start."""
     spans: list[tuple[int, int]] = []
@@ -271,7 +288,7 @@ def open_contexts(nodes: Sequence[fx.Node]) -> list[tuple[int, int]]:
         name = target_name(node)
         if name in ("_enter_autocast", "_enter_inference_mode"):
             entered[node] = position
-        elif name in ("_exit_autocast", "_exit_inference_mode"):
+        elif closes_context(node):
             opened = next((item for item in node.all_input_nodes if item in entered), None)
             if opened is not None:
                 spans.append((entered.pop(opened), position))

@@ -132,15 +132,14 @@ def _compared(
 def _inline(graph: fx.Graph, bases: Continuation, known: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:
     """Copy a continuation's graph in, and return its results."""
     local: dict[fx.Node, fx.Node] = {}
+    results: list[fx.Node] = []
     inputs = iter(bases.inputs)
     for node in bases.graph.nodes:
         if node.op == "placeholder":
             local[node] = known[next(inputs)]
         elif node.op == "output":
-            results: list[fx.Node] = []
             map_arg(node.args[0], lambda item: results.append(local[item]))
-            return results
         else:
             local[node] = graph.node_copy(node, local.__getitem__)
             local[node].meta = dict(node.meta)
-    return []
+    return results

@@ -61,6 +61,7 @@ class PassManager:
 
     def run(self, gm: fx.GraphModule) -> fx.GraphModule:
         """Run the enabled passes on `gm`; a pass whose facts are absent, since an earlier one was off, is skipped."""
+        self.reports = []
         self._record("before", gm)
         for item in self.passes:
             reason = self._reason_to_skip(item, gm)
@@ -110,10 +111,15 @@ def order(passes: Sequence[Pass]) -> tuple[Pass, ...]:
     ordered: list[Pass] = []
     waiting = list(passes)
     while waiting:
-        pending = [(item, {fact for other in waiting if other is not item for fact in other.provides}) for item in waiting]
-        ready = next((item for item, due in pending if not (item.requires | item.uses) & due), None)
+        ready = next((item for item in waiting if not _waits(item, waiting)), None)
         if ready is None:
             raise PassOrderError(f"these passes wait for each other: {', '.join(item.name for item in waiting)}")
         ordered.append(ready)
         waiting.remove(ready)
     return tuple(ordered)
+
+
+def _waits(item: Pass, others: Sequence[Pass]) -> bool:
+    """Whether another of `others` has yet to provide what `item` reads."""
+    due = {fact for other in others if other is not item for fact in other.provides}
+    return bool((item.requires | item.uses) & due)

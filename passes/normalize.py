@@ -3,10 +3,12 @@
     h += a                      h_1 = h + a
     q, k = x.chunk(2)    ->     (getitems moved up beside the chunk, so that tensors cross cuts, never tuples)
     x[:, :n] = y                x_1 = x.clone(); x_1[:, :n] = y     (and every later use of x takes x_1)
+    s0 + s1                     (moved to the front: dynamo computes a length where the first block needs it)
 
 A block that adds to its input in place would make its own residual zero, and a bypassed block would leave the write
 undone. A buffer that is made, filled and read in one place (rotary embeddings through `empty_like` and `setitem`)
-crosses nothing and is left alone: rewriting it would only cost copies.
+crosses nothing and is left alone: rewriting it would only cost copies. What is written to a graph input is written back
+to it at the graph's end, for the caller to see.
 
 Requires nothing. What it cannot make pure (a write through a view, a write to a graph input's view) stays as it is;
 the region analysis then refuses regions that contain it.
@@ -17,6 +19,7 @@ from __future__ import annotations
 import operator
 from typing import ClassVar
 
+import torch
 from torch import fx
 
 from cachedit_fx.passes.base import Pass, PassResult, facts
@@ -40,7 +43,7 @@ class Normalize(Pass):
     provides: ClassVar[frozenset[str]] = frozenset({"normalized"})
 
     def run(self, gm: fx.GraphModule) -> PassResult:
-        matches = _gather_getitems(gm.graph) + _purify_writes(gm.graph)
+        matches = _gather_getitems(gm.graph) + _lift_lengths(gm.graph) + _purify_writes(gm.graph)
         facts(gm)["normalized"] = True
         return PassResult(gm, matches)
 
@@ -56,18 +59,52 @@ def _gather_getitems(graph: fx.Graph) -> int:
             if user.target is operator.getitem and isinstance(user.args[1], int):
                 if anchor.next is not user:
                     anchor.append(user)
+                    user.meta["nn_module_stack"] = producer.meta.get("nn_module_stack")
                     moved += 1
                 anchor = user
     return moved
 
 
+def _lift_lengths(graph: fx.Graph) -> int:
+    """Move whole numbers that are made of graph inputs alone behind the last input. Left in the first block, they would
+    be an input of every other block but not of that one."""
+    early = {node for node in graph.nodes if node.op == "placeholder" and _is_length(node)}
+    anchor = next((node for node in reversed(graph.nodes) if node.op == "placeholder"), None)
+    lifted = 0
+    for node in body_nodes(graph) if anchor and early else ():
+        if not _is_length(node) or not node.all_input_nodes or not early.issuperset(node.all_input_nodes):
+            continue
+        early.add(node)
+        if anchor.next is not node:
+            anchor.append(node)
+            node.meta.pop("nn_module_stack", None)
+            lifted += 1
+        anchor = node
+    return lifted
+
+
+def _is_length(node: fx.Node) -> bool:
+    return isinstance(value_of(node), (int, torch.SymInt))
+
+
 def _purify_writes(graph: fx.Graph) -> int:
     changed = 0
+    # Graph input -> the value that stands for it now, and back.
+    latest: dict[fx.Node, fx.Node] = {}
+    stands_for: dict[fx.Node, fx.Node] = {}
     for node in body_nodes(graph):
         target = mutated_input(node)
         if target is None or is_factory(root_of(target)) or _has_live_views(target, node):
             continue
-        changed += _make_pure(graph, node, target)
+        result = _make_pure(graph, node, target)
+        changed += 1
+        source = stands_for.get(target, target)
+        if source.op in ("placeholder", "get_attr"):
+            latest[source], stands_for[result] = result, source
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    with graph.inserting_before(output):
+        for source, result in latest.items():
+            graph.call_method("copy_", (source, result)).meta = dict(source.meta)
     return changed
 
 
@@ -85,17 +122,12 @@ def _has_live_views(target: fx.Node, write: fx.Node) -> bool:
     return False
 
 
-def _make_pure(graph: fx.Graph, write: fx.Node, target: fx.Node) -> int:
-    """Replace the write by a new value; every use of `target` behind it takes the new value."""
-    before = tensor_of(target)
+def _make_pure(graph: fx.Graph, write: fx.Node, target: fx.Node) -> fx.Node:
+    """Replace the write by a new value, which is returned; every use of `target` behind it takes the new value."""
     pure = _pure_twin(write)
     if pure is not None:
         write.op, write.target = pure
-        write.kwargs = {name: value for name, value in write.kwargs.items() if name != "inplace"}
-        result: fx.Node = write
-        after = tensor_of(write)
-        if before is not None and after is not None and after.dtype is not before.dtype:
-            return 0
+        result = write
     else:
         with graph.inserting_before(write):
             result = graph.call_method("clone", (target,))
@@ -105,7 +137,7 @@ def _make_pure(graph: fx.Graph, write: fx.Node, target: fx.Node) -> int:
     for user in list(target.users):
         if user is not write and user is not result and position[user] > position[write]:
             user.replace_input_with(target, result)
-    return 1
+    return result
 
 
 def _pure_twin(write: fx.Node) -> tuple[str, object] | None:

@@ -129,11 +129,10 @@ def plan_pieces(
             cuts.setdefault(region.start, ("glue", "glue"))
     if not cuts:
         return [Piece("model", "prologue", 0, tuple(nodes))]
+    cuts[end_of_last] = ("epilogue", "epilogue")
     for low, high in open_contexts(nodes):
         cuts = {at: label for at, label in cuts.items() if not low < at <= high}
-    cuts[0] = ("prologue", "prologue") if 0 not in cuts else cuts[0]
-    if end_of_last < len(nodes):
-        cuts[end_of_last] = ("epilogue", "epilogue")
+    cuts.setdefault(0, ("prologue", "prologue"))
 
     hoisted = {node for region in regions for node in region.hoisted}
     pieces: list[Piece] = []

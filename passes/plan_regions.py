@@ -173,6 +173,10 @@ def _plan(
     kept = [node for node in inside if node not in hoisted]
     ins, outs = live_ins(kept), live_outs(kept)
 
+    odd = next((value for value in outs if tensor_of(value) is None), None)
+    if odd is not None:
+        raise RegionRefused(f"{where}: {odd.name}, which leaves the region, is no tensor and cannot be stored")
+
     replay = _Replay(handed_on, position, start, hoisted)
     continued = tuple(replay.add(value) for value in outs)
     if not any(continued):

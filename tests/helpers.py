@@ -1,7 +1,8 @@
-"""Graphs for the tests of the passes: what dynamo captures of a module, passes run over it, op counts, stand-in caches."""
+"""Graphs for the tests of the passes: what dynamo captures, passes run over it, op counts, stand-in caches."""
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import fx
 
 from cachedit_fx.passes.base import Pass, facts
-from cachedit_fx.passes.detect_block_loops import Detection, DetectBlockLoops
+from cachedit_fx.passes.detect_block_loops import DetectBlockLoops, Detection
 from cachedit_fx.passes.graph_analysis import target_name
 from cachedit_fx.passes.insert_cache_branch import InsertCacheBranch
 from cachedit_fx.passes.manager import PassManager
@@ -33,6 +34,10 @@ class Captured:
     gm: fx.GraphModule
     inputs: list[Any]
     expected: tuple[Any, ...]
+
+    def copy(self) -> fx.GraphModule:
+        """Another graph module of the same graph, for the passes to change."""
+        return fx.GraphModule(self.gm, copy.deepcopy(self.gm.graph))
 
     def equals(self, results: Sequence[Any]) -> bool:
         """Whether `results` are bit for bit what was captured."""

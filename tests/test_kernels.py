@@ -74,8 +74,9 @@ def test_change_from_zero_is_a_large_difference_not_a_small_one():
     ],
 )
 def test_residuals_are_kept_one_precision_up(dtype, wider):
-    assert residual_dtype(dtype) is wider
-    assert residual_like(torch.zeros(2, 3, dtype=dtype)).dtype is wider
+    value = torch.zeros(2, 3, dtype=dtype)
+    assert residual_dtype(value) is wider
+    assert residual_like(value).dtype is wider
 
 
 def restored(result, base):
@@ -106,13 +107,12 @@ def test_what_was_stored_comes_back_to_the_bit(dtype, data):
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(data=st.data())
 def test_beyond_that_the_error_is_a_rounding_of_the_base(dtype, data):
-    limit = 2.0**15 if dtype is torch.float16 else 2.0**100
-    base = data.draw(st.floats(1, limit, width=16))
+    base = data.draw(st.floats(1, 2.0**15))
     ratio = data.draw(st.integers(SPARE[dtype] + 1, 60))
     base, result = torch.tensor([base], dtype=dtype), torch.tensor([base * 2.0**-ratio * 1.1], dtype=dtype)
     assume(result.isfinite().all())
     error = (restored(result, base).double() - result.double()).abs()
-    wider_eps = torch.finfo(residual_dtype(dtype)).eps
+    wider_eps = torch.finfo(residual_dtype(base)).eps
     assert (error <= base.double().abs() * wider_eps + result.double().abs() * torch.finfo(dtype).eps).all()
 
 

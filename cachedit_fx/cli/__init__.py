@@ -5,6 +5,7 @@ A new command is a function in a file of its own, listed below.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
@@ -14,14 +15,21 @@ from cachedit_fx.cli.demo import demo
 
 app = typer.Typer(
     name="cachedit",
+    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_show_locals=False,
 )
 
+
+def _unwrapped(command: Callable[..., object]) -> str:
+    """A docstring with one line a paragraph, so that the terminal's width breaks it."""
+    return "\n\n".join(" ".join(part.split()) for part in (command.__doc__ or "").split("\n\n"))
+
+
 for command in (demo,):
-    app.command()(command)
+    app.command(help=_unwrapped(command))(command)
 
 
 def _show_versions(wanted: bool) -> None:
@@ -35,7 +43,6 @@ def _show_versions(wanted: bool) -> None:
     raise typer.Exit()
 
 
-@app.callback()
 def main(
     _version: Annotated[
         bool,
@@ -44,8 +51,11 @@ def main(
 ) -> None:
     """Let a diffusion transformer skip the work that consecutive denoising steps repeat.
 
-    cachedit_fx is a torch.compile backend; this is its command line. Start with [bold]cachedit demo[/bold], which needs
-    nothing but this installation. On your own pipeline:
+    This is the command line of cachedit_fx, a torch.compile backend. Start with [bold]cachedit demo[/bold], which needs
+    nothing but this installation. On a pipeline of your own, one line is all:
 
-    [bold]torch.compile(pipe.transformer, backend="cachedit")[/bold]   or   [bold]cachedit_fx.enable_cache(pipe)[/bold]
+    [bold]torch.compile(pipe.transformer, backend="cachedit")[/bold] or [bold]cachedit_fx.enable_cache(pipe)[/bold]
     """
+
+
+app.callback(help=_unwrapped(main))(main)

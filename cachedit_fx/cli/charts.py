@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 # Told apart in grey and by the colour-blind too (Okabe and Ito's blue and vermilion), and by their shapes.
 CACHED, COMPUTED, QUIET = "#0072B2", "#D55E00", "#6B6B6B"
-_DPI = 110
+_DPI = 120
+_SIDE, _COLUMN, _ROW, _LABEL = 0.8, 0.92, 1.02, 1.85
+"""Of the grid, in inches: a picture (96 dots, 3 a pixel), distances from one to the next, the room for labels."""
 
 
 def decibels(value: float) -> str:
@@ -31,35 +33,35 @@ def row_label(row: Row, index: int) -> str:
         return f"uncached\n{row.steps} steps"
     if row.config is None:
         return f"{row.steps} steps, no cache\nwork {row.work:.0%}\n{decibels(row.mean_psnr)}"
-    threshold = f"DBCache, threshold {row.config.residual_diff_threshold:g}"
-    return f"{threshold}\nwork {row.work:.0%}\n{decibels(row.mean_psnr)}"
+    threshold = f"threshold {row.config.residual_diff_threshold:g}"
+    name = f"DBCache, {threshold}" if row.calibrator is None else f"+ TaylorSeer, {threshold}"
+    return f"{name}\nwork {row.work:.0%}\n{decibels(row.mean_psnr)}"
 
 
 def save_grid(rows: Sequence[Row], prompts: Sequence[str], path: Path) -> None:
     """Rows are configurations, columns prompts; below each picture its PSNR against the uncached one."""
-    cell, label = 1.05, 1.75
-    heading = 0.16 * max(len(_wrapped(prompt).splitlines()) for prompt in prompts) + 0.1
-    width, height = label + cell * len(prompts) + 0.08, heading + 1.28 * len(rows)
+    heading = 0.14 * max(len(_wrapped(prompt).splitlines()) for prompt in prompts) + 0.12
+    width, height = _LABEL + _COLUMN * len(prompts), heading + _ROW * len(rows)
     figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
     for number, row in enumerate(rows):
-        bottom = height - heading - 1.28 * (number + 1) + 0.24
-        bold = {"fontweight": "bold"} if row.config or number == 0 else {"color": QUIET}
+        top = height - heading - _ROW * number
+        weight, color = ("bold", "black") if row.config or number == 0 else ("normal", QUIET)
         name, _, figures = row_label(row, number).partition("\n")
-        middle = (bottom + 0.5) / height
-        figure.text(0.1 / width, middle + 0.02 / height, name, fontsize=8.5, va="bottom", **bold)
-        figure.text(0.1 / width, middle - 0.02 / height, figures, fontsize=8.5, va="top", color=QUIET, linespacing=1.25)
+        middle = (top - 0.3) / height
+        figure.text(0.1 / width, middle, name, fontsize=8, va="bottom", weight=weight, color=color)
+        figure.text(0.1 / width, middle - 0.03 / height, figures, fontsize=8, va="top", color=QUIET, linespacing=1.25)
         for column, picture in enumerate(row.pictures):
-            place = ((label + cell * column) / width, bottom / height, 1.0 / width, 1.0 / height)
-            axes = figure.add_axes(place)
+            left = _LABEL + _COLUMN * column
+            axes = figure.add_axes((left / width, (top - _SIDE) / height, _SIDE / width, _SIDE / height))
             axes.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
             axes.set(xticks=[], yticks=[])
             for spine in axes.spines.values():
                 spine.set(linewidth=0.5, color="#BBBBBB")
             if number:
-                axes.set_xlabel(decibels(row.psnr[column]), fontsize=7, color=QUIET, labelpad=2)
+                axes.set_xlabel(decibels(row.psnr[column]), fontsize=6.5, color=QUIET, labelpad=2)
     for column, prompt in enumerate(prompts):
-        middle = label + cell * column + 0.5
-        figure.text(middle / width, 1 - 0.07 / height, _wrapped(prompt), fontsize=7, ha="center", va="top")
+        middle = _LABEL + _COLUMN * column + _SIDE / 2
+        figure.text(middle / width, 1 - 0.07 / height, _wrapped(prompt), fontsize=6.5, ha="center", va="top")
     figure.savefig(path)
 
 
@@ -68,8 +70,9 @@ def _wrapped(prompt: str) -> str:
 
 
 def save_differences(rows: Sequence[Row], path: Path) -> None:
-    """A panel for each threshold: the measured difference by step, the threshold, and what was decided."""
-    shown = [(row.config, row.stats) for row in rows if row.config is not None and row.stats is not None]
+    """A panel for each threshold: the measured difference by step, the threshold, and what was decided. Those of
+    TaylorSeer are left out: it predicts the bypassed blocks, not the difference, and they look alike."""
+    shown = [(row.config, row.stats) for row in rows if row.config and row.stats and row.calibrator is None]
     figure = Figure(figsize=(8, 0.75 + 1.75 * len(shown)), dpi=_DPI, facecolor="white", layout="constrained")
     panels = figure.subplots(len(shown), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for panel, (config, stats) in zip(panels, shown, strict=True):

@@ -1,8 +1,11 @@
 """Measures what caching costs and saves on the bundled model: the figures behind `cachedit demo`.
 
     uncached, all steps ─► reference pictures
-    DBCache, each threshold ─► pictures, work (block executions over the uncached run's), PSNR against the reference
-    fewer steps at that work ─► the same: what a user could have had by asking for fewer steps, with no cache at all
+    each threshold: DBCache, repeating what was stored ─┐
+                    DBCache, predicting with TaylorSeer ├► pictures, work (block executions over the uncached run's),
+                    fewer steps at that work ───────────┘  PSNR against the reference
+
+Fewer steps are what a user could have had by asking for them, with no cache at all.
 
 Then all of them again, in rounds, for time. All runs start from the same noise, on one thread.
 """
@@ -19,7 +22,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cachedit_fx import CacheWarning, DBCacheConfig, compile, enable_cache, refresh_context, summary
+import cachedit_fx
+from cachedit_fx import CacheWarning, CalibratorConfig, DBCacheConfig, TaylorSeerCalibratorConfig
 from cachedit_fx.cli.terminal import quiet
 from cachedit_fx.runtime.stats import CacheStats
 
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 
 POLICY = DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=4)
 """One of the 18 blocks decides. Its thresholds are the comparison's."""
+TAYLOR = TaylorSeerCalibratorConfig(taylorseer_order=1)
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Settings:
     @property
     def runs(self) -> int:
         """Pipeline runs, those that compile left out."""
-        return (1 + 2 * len(self.thresholds)) * (1 + self.rounds)
+        return (1 + 3 * len(self.thresholds)) * (1 + self.rounds)
 
 
 @dataclass
@@ -62,6 +67,8 @@ class Row:
     psnr: list[float]
     """Of each picture against the uncached one, in dB; infinite where they are equal."""
     stats: CacheStats | None = None
+    calibrator: CalibratorConfig | None = None
+    """None: what was stored last is repeated."""
     seconds: list[float] = field(default_factory=list)
     """Of each timed run, all pictures."""
     ratios: list[float] = field(default_factory=list)
@@ -89,7 +96,7 @@ def psnr(pictures: torch.Tensor, reference: torch.Tensor) -> list[float]:
 
 
 def compare(settings: Settings, tell: Callable[[str, int], None]) -> list[Row]:
-    """Run everything: the uncached row, then for each threshold its row and that of fewer steps at equal work.
+    """Run everything: the uncached row, then for each threshold three: DBCache, DBCache with TaylorSeer, fewer steps.
 
     Args:
         settings: what is compared.
@@ -115,32 +122,36 @@ def _compare(
 ) -> list[Row]:
     from cachedit_fx.shapes import generate
 
-    def run(config: DBCacheConfig | None, steps: int) -> torch.Tensor:
-        pipe = plain
-        if config is not None:
-            pipe = refresh_context(cached, cache_config=config)
-        return generate(pipe, settings.prompts, steps, settings.seed)
+    def run(steps: int, config: DBCacheConfig | None, calibrator: CalibratorConfig | None) -> torch.Tensor:
+        if config is None:
+            return generate(plain, settings.prompts, steps, settings.seed)
+        cachedit_fx.enable_cache(cached, config, calibrator, inner_backend=settings.inner_backend)
+        return generate(cached, settings.prompts, steps, settings.seed)
 
-    def row(config: DBCacheConfig | None, steps: int) -> Row:
-        pictures = run(config, steps)
+    def add(steps: int, config: DBCacheConfig | None = None, calibrator: CalibratorConfig | None = None) -> Row:
+        pictures = run(steps, config, calibrator)
         against = psnr(pictures, rows[0].pictures if rows else pictures)
-        (stats,) = summary(cached) if config else (None,)
-        return Row(steps, config, pictures, stats.work if stats else steps / settings.steps, against, stats)
+        (stats,) = cachedit_fx.summary(cached) if config else (None,)
+        work = stats.work if stats else steps / settings.steps
+        rows.append(Row(steps, config, pictures, work, against, stats, calibrator))
+        return rows[-1]
 
     tell(f"compiling with {settings.inner_backend}", 0)
-    compile(plain.transformer, cache=None, inner_backend=settings.inner_backend)
-    enable_cache(cached, POLICY, inner_backend=settings.inner_backend)
-    run(None, 2), run(POLICY, 2)
+    cachedit_fx.compile(plain.transformer, cache=None, inner_backend=settings.inner_backend)
+    run(2, None, None), run(2, POLICY, None)
 
     rows: list[Row] = []
     tell("uncached", 0)
-    rows.append(row(None, settings.steps))
+    add(settings.steps)
     for threshold in settings.thresholds:
+        config = POLICY.reset(residual_diff_threshold=threshold)
         tell(f"threshold {threshold:g}", 1)
-        rows.append(row(POLICY.reset(residual_diff_threshold=threshold), settings.steps))
-        steps = max(1, round(settings.steps * rows[-1].work))
+        work = add(settings.steps, config).work
+        tell(f"{threshold:g} with TaylorSeer", 1)
+        add(settings.steps, config, TAYLOR)
+        steps = max(1, round(settings.steps * work))
         tell(f"{steps} steps", 1)
-        rows.append(row(None, steps))
+        add(steps)
     for number in range(settings.rounds):
         tell(f"timing, round {number + 1} of {settings.rounds}", 1)
         _time_round(rows, run, tell, backwards=bool(number % 2))
@@ -150,7 +161,7 @@ def _compare(
 
 def _time_round(
     rows: Sequence[Row],
-    run: Callable[[DBCacheConfig | None, int], torch.Tensor],
+    run: Callable[[int, DBCacheConfig | None, CalibratorConfig | None], torch.Tensor],
     tell: Callable[[str, int], None],
     backwards: bool,
 ) -> None:
@@ -159,7 +170,7 @@ def _time_round(
         if index:
             tell("", 1)
         start = time.perf_counter()
-        run(row.config, row.steps)
+        run(row.steps, row.config, row.calibrator)
         row.seconds.append(time.perf_counter() - start)
     for row in rows:
         row.ratios.append(row.seconds[-1] / rows[0].seconds[-1])

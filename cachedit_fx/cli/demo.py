@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,7 +43,7 @@ PROMPTS = (
 MAX_PROMPTS = 16
 
 
-class InnerBackend(str, Enum):
+class InnerBackend(StrEnum):
     """What compiles the pieces."""
 
     inductor = "inductor"
@@ -88,9 +88,10 @@ def demo(
 ) -> None:
     """Draw pictures without and with the cache, and compare work, time and fidelity.
 
-    A small trained FLUX (18 blocks, 6.8 M parameters, part of this installation) runs behind diffusers' FluxPipeline, on
-    one thread: uncached; with [bold]DBCache[/bold] (F1B0, 4 warm-up steps) at each threshold; and, for each of these,
-    uncached with [bold]fewer steps at equal work[/bold], the rival that any cache has to beat.
+    A small trained FLUX (18 blocks, 6.8 M parameters, part of this installation) runs behind diffusers' FluxPipeline,
+    on one thread: uncached; with [bold]DBCache[/bold] (F1B0, 4 warm-up steps) at each threshold, repeating what was
+    stored and predicting it with [bold]TaylorSeer[/bold] (order 1); and, for each of these, uncached with [bold]fewer
+    steps at equal work[/bold], the rival that any cache has to beat.
 
     [bold]work[/bold] is block executions over the uncached run's. [bold]time[/bold] is wall time over the uncached
     run's, the median of alternating runs; compiling is not in it. [bold]PSNR[/bold] is against the uncached pictures
@@ -116,7 +117,7 @@ def demo(
         with _progress(settings.runs) as (progress, task):
 
             def tell(what: str, done: int) -> None:
-                progress.update(task, advance=done, **({"description": what} if what else {}))
+                progress.update(task, advance=done, description=what or None)
 
             rows = compare(settings, tell)
             with quiet():
@@ -128,17 +129,20 @@ def demo(
     except KeyboardInterrupt:
         errors.print(f"interrupted; nothing was written to {out}")
         raise typer.Exit(130) from None
-    except (FileNotFoundError, ValueError) as error:
+    except OSError as error:  # no weights, a full disk
         errors.print(f"[bold red]error:[/bold red] {error}")
         raise typer.Exit(1) from None
 
     console.print()
     console.print(table(rows))
     for line in (*verdict(rows), *notes(rows, settings)):
+        console.print()
         console.print(line)
     console.print()
-    console.print(f"{out}/grid.png         the pictures", f"{out}/differences.png  why each step was cached or not")
-    console.print(f"{out}/table.md         this table; all in {time.perf_counter() - start:.0f} s")
+    names = {"grid.png": "the pictures", "differences.png": "why each step was cached or not", "table.md": "this table"}
+    for name, told in names.items():
+        console.print(f"{out / name}  [dim]{told}[/dim]")
+    console.print(f"[dim]{time.perf_counter() - start:.0f} s in all[/dim]")
 
 
 def _checked_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
@@ -195,10 +199,12 @@ HEADINGS = ("configuration", "steps", "cached", "work", "time", "PSNR dB")
 
 def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """The text below `HEADINGS`, a tuple for each row."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for index, row in enumerate(rows):
         name = "fewer steps, equal work"
-        if row.config is not None:
+        if row.calibrator is not None:
+            name = "  with TaylorSeer"
+        elif row.config is not None:
             name = f"DBCache, threshold {row.config.residual_diff_threshold:g}"
         elif index == 0:
             name = "uncached"
@@ -214,8 +220,8 @@ def table(rows: Sequence[Row]) -> Table:
     for number, heading in enumerate(HEADINGS):
         made.add_column(heading, justify="right" if number else "left", no_wrap=True)
     for index, (row, texts) in enumerate(zip(rows, cells(rows), strict=True)):
-        ends_pair = index % 2 == 0
-        made.add_row(*texts, style="bold" if row.config else "" if index == 0 else "dim", end_section=ends_pair)
+        ends_group = row.config is None
+        made.add_row(*texts, style="bold" if row.config else "" if index == 0 else "dim", end_section=ends_group)
     return made
 
 
@@ -227,18 +233,22 @@ def markdown(rows: Sequence[Row], settings: Settings) -> str:
 
 
 def verdict(rows: Sequence[Row]) -> list[str]:
-    """What the table says, in a sentence: whether each threshold beats its rival."""
-    parts = []
-    for row, rival in zip(rows[1::2], rows[2::2], strict=True):
-        assert row.config is not None
-        gain = row.mean_psnr - rival.mean_psnr
-        told = (
-            "equal"
-            if math.isnan(gain) or abs(gain) < 0.05
-            else f"{abs(gain):.1f} dB {'ahead' if gain > 0 else 'behind'}"
-        )
-        parts.append(f"{told} at {row.config.residual_diff_threshold:g}")
-    return [f"At equal work, DBCache against fewer steps: {', '.join(parts)}."]
+    """What the table says: whether each way of caching beats its rival, a sentence for each."""
+    told: dict[str, list[str]] = {}
+    for plain, predicted, rival in zip(rows[1::3], rows[2::3], rows[3::3], strict=True):
+        assert plain.config is not None
+        for name, row in (("DBCache", plain), ("DBCache with TaylorSeer", predicted)):
+            told.setdefault(name, []).append(f"{_against(row, rival)} at {plain.config.residual_diff_threshold:g}")
+    return [f"At equal work, {name} against fewer steps: {', '.join(parts)}." for name, parts in told.items()]
+
+
+def _against(row: Row, rival: Row) -> str:
+    cached, fewer = row.mean_psnr, rival.mean_psnr
+    if math.isinf(cached):
+        return "equal" if math.isinf(fewer) else "identical pictures"
+    if math.isinf(fewer):
+        return "too little cached to compare"
+    return f"{abs(cached - fewer):.1f} dB {'ahead' if cached > fewer else 'behind'}"
 
 
 def notes(rows: Sequence[Row], settings: Settings) -> list[str]:
@@ -250,11 +260,17 @@ def notes(rows: Sequence[Row], settings: Settings) -> list[str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = [
         f"Work: block executions; time: wall time, median of {settings.rounds}; both over uncached, which takes "
-        f"{seconds:.2f} s for {pictures}. F1B0, 4 warm-up steps, {settings.inner_backend}, one thread of a {cores}-core "
-        f"{platform.machine()} CPU, torch {torch.__version__}."
+        f"{seconds:.2f} s for {pictures}. F1B0, 4 warm-up steps, {settings.inner_backend}, one thread of a "
+        f"{cores}-core {platform.machine()} CPU, torch {torch.__version__}."
     ]
+    spread = max(rows[0].seconds) / min(rows[0].seconds)
+    if spread > 1.25:
+        found.append(
+            f"Busy machine: the uncached run's slowest round took {spread:.1f} x its fastest; doubt the times."
+        )
     for row in rows:
-        message = row.stats.inert_threshold_message(row.config) if row.stats and row.config else None
+        repeats = row.stats and row.config and row.calibrator is None
+        message = row.stats.inert_threshold_message(row.config) if repeats and row.stats and row.config else None
         if message:
             found.append(f"Nothing was cached: {message}.")
     return found

@@ -10,6 +10,7 @@ The rewritten graph sees a `Call`: it asks `decide` once for each region, then `
 from __future__ import annotations
 
 import contextvars
+import itertools
 import logging
 import threading
 import time
@@ -25,7 +26,8 @@ import torch
 
 from cachedit_fx.kernels.l1_diff import l1_difference, residual
 from cachedit_fx.kernels.residual_apply import apply_residual, residual_dtype, residual_like, store_residual
-from cachedit_fx.options import DBCacheConfig, Options
+from cachedit_fx.options import CalibratorConfig, DBCacheConfig, Options
+from cachedit_fx.runtime.calibrators import coefficients, values_kept
 from cachedit_fx.runtime.listener import Hint
 from cachedit_fx.runtime.policy import Action, Decision, History, Reason, advance, decide
 from cachedit_fx.runtime.stats import CacheStats
@@ -61,6 +63,8 @@ def session(key: Hashable) -> Iterator[None]:
 
 def read_back(values: Sequence[torch.Tensor]) -> list[float]:
     """The 0-d `values` as numbers, in one transfer: the only place where the host waits for the device."""
+    if all(on_host(value) for value in values):
+        return [float(value) for value in values]
     exact = torch.float32 if values[0].device.type == "mps" else torch.float64  # Metal has no float64
     numbers: list[float] = torch.stack([value.detach().to(exact) for value in values]).tolist()
     return numbers
@@ -85,45 +89,46 @@ class BranchMemory:
     """Shapes and dtypes of the streams that entered when it was stored."""
     reference: torch.Tensor | None = None
     """r of the last computed step, float32."""
-    stored: list[Any] = field(default_factory=list)
-    """For each result of the region its residual, or the result itself; whatever is no tensor as it is."""
-    dtypes: list[torch.dtype | None] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    """Numbers of the computed steps whose values are stored, the latest first."""
+    stored: list[list[torch.Tensor]] = field(default_factory=list)
+    """For each result of the region, as `steps`: its residual, or the result itself where it has no base."""
+    dtypes: list[torch.dtype] = field(default_factory=list)
 
     def forget(self) -> None:
         """Start a generation: keep the buffers, not their meaning."""
         self.history = History()
         self.signature = self.reference = None
+        self.steps = []
 
-    def store(self, results: Sequence[Any], bases: Sequence[Any]) -> None:
-        """Keep the residuals of a computed step."""
+    def store(
+        self, results: Sequence[torch.Tensor], bases: Sequence[torch.Tensor | None], step: int, kept: int
+    ) -> None:
+        """Keep the residuals of a computed step, and of the `kept` - 1 computed before it."""
         if len(self.stored) != len(results):
-            self.stored = [None] * len(results)
-        self.dtypes = [result.dtype if isinstance(result, torch.Tensor) else None for result in results]
-        for index, (result, base) in enumerate(zip(results, bases, strict=True)):
-            if not isinstance(result, torch.Tensor):
-                self.stored[index] = result
-                continue
-            buffer = self.stored[index]
-            wanted = residual_like(result) if not _fits(buffer, result) else buffer
-            store_residual(result, base, wanted)
-            self.stored[index] = wanted
+            self.stored = [[] for _ in results]
+        self.steps = [step, *self.steps][:kept]
+        self.dtypes = [result.dtype for result in results]
+        for buffers, result, base in zip(self.stored, results, bases, strict=True):
+            buffers[:] = [buffer for buffer in buffers if _fits(buffer, result)][:kept]
+            oldest = buffers.pop() if len(buffers) == kept else residual_like(result)
+            store_residual(result, base, oldest)
+            buffers.insert(0, oldest)
 
-    def restore(self, bases: Sequence[Any]) -> tuple[Any, ...]:
-        """The region's results from the bases of the present step."""
+    def restore(self, bases: Sequence[torch.Tensor | None], weights: Sequence[float]) -> tuple[torch.Tensor, ...]:
+        """The region's results from the bases of the present step and the weights of the stored values."""
         return tuple(
-            stored if dtype is None else apply_residual(base, stored, dtype)
-            for base, stored, dtype in zip(bases, self.stored, self.dtypes, strict=True)
+            apply_residual(base, buffers[: len(weights)], weights, dtype)
+            for base, buffers, dtype in zip(bases, self.stored, self.dtypes, strict=True)
         )
 
     @property
     def bytes_held(self) -> int:
-        tensors = [*self.stored, self.reference]
-        return sum(item.numel() * item.element_size() for item in tensors if isinstance(item, torch.Tensor))
+        tensors = [*itertools.chain.from_iterable(self.stored), *([] if self.reference is None else [self.reference])]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _fits(buffer: Any, result: torch.Tensor) -> bool:
-    if not isinstance(buffer, torch.Tensor):
-        return False
+def _fits(buffer: torch.Tensor, result: torch.Tensor) -> bool:
     same_place = buffer.shape == result.shape and buffer.device == result.device
     return same_place and buffer.dtype == residual_dtype(result)
 
@@ -140,13 +145,15 @@ class Session:
         self.uncached: Counter[str] = Counter()
         self.watches: list[tuple[CacheStats, Action, Stopwatch]] = []
         self.calls = 0
+        self.inert_told = False
         self.shared_differences: dict[tuple[int, int], float] = {}
 
     def begin(self, position: Position) -> None:
         """Called at every position; clears the memory where it starts a generation."""
         if position.generation == self.generation:
             return
-        self._close_generation()
+        self._warn_of_inert_thresholds()
+        self.inert_told = False
         self.generation = position.generation
         for memory in self.memories.values():
             memory.forget()
@@ -178,6 +185,7 @@ class Session:
 
     def summary(self) -> list[CacheStats]:
         """The present generation's statistics, one for each region; one without blocks where no region ever ran."""
+        self._warn_of_inert_thresholds()
         for stats, action, watch in self.watches:
             stats.record_seconds(action, watch.seconds())
         self.watches = []
@@ -187,22 +195,25 @@ class Session:
             return [CacheStats("uncached", 0, 0, 0, uncached_causes=self.uncached)]
         return self.stats
 
-    def _close_generation(self) -> None:
+    def _warn_of_inert_thresholds(self) -> None:
+        """Once a generation: at its end, or when its statistics are asked for."""
         config = self.cache.config
-        if config is None:
+        if config is None or self.inert_told:
             return
         for stats in self.stats:
             message = stats.inert_threshold_message(config)
             if message:
-                warnings.warn(f"{stats.name}: {message}; no step was cached", CacheWarning, stacklevel=2)
+                self.inert_told = True
+                warnings.warn(f"{stats.name}: {message}; no step was cached", CacheWarning, stacklevel=3)
 
 
 class ModelCache:
     """All that is remembered of one model under one set of options.
 
     Attributes:
-        options: as parsed; only the policy fields of `options.cache` may change later (`set_config`).
+        options: as parsed; only the policy fields of `options.cache` may change later (`set_policy`).
         hint: returns what the caller says of the present call.
+        used: when it was called last, by the monotonic clock.
     """
 
     def __init__(self, options: Options) -> None:
@@ -210,6 +221,7 @@ class ModelCache:
         self.config = options.cache
         self.hint: Callable[[], Hint] = Hint
         self.latest: Session | None = None
+        self.used = 0.0
         self._by_thread: weakref.WeakKeyDictionary[threading.Thread, Session] = weakref.WeakKeyDictionary()
         self._by_key: OrderedDict[Hashable, Session] = OrderedDict()
         self._lock = threading.Lock()
@@ -231,11 +243,12 @@ class ModelCache:
                     dropped, _ = self._by_key.popitem(last=False)
                     logger.info("session %r dropped: more than %d are kept", dropped, MAX_SESSIONS)
             self.latest = found
+            self.used = time.monotonic()
         return found
 
-    def set_config(self, config: DBCacheConfig) -> None:
+    def set_policy(self, config: DBCacheConfig, calibrator: CalibratorConfig | None) -> None:
         """Change the policy. Takes effect at the next call, which starts a new generation in every session."""
-        self.options = replace(self.options, cache=config)
+        self.options = replace(self.options, cache=config, calibrator=calibrator)
         self.config = config
         with self._lock:
             for found in (*self._by_thread.values(), *self._by_key.values()):
@@ -261,6 +274,7 @@ class Call:
         self.session = session
         self.regions = regions
         self.config = session.cache.config or DBCacheConfig()
+        self.calibrator = session.cache.options.calibrator
         self._time = timestep if hint.time is None else hint.time
         self._branch_name = hint.branch
         self._position: Position | None = None
@@ -328,18 +342,29 @@ class Call:
         memory = self.session.memory(number, branch)
         watch = Stopwatch(inputs)
         if decision.action is Action.REUSE:
-            results = memory.restore(bases(*inputs))
+            weights = coefficients(self.calibrator, memory.steps, step)
+            results = memory.restore(self._bases(bases, inputs), weights)
         else:
             results = compute(*inputs)
             if may_reuse(self.config):
-                current, memory.signature = self._residuals[number]
-                memory.reference = current
-                memory.store(results, bases(*inputs))
+                current, signature = self._residuals[number]
+                if signature != memory.signature:
+                    memory.steps = []
+                memory.reference, memory.signature = current, signature
+                memory.store(results, self._bases(bases, inputs), step, values_kept(self.calibrator))
         memory.history = advance(memory.history, decision)
         stats = self.session.region_stats(number, self.regions[number])
         stats.record(branch, step, decision)
         self.session.watches.append((stats, decision.action, watch.stop()))
         return results
+
+    def _bases(
+        self, bases: Callable[..., tuple[torch.Tensor | None, ...]], inputs: Sequence[Any]
+    ) -> tuple[torch.Tensor | None, ...]:
+        """What stored residuals are relative to; nothing where whole values are to be predicted."""
+        found = bases(*inputs)
+        whole = self.calibrator is not None and self.calibrator.calibrator_cache_type == "hidden_states"
+        return (None,) * len(found) if whole else found
 
     def _locate(self, number: int, current: torch.Tensor | None, signature: Hashable) -> dict[int, float]:
         """Find the position; where the timestep is on the device, read it together with the differences against every

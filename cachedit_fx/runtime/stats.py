@@ -53,7 +53,7 @@ class BranchStats:
         return {step: decision.reason for step, decision in self.decisions.items()}
 
 
-@dataclass
+@dataclass(repr=False)
 class CacheStats:
     """One region in one generation.
 
@@ -161,6 +161,9 @@ class CacheStats:
 
     def __str__(self) -> str:
         return f"{self.name}: {self._summary}"
+
+    def __repr__(self) -> str:
+        return f"<{self}>"
 
     @property
     def _summary(self) -> str:

@@ -49,6 +49,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--threshold", type=float, default=0.0)
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--peer-compile", choices=("transformer", "transformer-tuned", "blocks"), default="transformer")
+    parser.add_argument("--granularity", choices=("block", "region"), default="block")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
@@ -121,7 +122,9 @@ class System:
             residual_diff_threshold=arguments.threshold,
         )
         inner = "inductor" if arguments.compiled else "eager"
-        cachedit_fx.enable_cache(self.pipe, config, inner_backend=inner, dynamic=False)
+        cachedit_fx.enable_cache(
+            self.pipe, config, inner_backend=inner, granularity=arguments.granularity, dynamic=False
+        )
         return lambda: cachedit_fx.summary(self.pipe)[0].cached_steps
 
     def _enable_cache_dit(self, arguments: argparse.Namespace) -> Callable[[], list[int]]:
