@@ -56,6 +56,7 @@ def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa
             known.set_policy(parsed.cache, parsed.calibrator)
         return module
     cache = ModelCache(parsed)
+    cache.spans_graphs = True
     listener = listen(module)
     if listener is not None:
         cache.hint = listener.hint
@@ -98,6 +99,7 @@ class _CountedCall:
         session = self.cache.session()
         before = session.calls
         result = self.compiled(*args, **kwargs)
+        self.cache.end_call()
         if session.calls == before and self.cache.options.cache is not None:
             session.record_uncached(NOT_CAPTURED)
             self.cache.warn_once(f"a call ran uncached: {NOT_CAPTURED}; TORCH_LOGS=graph_breaks,recompiles tells which")

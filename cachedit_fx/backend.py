@@ -1,7 +1,7 @@
 """The whole story on one screen: from dynamo's graph to a callable that reuses what earlier steps computed.
 
     dynamo graph ─► normalize ─► find_timestep ─► detect_block_loops ─► plan_regions ─► outline_blocks
-                                                       ─► insert_cache_branch ─► lower ─► CompiledGraph
+                                                       ─► insert_cache_branch ─► lower ─► CachedGraph
 
 `torch.compile(model, backend="cachedit", options={...})` finds `cachedit` below through an entry point;
 `cachedit_fx.compile` binds the same function to one module's cache.
@@ -10,9 +10,10 @@
 from __future__ import annotations
 
 import logging
+import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
@@ -27,13 +28,15 @@ from cachedit_fx.passes.manager import PassManager
 from cachedit_fx.passes.normalize import Normalize
 from cachedit_fx.passes.outline_blocks import OutlineBlocks
 from cachedit_fx.passes.plan_regions import PlanRegions, RegionReport
-from cachedit_fx.runtime.registry import cache_of_anchor
-from cachedit_fx.runtime.state import Call, ModelCache, RegionInfo
+from cachedit_fx.runtime.registry import cache_of_anchors
+from cachedit_fx.runtime.state import NO_REGION, Call, ModelCache, RegionInfo
 
 logger = logging.getLogger(__name__)
 
+Anchors: TypeAlias = tuple[int, int]
+"""Indices of the two inputs by which a call's module is found."""
+
 GRADIENTS = "gradients wanted"
-NO_REGION = "no region to bypass"
 
 
 def cachedit(
@@ -58,22 +61,22 @@ def compile_graph(
         options: validated.
         cache: the cache of the one module this graph is for; None finds it at each call by the weights.
     """
-    anchor = _anchor(example_inputs)
+    anchors = _anchors(gm, example_inputs)
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
-        return _uncached(gm, example_inputs, options, cache, anchor, GRADIENTS)
+        return _uncached(gm, example_inputs, options, cache, anchors, GRADIENTS)
     outer = rewrite(gm, options, _numbers_in_frame())
     if not facts(outer).get("pieces"):
-        return _uncached(gm, example_inputs, options, cache, anchor, NO_REGION, _why_uncached(facts(outer)))
+        return _uncached(gm, example_inputs, options, cache, anchors, NO_REGION, _why_uncached(facts(outer)))
     distinct = lower(outer, options)
     logger.info("%d pieces, %d distinct", len(facts(outer)["pieces"]), distinct)
     found = dict(facts(outer))
     outer.meta.clear()  # what the passes learned refers to the flat graph, and would keep it alive
     if "cache_input" in found:
         regions = tuple(RegionInfo(r.name, r.num_blocks, r.first, r.last) for r in found["regions"].regions)
-        return CachedGraph(outer.forward, options, cache, anchor, regions, found.get("timestep"))
+        return CachedGraph(outer.forward, options, cache, anchors, regions, found.get("timestep"))
     if options.cache is None:
         return outer.forward
-    return CompiledGraph(outer.forward, options, cache, anchor, NO_REGION, _why_uncached(found))
+    return UncachedGraph(outer.forward, options, cache, anchors, NO_REGION, _why_uncached(found))
 
 
 def pipeline(options: Options, numbers: Mapping[str, Any]) -> list[Pass]:
@@ -116,7 +119,7 @@ def rewrite(gm: fx.GraphModule, options: Options, numbers: Mapping[str, Any]) ->
     return pass_manager(options, numbers).run(gm)
 
 
-class CompiledGraph:
+class UncachedGraph:
     """A graph that runs uncached, and says why once; counted in the statistics."""
 
     def __init__(
@@ -124,17 +127,15 @@ class CompiledGraph:
         forward: Callable[..., Any],
         options: Options,
         cache: ModelCache | None,
-        anchor: int | None,
+        anchors: Anchors | None,
         cause: str,
         explanation: str,
     ) -> None:
         self.forward, self.options, self.cause, self.explanation = forward, options, cause, explanation
-        self.find = _CacheFinder(options, cache, anchor)
+        self.find = _CacheFinder(options, cache, anchors)
 
     def __call__(self, *args: Any) -> Any:
-        cache = self.find(args)
-        cache.session().record_uncached(self.cause)
-        cache.warn_once(self.explanation)
+        self.find(args).note_uncached(self.cause, self.explanation)
         return self.forward(*args)
 
 
@@ -146,19 +147,18 @@ class CachedGraph:
         forward: Callable[..., Any],
         options: Options,
         cache: ModelCache | None,
-        anchor: int | None,
+        anchors: Anchors | None,
         regions: Sequence[RegionInfo],
         timestep: TimestepSource | None,
     ) -> None:
         self.forward, self.regions = forward, regions
-        self.find = _CacheFinder(options, cache, anchor)
+        self.find = _CacheFinder(options, cache, anchors)
         self.timestep_input = timestep.input_index if timestep else None
         self.timestep_constant = timestep.constant if timestep else None
 
     def __call__(self, *args: Any) -> Any:
         cache = self.find(args)
-        session = cache.session()
-        session.calls += 1
+        session = cache.note_cached()
         timestep = self.timestep_constant if self.timestep_input is None else args[self.timestep_input]
         return self.forward(Call(session, self.regions, timestep, cache.hint()), *args)
 
@@ -166,23 +166,28 @@ class CachedGraph:
 class _CacheFinder:
     """From a call's inputs to the cache of its module, which is held weakly: dynamo keeps compiled code for good."""
 
-    def __init__(self, options: Options, cache: ModelCache | None, anchor: int | None) -> None:
-        self.options, self.anchor = options, anchor
+    def __init__(self, options: Options, cache: ModelCache | None, anchors: Anchors | None) -> None:
+        self.options, self.anchors = options, anchors
         self.own = weakref.ref(cache) if cache is not None else None
-        self.nobodys = ModelCache(options) if cache is None and anchor is None else None
+        self.nobodys = ModelCache(options) if cache is None and anchors is None else None
 
     def __call__(self, args: Sequence[Any]) -> ModelCache:
         found = self.own() if self.own is not None else self.nobodys
         if found is not None:
             return found
-        assert self.anchor is not None
-        return cache_of_anchor(args[self.anchor], self.options)
+        assert self.anchors is not None
+        block, last = self.anchors
+        return cache_of_anchors(args[block], args[last], self.options)
 
 
-def _anchor(example_inputs: Sequence[Any]) -> int | None:
-    """The index of the input that tells modules apart: the last weight, which lies behind what models may share."""
+def _anchors(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Anchors | None:
+    """Which inputs tell modules apart: the last weight in a numbered member of a container, and the last of all."""
+    names = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
     weights = [index for index, value in enumerate(example_inputs) if isinstance(value, torch.nn.Parameter)]
-    return weights[-1] if weights else None
+    if not weights:
+        return None
+    in_blocks = [index for index in weights if re.search(r"_\d+_(modules|parameters)_", names[index])]
+    return (in_blocks or weights)[-1], weights[-1]
 
 
 def _uncached(
@@ -190,7 +195,7 @@ def _uncached(
     example_inputs: Sequence[Any],
     options: Options,
     cache: ModelCache | None,
-    anchor: int | None,
+    anchors: Anchors | None,
     cause: str,
     explanation: str | None = None,
 ) -> Callable[..., Any]:
@@ -198,8 +203,8 @@ def _uncached(
     forward = gm.forward if options.inner_backend == "eager" else inner_compiler(options)(gm, list(example_inputs))
     if options.cache is None:
         return forward
-    return CompiledGraph(
-        forward, options, cache, anchor, cause, explanation or f"{cause}: nothing is cached under grad mode"
+    return UncachedGraph(
+        forward, options, cache, anchors, cause, explanation or f"{cause}: nothing is cached under grad mode"
     )
 
 

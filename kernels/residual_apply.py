@@ -5,7 +5,9 @@
 One residual of weight 1 repeats the latest computed step; more of them, with a calibrator's weights, predict.
 
 Residuals are kept one precision up (float32 for 16-bit values, float64 for float32 ones): base + (result - base) in the
-values' own precision is not `result`, and reuse on identical inputs must reproduce it to the bit.
+values' own precision is not `result`, and reuse on identical inputs must reproduce it to the bit. It does while the
+result is not smaller than its base by a factor of 2^12 (float16), 2^15 (bfloat16) or 2^28 (float32); beyond, the error
+is a rounding of the base.
 """
 
 from __future__ import annotations
@@ -45,6 +47,8 @@ def apply_residual(
     """
     terms = [(value, weight) for value, weight in zip(stored, weights, strict=True) if weight]
     (value, weight), *others = terms
+    if base is None and weight == 1 and not others:
+        return value.to(dtype, copy=True)
     total = value * weight if base is None else torch.add(base, value, alpha=weight)
     for value, weight in others:
         total.add_(value, alpha=weight)

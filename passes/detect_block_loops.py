@@ -472,7 +472,16 @@ def _entering_first(blocks: Sequence[Block], second: fx.Node, prints: Sequence[H
             for value, other in zip(input_nodes(mine), input_nodes(twin), strict=True):
                 if other is second:
                     return value
-    return next((value for value in zero.live_ins if value.op != "get_attr" and same_kind(value, second)), None)
+    alike = [value for value in zero.live_ins if value.op != "get_attr" and _same_shape(value, second)]
+    return next((value for value in alike if same_kind(value, second)), next(iter(alike), None))
+
+
+def _same_shape(a: fx.Node, b: fx.Node) -> bool:
+    """Autocast may hand the first block another dtype than the blocks hand on."""
+    first, second = tensor_of(a), tensor_of(b)
+    if first is None or second is None or not first.dtype.is_floating_point:
+        return False
+    return [str(size) for size in first.shape] == [str(size) for size in second.shape]
 
 
 def _leaving_last(blocks: Sequence[Block], previous: fx.Node, prints: Sequence[Hashable]) -> fx.Node | None:

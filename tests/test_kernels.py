@@ -82,7 +82,7 @@ def test_residuals_are_kept_one_precision_up(dtype, wider):
 def restored(result, base):
     out = residual_like(result)
     store_residual(result, base, out)
-    return apply_residual(base, out, result.dtype)
+    return apply_residual(base, [out], [1.0], result.dtype)
 
 
 # Bits that the wider dtype has to spare over the two operands' own: how far below the base a result may lie.
@@ -126,7 +126,7 @@ def test_restored_values_are_copies():
     """What the graph does to a restored value must not reach the store, nor later stores reach the value."""
     result, stored = torch.randn(4, dtype=torch.float64), torch.empty(4, dtype=torch.float64)
     store_residual(result, None, stored)
-    found = apply_residual(None, stored, torch.float64)
+    found = apply_residual(None, [stored], [1.0], torch.float64)
     found.zero_()
     assert torch.equal(stored, result)
 

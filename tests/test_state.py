@@ -26,28 +26,27 @@ def enabled(config=BASE, model=None, **options):
 # what is stored
 
 
-def test_results_come_back_with_and_without_a_base_and_what_is_no_tensor_as_it_is():
+def test_results_come_back_with_and_without_a_base():
     memory = BranchMemory()
-    results = torch.randn(2, 3), torch.randn(4).bfloat16(), torch.arange(3), 7, None
-    bases = torch.randn(2, 3), None, None, None, None
-    memory.store(results, bases)
-    found = memory.restore(bases)
-    assert all(torch.equal(a, b) and a.dtype is b.dtype for a, b in zip(results[:3], found[:3], strict=True))
-    assert found[3:] == (7, None)
+    results = torch.randn(2, 3), torch.randn(4).bfloat16(), torch.arange(3)
+    bases = torch.randn(2, 3), None, None
+    memory.store(results, bases, step=0, kept=1)
+    found = memory.restore(bases, (1.0,))
+    assert all(torch.equal(a, b) and a.dtype is b.dtype for a, b in zip(results, found, strict=True))
     assert memory.bytes_held == 6 * 8 + 4 * 4 + 3 * 8
 
 
 def test_buffers_are_written_again_and_made_anew_only_for_another_shape_or_dtype():
     memory = BranchMemory()
-    memory.store((torch.ones(2, 3),), (None,))
-    (first,) = memory.stored
+    memory.store((torch.ones(2, 3),), (None,), step=0, kept=1)
+    ((first,),) = memory.stored
     memory.forget()
-    memory.store((torch.zeros(2, 3),), (None,))
-    assert memory.stored[0] is first and first.sum() == 0
+    memory.store((torch.zeros(2, 3),), (None,), step=0, kept=1)
+    assert memory.stored[0][0] is first and first.sum() == 0
     for other in (torch.ones(2, 4), torch.ones(2, 4, dtype=torch.bfloat16)):
-        memory.store((other,), (None,))
-        assert torch.equal(memory.restore((None,))[0], other)
-    memory.store((torch.ones(1), torch.ones(1)), (None, None))
+        memory.store((other,), (None,), step=1, kept=1)
+        assert torch.equal(memory.restore((None,), (1.0,))[0], other)
+    memory.store((torch.ones(1), torch.ones(1)), (None, None), step=2, kept=1)
     assert len(memory.stored) == 2
 
 

@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 MAX_SESSIONS = 32
 """Named sessions that a model keeps; the one unused for longest is dropped, and its next call computes."""
 
+NO_REGION = "no region to bypass"
+"""The cause of an uncached call that a graph without a region is."""
+
 _session_key: contextvars.ContextVar[Hashable] = contextvars.ContextVar("cachedit_fx_session", default=None)
 
 
@@ -214,6 +217,8 @@ class ModelCache:
         options: as parsed; only the policy fields of `options.cache` may change later (`set_policy`).
         hint: returns what the caller says of the present call.
         used: when it was called last, by the monotonic clock.
+        has_region: whether any graph of the model has a region.
+        spans_graphs: whether it is told when the module's call ends (`end_call`), whose graphs may be several.
     """
 
     def __init__(self, options: Options) -> None:
@@ -222,6 +227,9 @@ class ModelCache:
         self.hint: Callable[[], Hint] = Hint
         self.latest: Session | None = None
         self.used = 0.0
+        self.has_region = False
+        self.spans_graphs = False
+        self._pending: str | None = None
         self._by_thread: weakref.WeakKeyDictionary[threading.Thread, Session] = weakref.WeakKeyDictionary()
         self._by_key: OrderedDict[Hashable, Session] = OrderedDict()
         self._lock = threading.Lock()
@@ -253,6 +261,31 @@ class ModelCache:
         with self._lock:
             for found in (*self._by_thread.values(), *self._by_key.values()):
                 found.refresh(config)
+
+    def note_uncached(self, cause: str, explanation: str) -> None:
+        """Count a call of a graph that runs uncached, and say why once. Where a module's call spans several graphs, one
+        without a region is no cause of either if another has one: that is known at the call's end (`end_call`)."""
+        if cause == NO_REGION and self.has_region:
+            return
+        self.session().record_uncached(cause)
+        if cause == NO_REGION and self.spans_graphs:
+            self._pending = explanation
+        else:
+            self.warn_once(explanation)
+
+    def note_cached(self) -> Session:
+        """Count a call of a graph that has a region, and return its session."""
+        session = self.session()
+        session.calls += 1
+        self.has_region = True
+        session.uncached.pop(NO_REGION, None)
+        return session
+
+    def end_call(self) -> None:
+        """The module's call is over: warn if none of its graphs had a region."""
+        if self._pending is not None and not self.has_region:
+            self.warn_once(self._pending)
+        self._pending = None
 
     def warn_once(self, message: str) -> None:
         """Warn, the first time that this model has this to say."""

@@ -9,7 +9,7 @@ Three ways to tell branches apart, the first that applies wins:
   `cfg_compute_first`. False: every call is a step of branch 0.
 - The call carries a name (`transformer.cache_context("cond")`). Names are numbered as they appear in the generation.
   A name seen again is a new step, at an equal timestep too: in bfloat16 neighbouring ones can be equal. So is another
-  timestep.
+  timestep. Only at the generation's first timestep a name seen again starts a new one.
 - The timestep. Seen again, it is the step's next branch, up to four; another one is a new step, its first call branch
   0. A call with no timestep is a step.
 
@@ -21,9 +21,9 @@ What calls alone cannot tell, and what happens:
 
 - A scheduler that evaluates a timestep twice (Heun, other second-order ones) looks like two branches: set
   `enable_separate_cfg=False`. A step is then a call, and `num_inference_steps` counts calls.
-- A generation of one step, then one that starts at the same timestep: taken for a further branch (unnamed), or step
-  (named). With another start: taken for the next step, and the direction is learned across the border. `refresh`
-  between them cures it; so does `num_inference_steps=1`, unless unnamed branches are told apart by the timestep.
+- A generation of one step, then one that starts at the same timestep: taken for a further branch where calls carry no
+  names. With another start: taken for the next step, and the direction is learned across the border. `refresh` between
+  them cures it; so does `num_inference_steps=1`, unless unnamed branches are told apart by the timestep.
 - A generation that goes on where the last one stopped (a base model, then its refiner) is the same generation:
   `refresh`.
 - A step without its first unnamed branch (the conditional call left out): the other one is taken for branch 0, and
@@ -60,6 +60,8 @@ class _Generation:
     """The latest one that was given."""
     rising: bool | None = None
     """Its direction; None until two different ones were seen."""
+    starts_again: bool = False
+    """Whether it began at the only timestep of the one before it."""
     in_step: set[int] = field(default_factory=set)
     """Branches seen in the present step."""
     names: dict[str, int] = field(default_factory=dict)
@@ -113,8 +115,20 @@ class Tracker:
         ):
             self.refresh()
             step, index = self._locate(timestep, branch)
+        elif self._starts_again(timestep, branch):
+            self.refresh()
+            self._now.starts_again = True
+            step, index = self._locate(timestep, branch)
         self._now.add(step, index, timestep, branch, shape)
         return Position(self._now.number, step, index)
+
+    def _starts_again(self, timestep: float | None, name: str | None) -> bool:
+        """A name seen again at the first timestep: what came before was a generation of one step, such as a run to
+        warm up. A second time in a row it is a timestep that never changes."""
+        now = self._now
+        if self.config.enable_separate_cfg is not None or name not in now.names or now.starts_again:
+            return False
+        return now.step == 0 and timestep is not None and timestep == now.timestep
 
     def refresh(self) -> None:
         """Let the next call start a new generation. Twice in a row is once."""
