@@ -168,10 +168,16 @@ def mutated_input(node: fx.Node) -> fx.Node | None:
 
 def _inplace_argument(node: fx.Node) -> bool:
     """`F.dropout(x, p, training, inplace)` and `F.silu(x, inplace)` and their like, called by position."""
-    if node.op != "call_function" or not isinstance(node.target, Callable):  # type: ignore[arg-type]
-        return False
-    positional = {F.dropout: 3, F.silu: 1, F.relu: 1, F.leaky_relu: 2, F.elu: 2, F.hardtanh: 3, F.mish: 1}
-    index = positional.get(node.target)  # type: ignore[call-overload]
+    positional: dict[Any, int] = {
+        F.dropout: 3,
+        F.silu: 1,
+        F.relu: 1,
+        F.leaky_relu: 2,
+        F.elu: 2,
+        F.hardtanh: 3,
+        F.mish: 1,
+    }
+    index = positional.get(node.target)
     return index is not None and len(node.args) > index and node.args[index] is True
 
 

@@ -17,7 +17,8 @@ the region analysis then refuses regions that contain it.
 from __future__ import annotations
 
 import operator
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -69,9 +70,11 @@ def _lift_lengths(graph: fx.Graph) -> int:
     """Move whole numbers that are made of graph inputs alone behind the last input. Left in the first block, they would
     be an input of every other block but not of that one."""
     early = {node for node in graph.nodes if node.op == "placeholder" and _is_length(node)}
-    anchor = next((node for node in reversed(graph.nodes) if node.op == "placeholder"), None)
+    if not early:
+        return 0
+    anchor = next(node for node in reversed(graph.nodes) if node.op == "placeholder")
     lifted = 0
-    for node in body_nodes(graph) if anchor and early else ():
+    for node in body_nodes(graph):
         if not _is_length(node) or not node.all_input_nodes or not early.issuperset(node.all_input_nodes):
             continue
         early.add(node)
@@ -140,12 +143,12 @@ def _make_pure(graph: fx.Graph, write: fx.Node, target: fx.Node) -> fx.Node:
     return result
 
 
-def _pure_twin(write: fx.Node) -> tuple[str, object] | None:
+def _pure_twin(write: fx.Node) -> tuple[str, Callable[..., Any] | str] | None:
     """(op, target) of the out-of-place form with the same arguments, where there is one that keeps the dtype."""
     if not _keeps_dtype(write):
         return None
-    if write.target in IN_PLACE_OPERATORS:
-        return "call_function", IN_PLACE_OPERATORS[write.target]  # type: ignore[index]
+    if callable(write.target) and write.target in IN_PLACE_OPERATORS:
+        return "call_function", IN_PLACE_OPERATORS[write.target]
     if write.op == "call_method" and write.target in ("add_", "sub_", "mul_", "div_"):
         return "call_method", str(write.target)[:-1]
     return None

@@ -242,7 +242,7 @@ class _Outliner:
 
         for node in piece.nodes:
             visit(node)
-        needed = set()
+        needed: set[Any] = set()
         for node in (*found, *piece.nodes):
             value = value_of(node)
             for item in value if isinstance(value, (tuple, list)) else (value,):

@@ -206,7 +206,7 @@ class Refined(Toy):
         super().__init__(num_blocks, width)
         self.refiners = nn.ModuleList(_Plain(width) for _ in range(num_refiners))
 
-    def forward(self, hidden_states: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, timestep: Tensor, text: Tensor) -> Tensor:  # type: ignore[override]
         for block in self.refiners:
             text = block(text)
         joint = super().forward(torch.cat([text, hidden_states], dim=1), timestep)
@@ -216,7 +216,9 @@ class Refined(Toy):
 class Controlled(Toy):
     """A residual of its own is added behind each block, as ControlNets have it."""
 
-    def forward(self, hidden_states: Tensor, timestep: Tensor, residuals: Sequence[Tensor]) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, timestep: Tensor, residuals: Sequence[Tensor]
+    ) -> Tensor:
         temb = time_embedding(timestep)
         x = self.embed(hidden_states)
         for block, residual in zip(self.blocks, residuals, strict=True):
@@ -232,7 +234,8 @@ class UShaped(nn.Module):
         self.blocks = nn.ModuleList(_Skipping(width, i > num_blocks // 2) for i in range(num_blocks))
 
     def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
-        temb, skips = time_embedding(timestep), []
+        temb = time_embedding(timestep)
+        skips: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             late = index > len(self.blocks) // 2
             hidden_states = block(hidden_states, temb, skips.pop() if late else None)
@@ -247,7 +250,7 @@ class _Skipping(Block):
         self.skip = nn.Linear(2 * width, width) if skip else None
 
     def forward(self, x: Tensor, temb: Tensor, skip: Tensor | None = None) -> Tensor:
-        if self.skip is not None:
+        if self.skip is not None and skip is not None:
             x = self.skip(torch.cat([x, skip], dim=-1))
         return super().forward(x, temb)
 

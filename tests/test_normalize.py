@@ -112,6 +112,8 @@ class WritesInput(_Linear):
 
 
 class WritesBuffer(_Linear):
+    calls: torch.Tensor
+
     def __init__(self):
         super().__init__()
         self.register_buffer("calls", torch.zeros(2, dtype=torch.long))
