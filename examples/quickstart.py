@@ -9,8 +9,9 @@ A pipeline of your own takes the same line, and no adapter for its model:
   image = pipe("a lighthouse in a storm", num_inference_steps=28).images[0]
   cachedit_fx.summary(pipe, details=True)
 
-Without arguments the first 8 blocks decide, 8 steps warm up, and the threshold is 0.08: cautious values for models of
-some 57 blocks. The bundled model has 18, so here the first one decides.
+Without arguments the first 8 blocks decide, 8 steps warm up, the threshold is 0.08, and a cached step repeats what was
+stored: cautious values for models of some 57 blocks. The bundled model has 18, so here the first one decides; and a
+cached step continues the trend of the computed ones (TaylorSeer), which is nearly always the better thing to do.
 """
 
 from pathlib import Path
@@ -27,7 +28,7 @@ PICTURE = Path("runs/quickstart.png")
 def main() -> None:
     pipe = load_pipeline()
     policy = cachedit_fx.DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=4, residual_diff_threshold=0.12)
-    cachedit_fx.enable_cache(pipe, policy)
+    cachedit_fx.enable_cache(pipe, policy, cachedit_fx.TaylorSeerCalibratorConfig())
 
     pictures = generate(pipe, [PROMPT], num_inference_steps=28)
 

@@ -1,4 +1,4 @@
-"""Predictions as weights on stored values: against the recurrence of the paper, and through the memory."""
+"""Predictions as weights on stored values: against the recurrence of the paper, through the memory, end to end."""
 
 import itertools
 import math
@@ -7,8 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from toys import denoise, make
 
-from cachedit_fx import CalibratorConfig, OptionError, TaylorSeerCalibratorConfig
+import cachedit_fx
+from cachedit_fx import CalibratorConfig, DBCacheConfig, OptionError, TaylorSeerCalibratorConfig
 from cachedit_fx.options import parse_options
 from cachedit_fx.runtime.calibrators import coefficients, values_kept
 from cachedit_fx.runtime.state import BranchMemory
@@ -113,3 +115,59 @@ def test_options_take_a_name_or_a_config() -> None:
 def test_bad_settings_are_named(make: object) -> None:
     with pytest.raises(OptionError, match="is not allowed: it must be"):
         make()  # type: ignore[operator]
+
+
+MASK = DBCacheConfig(
+    Fn_compute_blocks=1, steps_computation_mask="1110101010", steps_computation_policy="static"
+)  # fmt: skip
+
+
+def denoised(calibrator: CalibratorConfig | None, cache: DBCacheConfig | None = MASK) -> torch.Tensor:
+    model = cachedit_fx.compile(make(), cache=cache, calibrator=calibrator, inner_backend="eager")
+    return denoise(model)
+
+
+def test_prediction_is_nearer_to_the_uncached_result_than_repetition() -> None:
+    plain = denoise(make())
+    errors = [
+        (denoised(calibrator) - plain).abs().mean().item()
+        for calibrator in (None, TaylorSeerCalibratorConfig(), TaylorSeerCalibratorConfig(taylorseer_order=2))
+    ]
+    assert errors[1] < 0.5 * errors[0] and errors[2] < 0.5 * errors[0]
+
+
+def test_order_0_repeats() -> None:
+    assert torch.equal(denoised(TaylorSeerCalibratorConfig(taylorseer_order=0)), denoised(None))
+
+
+def test_whole_values_are_predicted_on_request() -> None:
+    whole = TaylorSeerCalibratorConfig(calibrator_cache_type="hidden_states")
+    assert not torch.equal(denoised(whole), denoised(TaylorSeerCalibratorConfig()))
+
+
+def test_a_calibrator_changes_nothing_where_nothing_is_cached() -> None:
+    cache = DBCacheConfig(Fn_compute_blocks=1, residual_diff_threshold=0.0)
+    assert torch.equal(denoised(TaylorSeerCalibratorConfig(), cache), denoise(make()))
+
+
+def test_changing_the_calibrator_compiles_nothing() -> None:
+    model, compilations = make(), []
+
+    def inner(gm: torch.fx.GraphModule, _: object) -> object:
+        compilations.append(gm)
+        return gm.forward
+
+    results = []
+    for calibrator in (None, TaylorSeerCalibratorConfig(), None):
+        cachedit_fx.enable_cache(model, MASK, calibrator, inner_backend=inner)
+        results.append(denoise(model))
+        if len(results) == 1:
+            first = len(compilations)
+    assert first > 0 and len(compilations) == first
+    assert torch.equal(results[0], results[2]) and not torch.equal(results[0], results[1])
+
+
+def test_refresh_takes_a_calibrator() -> None:
+    model = cachedit_fx.enable_cache(make(), MASK, inner_backend="eager")
+    cachedit_fx.refresh_context(model, calibrator_config=TaylorSeerCalibratorConfig())
+    assert torch.equal(denoise(model), denoised(TaylorSeerCalibratorConfig()))
