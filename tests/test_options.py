@@ -209,6 +209,7 @@ OTHER_POLICY = {
     "num_inference_steps": 2,
     "steps_computation_mask": "10",
     "steps_computation_policy": "static",
+    "calibrator": "taylorseer",
 }
 OTHER_STRUCTURE = {
     "Fn_compute_blocks": 1,
