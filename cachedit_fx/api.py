@@ -232,7 +232,8 @@ class Explanation:
             whole = sum(not continued for continued in region.continued)
             lines.append(
                 f"  {region.name}: blocks {region.first} to {region.num_blocks - region.last - 1} of "
-                f"{region.num_blocks} may be bypassed; {len(region.live_outs)} results, {whole} stored whole"
+                f"{region.num_blocks} may be bypassed; {len(region.live_outs)} results of "
+                f"{region.result_bytes / 2**20:.3g} MiB in all, {whole} stored whole"
             )
         lines.extend(f"Note: {note}" for note in self.notes)
         return "\n".join([*lines, "", "Rewritten graph", self.code])

@@ -507,6 +507,7 @@ def _choose_chain(
     gm: fx.GraphModule, nodes: Sequence[fx.Node], loops: Sequence[BlockLoop], chosen: Sequence[str] | None
 ) -> tuple[tuple[int, ...], tuple[int, ...], list[str]]:
     notes: list[str] = []
+    sample = _sample_input(gm)
     if chosen is not None:
         by_name = {loop.name: index for index, loop in enumerate(loops)}
         unknown = [name for name in chosen if name not in by_name]
@@ -515,20 +516,24 @@ def _choose_chain(
         chain = sorted(by_name[name] for name in chosen)
         notes.append(f"chain chosen by option: {', '.join(loops[i].name for i in chain)}")
     elif loops:
-        chain = _connected_bulk(nodes, loops, notes)
+        chain = _connected_bulk(nodes, loops, sample, notes)
     else:
         return (), (), ["no block loop: no run of alike sub-graphs in which each takes what the one before it made"]
     hidden: list[int] = []
-    sample = _sample_input(gm)
     for index in chain:
         hidden.append(_hidden_slot(nodes, loops[index], sample, loops[chain[0]] if hidden else None, hidden))
     return tuple(chain), tuple(hidden), notes
 
 
-def _connected_bulk(nodes: Sequence[fx.Node], loops: Sequence[BlockLoop], notes: list[str]) -> list[int]:
-    """The largest loop, and those before and after it that feed it or are fed by it and are not small beside it."""
+def _connected_bulk(
+    nodes: Sequence[fx.Node], loops: Sequence[BlockLoop], sample: fx.Node | None, notes: list[str]
+) -> list[int]:
+    """The largest loop, and those before and after it that feed it or are fed by it, that carry the hidden states if
+    it does (blocks for the text alone may stand beside those for the image), and that are not small beside it."""
     main = max(range(len(loops)), key=lambda index: loops[index].cost)
     chain = [main]
+    made = dependents({sample}, nodes) | {sample} if sample is not None else set()
+    streamed = [any(item.inputs[0] in made for item in loop.carried) for loop in loops]
     for index, loop in enumerate(loops):
         if index == main:
             continue
@@ -537,13 +542,16 @@ def _connected_bulk(nodes: Sequence[fx.Node], loops: Sequence[BlockLoop], notes:
         source = {v for item in loops[first].carried for v in item.outputs[-1:] if v is not None}
         reached = dependents(source, nodes[loops[first].start :])
         feeds = any(item.inputs[0] in source or item.inputs[0] in reached for item in loops[second].carried)
-        if feeds and share >= MIN_CHAIN_SHARE:
-            chain.append(index)
+        if not feeds:
+            why = "its values do not run into the chain"
+        elif share < MIN_CHAIN_SHARE:
+            why = f"its work is {share:.1%} of {loops[main].name}'s"
+        elif streamed[main] and not streamed[index]:
+            why = "the hidden states do not run through it"
         else:
-            why = (
-                f"its work is {share:.1%} of {loops[main].name}'s" if feeds else "its values do not run into the chain"
-            )
-            notes.append(f"{loop.name} is left out of the chain: {why}")
+            chain.append(index)
+            continue
+        notes.append(f"{loop.name} is left out of the chain: {why}")
     return sorted(chain)
 
 

@@ -33,6 +33,7 @@ from cachedit_fx.passes.graph_analysis import (
     live_ins,
     live_outs,
     mutated_input,
+    numel,
     open_contexts,
     positions_of,
     root_of,
@@ -89,6 +90,12 @@ class RegionPlan:
     @property
     def num_blocks(self) -> int:
         return len(self.blocks)
+
+    @property
+    def result_bytes(self) -> int:
+        """Size of the results in their own dtypes, symbols replaced by their hints; what is stored is twice that."""
+        tensors = [tensor for value in self.live_outs if (tensor := tensor_of(value)) is not None]
+        return sum(numel(tensor) * tensor.element_size() for tensor in tensors)
 
     @property
     def middle(self) -> tuple[Block, ...]:

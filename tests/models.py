@@ -213,6 +213,32 @@ class Refined(Toy):
         return joint[:, text.shape[1] :]
 
 
+class Parallel(nn.Module):
+    """Text and image each run through blocks of their own, side by side, and meet in the blocks behind them."""
+
+    def __init__(self, num_blocks: int = 3, single: int = 4, width: int = WIDTH, text_first: bool = True) -> None:
+        super().__init__()
+        self.text_first = text_first
+        self.text_blocks = nn.ModuleList(Block(width) for _ in range(num_blocks))
+        self.image_blocks = nn.ModuleList(Block(width) for _ in range(num_blocks))
+        self.single_blocks = nn.ModuleList(Block(width) for _ in range(single))
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        temb, x, length = time_embedding(timestep, hidden_states.shape[-1]), hidden_states, text.shape[1]
+        if self.text_first:
+            for block in self.text_blocks:
+                text = block(text, temb)
+        for block in self.image_blocks:
+            x = block(x, temb)
+        if not self.text_first:
+            for block in self.text_blocks:
+                text = block(text, temb)
+        x = torch.cat([text, x], dim=1)
+        for block in self.single_blocks:
+            x = block(x, temb)
+        return x[:, length:]
+
+
 class Controlled(Toy):
     """A residual of its own is added behind each block, as ControlNets have it."""
 

@@ -118,7 +118,7 @@ def test_bad_settings_are_named(make: object) -> None:
 
 
 MASK = DBCacheConfig(
-    Fn_compute_blocks=1, steps_computation_mask="1110101010", steps_computation_policy="static"
+    Fn_compute_blocks=1, steps_computation_mask=(1, 1, 1, 0, 1, 0, 1, 0, 1, 0), steps_computation_policy="static"
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import torch
 from helpers import Computes, Restores, capture, find, ops, rewritten
 from test_outline_blocks import CASES, text
 from test_plan_regions import Collects, Late
+from torch import fx
 from torch.testing import FileCheck
 
 from cachedit_fx.passes.base import facts
@@ -68,7 +69,9 @@ def test_fires():
     gm = rewritten(graph.gm, 1, 0)
     outer = {node.target for node in gm.graph.nodes if node.op == "call_module"}
     assert outer == {"prologue", "blocks_0", "epilogue"}
-    inside = [node.target for node in gm.region_0_compute.graph.nodes if node.op == "call_module"]
+    compute = gm.get_submodule("region_0_compute")
+    assert isinstance(compute, fx.GraphModule)
+    inside = [node.target for node in compute.graph.nodes if node.op == "call_module"]
     assert inside == ["blocks_1", "blocks_2", "blocks_3"]
     assert facts(gm)["cache_input"]
     after = ops(gm)

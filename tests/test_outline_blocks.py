@@ -179,10 +179,11 @@ def test_what_cannot_cross_is_made_again():
     with normalized.graph.inserting_after(embed):
         size = normalized.graph.call_method("size", (embed,))
     size.meta["example_value"] = torch.Size((1, 6, 16))
+    source = last.all_input_nodes[0]
     with normalized.graph.inserting_before(last):
-        shaped = normalized.graph.call_method("reshape", (last.args[0], size))
-    shaped.meta = dict(last.args[0].meta)
-    last.replace_input_with(last.args[0], shaped)
+        shaped = normalized.graph.call_method("reshape", (source, size))
+    shaped.meta = dict(source.meta)
+    last.replace_input_with(source, shaped)
     gm = outlined(normalized, 1)
     made = pieces(gm)
     assert [name for name in made if ops(made[name])["size"]] == ["prologue", "blocks_3"]

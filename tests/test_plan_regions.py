@@ -111,7 +111,7 @@ def test_base_of_a_plain_chain_is_what_enters():
     (stream,) = loop.carried
     assert region.bases.is_trivial
     assert region.bases.inputs == (stream.inputs[2],) and region.live_outs == (stream.outputs[2],)
-    assert region.reference.is_trivial
+    assert region.reference is not None and region.reference.is_trivial
     # r = H_F - H_in over all first blocks, not over the last of them.
     assert region.reference.inputs == (stream.inputs[0],) and region.hidden_out is stream.outputs[1]
 
