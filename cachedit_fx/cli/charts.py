@@ -34,7 +34,7 @@ def row_label(row: Row, index: int) -> str:
     if row.config is None:
         return f"{row.steps} steps, no cache\nwork {row.work:.0%}\n{decibels(row.mean_psnr)}"
     threshold = f"threshold {row.config.residual_diff_threshold:g}"
-    name = f"DBCache, {threshold}" if row.calibrator is None else f"+ TaylorSeer, {threshold}"
+    name = f"DBCache, {threshold}" if row.calibrator is None else f"TaylorSeer, {threshold}"
     return f"{name}\nwork {row.work:.0%}\n{decibels(row.mean_psnr)}"
 
 
