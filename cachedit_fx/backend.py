@@ -61,22 +61,22 @@ def compile_graph(
         options: validated.
         cache: the cache of the one module this graph is for; None finds it at each call by the weights.
     """
-    anchors = _anchors(gm, example_inputs)
+    find = CacheFinder(options, cache, _anchors(gm, example_inputs))
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
-        return _uncached(gm, example_inputs, options, cache, anchors, GRADIENTS)
+        forward = _compile_whole(gm, example_inputs, options)
+        return UncachedGraph(forward, find, GRADIENTS, f"{GRADIENTS}: nothing is cached under grad mode")
     outer = rewrite(gm, options, _numbers_in_frame())
     if not facts(outer).get("pieces"):
-        return _uncached(gm, example_inputs, options, cache, anchors, NO_REGION, _why_uncached(facts(outer)))
+        forward = _compile_whole(gm, example_inputs, options)
+        return UncachedGraph(forward, find, NO_REGION, _why_uncached(facts(outer)))
     distinct = lower(outer, options)
     logger.info("%d pieces, %d distinct", len(facts(outer)["pieces"]), distinct)
     found = dict(facts(outer))
     outer.meta.clear()  # what the passes learned refers to the flat graph, and would keep it alive
     if "cache_input" in found:
         regions = tuple(RegionInfo(r.name, r.num_blocks, r.first, r.last) for r in found["regions"].regions)
-        return CachedGraph(outer.forward, options, cache, anchors, regions, found.get("timestep"))
-    if options.cache is None:
-        return outer.forward
-    return UncachedGraph(outer.forward, options, cache, anchors, NO_REGION, _why_uncached(found))
+        return CachedGraph(outer.forward, find, regions, found.get("timestep"))
+    return UncachedGraph(outer.forward, find, NO_REGION, _why_uncached(found))
 
 
 def pipeline(options: Options, numbers: Mapping[str, Any]) -> list[Pass]:
@@ -119,51 +119,7 @@ def rewrite(gm: fx.GraphModule, options: Options, numbers: Mapping[str, Any]) ->
     return pass_manager(options, numbers).run(gm)
 
 
-class UncachedGraph:
-    """A graph that runs uncached, and says why once; counted in the statistics."""
-
-    def __init__(
-        self,
-        forward: Callable[..., Any],
-        options: Options,
-        cache: ModelCache | None,
-        anchors: Anchors | None,
-        cause: str,
-        explanation: str,
-    ) -> None:
-        self.forward, self.options, self.cause, self.explanation = forward, options, cause, explanation
-        self.find = _CacheFinder(options, cache, anchors)
-
-    def __call__(self, *args: Any) -> Any:
-        self.find(args).note_uncached(self.cause, self.explanation)
-        return self.forward(*args)
-
-
-class CachedGraph:
-    """A graph with regions: gives every call its session, its timestep and its branch name."""
-
-    def __init__(
-        self,
-        forward: Callable[..., Any],
-        options: Options,
-        cache: ModelCache | None,
-        anchors: Anchors | None,
-        regions: Sequence[RegionInfo],
-        timestep: TimestepSource | None,
-    ) -> None:
-        self.forward, self.regions = forward, regions
-        self.find = _CacheFinder(options, cache, anchors)
-        self.timestep_input = timestep.input_index if timestep else None
-        self.timestep_constant = timestep.constant if timestep else None
-
-    def __call__(self, *args: Any) -> Any:
-        cache = self.find(args)
-        session = cache.note_cached()
-        timestep = self.timestep_constant if self.timestep_input is None else args[self.timestep_input]
-        return self.forward(Call(session, self.regions, timestep, cache.hint()), *args)
-
-
-class _CacheFinder:
+class CacheFinder:
     """From a call's inputs to the cache of its module, which is held weakly: dynamo keeps compiled code for good."""
 
     def __init__(self, options: Options, cache: ModelCache | None, anchors: Anchors | None) -> None:
@@ -180,6 +136,40 @@ class _CacheFinder:
         return cache_of_anchors(args[block], args[last], self.options)
 
 
+class UncachedGraph:
+    """A graph that runs uncached; where that was not asked for, it is counted, and said once."""
+
+    def __init__(self, forward: Callable[..., Any], find: CacheFinder, cause: str, explanation: str) -> None:
+        self.forward, self.find, self.cause, self.explanation = forward, find, cause, explanation
+        self.is_wanted = find.options.cache is None
+
+    def __call__(self, *args: Any) -> Any:
+        if not self.is_wanted:
+            self.find(args).note_uncached(self.cause, self.explanation)
+        return self.forward(*args)
+
+
+class CachedGraph:
+    """A graph with regions: gives every call its session, its timestep and its branch name."""
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        find: CacheFinder,
+        regions: Sequence[RegionInfo],
+        timestep: TimestepSource | None,
+    ) -> None:
+        self.forward, self.find, self.regions = forward, find, regions
+        self.timestep_input = timestep.input_index if timestep else None
+        self.timestep_constant = timestep.constant if timestep else None
+
+    def __call__(self, *args: Any) -> Any:
+        cache = self.find(args)
+        session = cache.note_cached()
+        timestep = self.timestep_constant if self.timestep_input is None else args[self.timestep_input]
+        return self.forward(Call(session, self.regions, timestep, cache.hint()), *args)
+
+
 def _anchors(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Anchors | None:
     """Which inputs tell modules apart: the last weight in a numbered member of a container, and the last of all."""
     names = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
@@ -190,22 +180,9 @@ def _anchors(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Anchors | Non
     return (in_blocks or weights)[-1], weights[-1]
 
 
-def _uncached(
-    gm: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    options: Options,
-    cache: ModelCache | None,
-    anchors: Anchors | None,
-    cause: str,
-    explanation: str | None = None,
-) -> Callable[..., Any]:
-    """The graph as it is, whole, from the inner compiler."""
-    forward = gm.forward if options.inner_backend == "eager" else inner_compiler(options)(gm, list(example_inputs))
-    if options.cache is None:
-        return forward
-    return UncachedGraph(
-        forward, options, cache, anchors, cause, explanation or f"{cause}: nothing is cached under grad mode"
-    )
+def _compile_whole(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    """The graph as it is, in one piece, from the inner compiler."""
+    return gm.forward if options.inner_backend == "eager" else inner_compiler(options)(gm, list(example_inputs))
 
 
 def _why_uncached(found: Mapping[str, Any]) -> str:

@@ -245,7 +245,9 @@ class ModelCache:
                 if found is None:
                     found = self._by_thread[thread] = Session(self)
             else:
-                found = self._by_key.setdefault(key, Session(self)) if key not in self._by_key else self._by_key[key]
+                found = self._by_key.get(key)
+                if found is None:
+                    found = self._by_key[key] = Session(self)
                 self._by_key.move_to_end(key)
                 if len(self._by_key) > MAX_SESSIONS:
                     dropped, _ = self._by_key.popitem(last=False)
