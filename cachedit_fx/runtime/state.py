@@ -453,9 +453,9 @@ class Stopwatch:
     """Wall time of a region: by the clock on the host, by events on a GPU, which are read only when somebody asks."""
 
     def __init__(self, inputs: Sequence[Any]) -> None:
-        device = next((item.device for item in inputs if isinstance(item, torch.Tensor)), torch.device("cpu"))
+        self._device = next((item.device for item in inputs if isinstance(item, torch.Tensor)), torch.device("cpu"))
         self._events: list[torch.cuda.Event] = []
-        if device.type == "cuda":
+        if self._device.type == "cuda":
             self._mark_event()
         self._times = [time.perf_counter()]
 
@@ -476,5 +476,5 @@ class Stopwatch:
 
     def _mark_event(self) -> None:
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         self._events.append(event)
