@@ -89,6 +89,9 @@ $(CREATED):
 	    echo "       On Debian: apt-get install python3-venv" >&2; exit 1; }
 	@touch $@
 
+# A comma inside an argument of $(call) would end it.
+comma := ,
+
 # $(call install,WHAT): an editable install. setuptools goes in first, so that the build takes the pinned one and downloads no other.
 define install
 @echo "Installing $(1) into $(VENV), a minute or more"
@@ -104,7 +107,7 @@ $(INSTALLED): $(CREATED) pyproject.toml constraints.txt
 	@touch $@
 
 $(INSTALLED_DEV): $(CREATED) pyproject.toml constraints.txt
-	$(call install,.[dev])
+	$(call install,.[dev$(comma)quantization])
 	@touch $@ $(INSTALLED)
 
 clean: ## remove caches and builds
