@@ -86,8 +86,8 @@ def inner_compiler(options: Options) -> InnerCompiler:
             # that serves many blocks has many.
             patches["triton.cudagraphs"] = False
             logger.warning("CUDA graphs are left off: blocks share one compilation, and would copy their weights in")
-        compile_piece: Any = compile_fx  # its declared result covers ahead-of-time packaging too
-        return lambda gm, inputs: compile_piece(gm, inputs, config_patches=patches or None)
+        inductor: Any = compile_fx  # its declared result covers ahead-of-time packaging too
+        return lambda gm, inputs: inductor(gm, inputs, config_patches=patches or None)
     from torch._dynamo.backends.registry import lookup_backend
 
     backend = lookup_backend(inner)

@@ -214,7 +214,8 @@ class ModelCache:
     """All that is remembered of one model under one set of options.
 
     Attributes:
-        options: as parsed; only the policy fields of `options.cache` may change later (`set_policy`).
+        options: as parsed; only the policy, `options.cache` less F and B and `options.calibrator`, may change
+            later (`set_policy`).
         hint: returns what the caller says of the present call.
         used: when it was called last, by the monotonic clock.
         has_region: whether any graph of the model has a region.
@@ -378,7 +379,7 @@ class Call:
         watch = Stopwatch(inputs)
         if decision.action is Action.REUSE:
             weights = coefficients(self.calibrator, memory.steps, step)
-            results = memory.restore(self._bases(bases, inputs), weights)
+            results = memory.restore(self._bases(bases, inputs, len(memory.stored)), weights)
         else:
             results = compute(*inputs)
             if may_reuse(self.config):
@@ -386,7 +387,8 @@ class Call:
                 if signature != memory.signature:
                     memory.steps = []
                 memory.reference, memory.signature = current, signature
-                memory.store(results, self._bases(bases, inputs), step, values_kept(self.calibrator))
+                found = self._bases(bases, inputs, len(results))
+                memory.store(results, found, step, values_kept(self.calibrator))
         memory.history = advance(memory.history, decision)
         stats = self.session.region_stats(number, self.regions[number])
         stats.record(branch, step, decision)
@@ -394,12 +396,11 @@ class Call:
         return results
 
     def _bases(
-        self, bases: Callable[..., tuple[torch.Tensor | None, ...]], inputs: Sequence[Any]
+        self, bases: Callable[..., tuple[torch.Tensor | None, ...]], inputs: Sequence[Any], count: int
     ) -> tuple[torch.Tensor | None, ...]:
-        """What stored residuals are relative to; nothing where whole values are to be predicted."""
-        found = bases(*inputs)
+        """What the stored residuals of `count` results are relative to; nothing where whole values are predicted."""
         whole = self.calibrator is not None and self.calibrator.calibrator_cache_type == "hidden_states"
-        return (None,) * len(found) if whole else found
+        return (None,) * count if whole else bases(*inputs)
 
     def _locate(self, number: int, current: torch.Tensor | None, signature: Hashable) -> dict[int, float]:
         """Find the position; where the timestep is on the device, read it together with the differences against every
