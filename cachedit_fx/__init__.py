@@ -28,8 +28,9 @@ from cachedit_fx.api import (  # noqa: E402 - the passes are found only once the
 )
 from cachedit_fx.options import CalibratorConfig, DBCacheConfig, OptionError, Options, TaylorSeerCalibratorConfig  # noqa: E402
 from cachedit_fx.runtime.policy import Action, Decision, Reason  # noqa: E402
-from cachedit_fx.runtime.state import CacheWarning, session  # noqa: E402
+from cachedit_fx.runtime.state import session  # noqa: E402
 from cachedit_fx.runtime.stats import BranchStats, CacheStats  # noqa: E402
+from cachedit_fx.runtime.warning import CacheWarning  # noqa: E402
 
 __all__ = [
     "Action",

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from cachedit_fx.backend import compile_graph, pass_manager, rewrite
+from cachedit_fx.backend import compile_graph, ends_at_break, pass_manager, rewrite
+from cachedit_fx.compiled_call import CompiledCall, capturing, first_break
 from cachedit_fx.options import CalibratorConfig, DBCacheConfig, OptionError, Options, parse_options
 from cachedit_fx.passes.base import facts
-from cachedit_fx.passes.detect_block_loops import BlockLoop, Detection
+from cachedit_fx.passes.detect_block_loops import BlockLoop, Detection, ModuleFacts
 from cachedit_fx.passes.plan_regions import RegionPlan, RegionReport
 from cachedit_fx.runtime.listener import listen, stop_listening
 from cachedit_fx.runtime.registry import cache_of_module, caches_of_weights, register, unregister
@@ -27,7 +30,10 @@ from cachedit_fx.runtime.stats import CacheStats, render
 logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model")
-NOT_CAPTURED = "not captured: a graph break, or the recompile limit"
+
+RECOMPILE_LIMIT = 64
+"""Graphs of one model. Dynamo's own eight are soon used up: every adapter that is loaded makes one, as do autocast,
+grad modes, a batch of one, other inputs; and what is beyond the limit runs eager, uncached."""
 
 
 def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa: A001 - the name torch uses
@@ -40,23 +46,25 @@ def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa
     Args:
         module: a diffusion transformer, taking one denoising step's inputs.
         **options: any field of `cachedit_fx.options.Options` or, flat, of `DBCacheConfig`; and `fullgraph`, `dynamic`,
-            `mode` as in `torch.compile`. The first two hold until they are given again.
+            `recompile_limit` (64 unless given), `mode` as in `torch.compile`. The first three hold until they are given
+            again.
 
     Raises:
         OptionError: on an unknown or invalid option, before anything is compiled.
     """
-    given = {name: options.pop(name) for name in ("fullgraph", "dynamic") if name in options}
+    own = ("fullgraph", "dynamic", "recompile_limit")
+    given: dict[str, Any] = {name: options.pop(name) for name in own if name in options}
     parsed = parse_options(options)
     _check_against(module, parsed)
     known, compiled = cache_of_module(module), module._compiled_call_impl
-    kept = compiled.torch_options if isinstance(compiled, _CountedCall) else None
-    torch_options = (kept or {}) | given
+    kept = compiled.torch_options if isinstance(compiled, CompiledCall) else None
+    torch_options: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT, **(kept or {}), **given}
     if known is not None and torch_options == kept and known.options.structure() == parsed.structure():
         if parsed.cache is not None:
             known.set_policy(parsed.cache, parsed.calibrator)
         return module
     cache = ModelCache(parsed)
-    cache.spans_graphs = True
+    cache.module = ModuleFacts.of(module)
     listener = listen(module)
     if listener is not None:
         cache.hint = listener.hint
@@ -68,8 +76,7 @@ def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa
         assert cache is not None
         return compile_graph(gm, example_inputs, cache.options, cache)
 
-    module.compile(backend=backend, isolate_recompiles=True, **torch_options)
-    module._compiled_call_impl = _CountedCall(module._compiled_call_impl, cache, torch_options)
+    module._compiled_call_impl = CompiledCall(module, backend, cache, torch_options)
     register(module, cache)
     return module
 
@@ -84,26 +91,6 @@ def _check_against(module: torch.nn.Module, options: Options) -> None:
             f"timestep={options.timestep!r}: {type(module).__name__}.forward has no such argument; it has "
             f"{', '.join(parameters)}"
         )
-
-
-class _CountedCall:
-    """The compiled call; counts those that reached none of our graphs, which nothing else would tell."""
-
-    def __init__(
-        self, compiled: Callable[..., Any] | None, cache: ModelCache, torch_options: Mapping[str, Any]
-    ) -> None:
-        assert compiled is not None
-        self.compiled, self.cache, self.torch_options = compiled, cache, dict(torch_options)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        session = self.cache.session()
-        before = session.calls
-        result = self.compiled(*args, **kwargs)
-        self.cache.end_call()
-        if session.calls == before and self.cache.options.cache is not None:
-            session.record_uncached(NOT_CAPTURED)
-            self.cache.warn_once(f"a call ran uncached: {NOT_CAPTURED}; TORCH_LOGS=graph_breaks,recompiles tells which")
-        return result
 
 
 def enable_cache(
@@ -244,48 +231,49 @@ def _shape(shape: tuple[Any, ...]) -> str:
 
 
 class _Captured(Exception):
-    """Carries the rewritten graph out of a call that is not to run."""
-
-    def __init__(self, graph: fx.GraphModule) -> None:
-        super().__init__("captured")
-        self.graph = graph
+    """Ends a capture whose graph is not to run."""
 
 
 def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """Capture `module(*args, **kwargs)`, run the passes, and say what they found. No kernel is executed.
 
-    Options are those that the module was compiled with, else the defaults. Where the model is several graphs, the first
-    one with a block loop is explained (those before it do run, to get there), or else the first one.
+    Options are those that the module was compiled with, else the defaults. Where the model is several graphs, all but
+    the last do run, to get there; so does a graph without a chain, which may be one of several.
     """
     module = _unwrap(module)
     caches = _caches(module)
     options = caches[0].options if caches else Options()
-    first: list[fx.GraphModule] = []
+    known = ModuleFacts.of(module)
+    graphs: list[fx.GraphModule] = []
+
+    def stop(*_: Any) -> Any:
+        raise _Captured
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        outer = rewrite(gm, options, {})
-        first.append(outer)
-        if not facts(outer)["block_loops"].loops:
-            return gm.forward
+        outer = rewrite(gm, options, {}, known)
+        graphs.append(outer)
+        whole = not ends_at_break(gm) and facts(outer)["block_loops"].chain
+        return stop if whole else gm.forward
 
-        def stop(*_: Any) -> Any:
-            raise _Captured(outer)
-
-        return stop
-
-    with torch.no_grad(), _uncompiled(module):
-        try:
-            isolated: dict[str, Any] = {"isolate_recompiles": True}  # missing from torch 2.13's overloads
-            torch.compile(module, backend=backend, **isolated)(*args, **kwargs)
-        except _Captured as captured:
-            return _explanation(captured.graph)
-    if not first:
-        raise ValueError(f"{type(module).__name__} could not be captured: TORCH_LOGS=graph_breaks tells why")
-    return _explanation(first[0])
+    place = None
+    with torch.no_grad(), uncompiled(module):
+        for flags in (capturing(), contextlib.nullcontext()):  # as `CompiledCall` does
+            graphs.clear()
+            with flags, contextlib.suppress(_Captured, GuardOnDataDependentSymNode):
+                isolated: dict[str, Any] = {"isolate_recompiles": True}  # missing from torch 2.13's overloads
+                torch.compile(module, backend=backend, **isolated)(*args, **kwargs)
+            if len(graphs) == 1 or any(facts(graph)["block_loops"].chain for graph in graphs):
+                break
+        if len(graphs) != 1:
+            place = first_break(module, args, kwargs)
+    if not graphs:
+        raise ValueError(f"{type(module).__name__} could not be captured: it breaks at {place}")
+    notes = (f"{len(graphs)} graphs: the capture breaks, first at {place}",) if place else ()
+    return _explanation(graphs, notes)
 
 
 @contextlib.contextmanager
-def _uncompiled(module: torch.nn.Module) -> Iterator[None]:
+def uncompiled(module: torch.nn.Module) -> Iterator[None]:
     """Take the compiled call off the module for a while."""
     compiled, module._compiled_call_impl = module._compiled_call_impl, None
     try:
@@ -294,18 +282,21 @@ def _uncompiled(module: torch.nn.Module) -> Iterator[None]:
         module._compiled_call_impl = compiled
 
 
-def _explanation(outer: fx.GraphModule) -> Explanation:
-    detection: Detection = facts(outer)["block_loops"]
-    report: RegionReport = facts(outer).get("regions") or RegionReport((), ())
-    total = max(sum(loop.cost for loop in detection.loops), 1)
-    notes = (*detection.notes, *report.refusals)
+def _explanation(graphs: Sequence[fx.GraphModule], notes: tuple[str, ...]) -> Explanation:
+    found = [facts(graph) for graph in graphs]
+    detections: list[Detection] = [item["block_loops"] for item in found]
+    reports: list[RegionReport] = [item.get("regions") or RegionReport((), ()) for item in found]
+    loops = tuple(itertools.chain.from_iterable(detection.loops for detection in detections))
+    total = max(sum(loop.cost for loop in loops), 1)
+    told = {note: None for detection in detections if detection.loops or len(graphs) == 1 for note in detection.notes}
+    told |= {refusal: None for report in reports for refusal in report.refusals}
     return Explanation(
-        loops=detection.loops,
-        chain=tuple(loop.name for loop in detection.chain_loops),
-        regions=report.regions,
-        notes=notes,
-        code=outer.print_readable(print_output=False),
-        work={loop.name: loop.cost / total for loop in detection.loops},
+        loops=loops,
+        chain=tuple(loop.name for detection in detections for loop in detection.chain_loops),
+        regions=tuple(itertools.chain.from_iterable(report.regions for report in reports)),
+        notes=(*notes, *told),
+        code="\n".join(graph.print_readable(print_output=False) for graph in graphs),
+        work={loop.name: loop.cost / total for loop in loops},
     )
 
 

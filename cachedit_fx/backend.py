@@ -21,22 +21,23 @@ from torch import fx
 from cachedit_fx.lowering import inner_compiler, lower
 from cachedit_fx.options import Options, parse_options
 from cachedit_fx.passes.base import Pass, facts
-from cachedit_fx.passes.detect_block_loops import DetectBlockLoops, Detection
-from cachedit_fx.passes.find_timestep import FindTimestep, TimestepSource
+from cachedit_fx.passes.detect_block_loops import NOTHING_KNOWN, DetectBlockLoops, Detection, ModuleFacts
+from cachedit_fx.passes.find_timestep import FindTimestep, TimestepSource, timestep_of
 from cachedit_fx.passes.insert_cache_branch import InsertCacheBranch
 from cachedit_fx.passes.manager import PassManager
 from cachedit_fx.passes.normalize import Normalize
 from cachedit_fx.passes.outline_blocks import OutlineBlocks
 from cachedit_fx.passes.plan_regions import PlanRegions, RegionReport
+from cachedit_fx.runtime.call import NO_LOOP, RegionInfo, Uncached, call_of
 from cachedit_fx.runtime.registry import cache_of_anchors
-from cachedit_fx.runtime.state import NO_REGION, Call, ModelCache, RegionInfo
+from cachedit_fx.runtime.state import ModelCache
 
 logger = logging.getLogger(__name__)
 
 Anchors: TypeAlias = tuple[int, int]
 """Indices of the two inputs by which a call's module is found."""
 
-GRADIENTS = "gradients wanted"
+GRADIENTS = Uncached("gradients wanted", "gradients wanted: nothing is cached under grad mode")
 
 
 def cachedit(
@@ -63,36 +64,39 @@ def compile_graph(
     """
     find = CacheFinder(options, cache, _anchors(gm, example_inputs))
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
-        forward = _compile_whole(gm, example_inputs, options)
-        return UncachedGraph(forward, find, GRADIENTS, f"{GRADIENTS}: nothing is cached under grad mode")
-    outer = rewrite(gm, options, _numbers_in_frame())
-    if not facts(outer).get("pieces"):
-        forward = _compile_whole(gm, example_inputs, options)
-        return UncachedGraph(forward, find, NO_REGION, _why_uncached(facts(outer)))
-    distinct = lower(outer, options)
-    logger.info("%d pieces, %d distinct", len(facts(outer)["pieces"]), distinct)
+        return UncachedGraph(_compile_whole(gm, example_inputs, options), find, GRADIENTS)
+    outer = rewrite(gm, options, _numbers_in_frame(), cache.module if cache is not None else NOTHING_KNOWN)
     found = dict(facts(outer))
     outer.meta.clear()  # what the passes learned refers to the flat graph, and would keep it alive
+    if found.get("pieces"):
+        distinct = lower(outer, options)
+        logger.info("%d pieces, %d distinct", len(found["pieces"]), distinct)
+        forward = outer.forward
+    else:
+        forward = _compile_whole(gm, example_inputs, options)
+    timestep = found.get("timestep")
     if "cache_input" in found:
-        regions = tuple(RegionInfo(r.name, r.num_blocks, r.first, r.last) for r in found["regions"].regions)
-        return CachedGraph(outer.forward, find, regions, found.get("timestep"))
-    return UncachedGraph(outer.forward, find, NO_REGION, _why_uncached(found))
+        regions = tuple(RegionInfo(r.loops, r.num_blocks, r.first, r.last) for r in found["regions"].regions)
+        return CachedGraph(forward, find, regions, timestep)
+    return UncachedGraph(forward, find, _why_uncached(found), timestep, _is_fragment(gm, find, found))
 
 
-def pipeline(options: Options, numbers: Mapping[str, Any]) -> list[Pass]:
-    """The passes in order, options bound."""
+def pipeline(options: Options, numbers: Mapping[str, Any], module: ModuleFacts = NOTHING_KNOWN) -> list[Pass]:
+    """The passes in order, options bound. See `rewrite`."""
     first, last = options.cache.structure() if options.cache is not None else (0, 0)
     return [
         Normalize(),
         FindTimestep(options.timestep, numbers),
-        DetectBlockLoops(options.loops),
+        DetectBlockLoops(options.loops, module=module),
         PlanRegions(first, last, options.scope),
         OutlineBlocks(options.granularity, canonical_layout=options.inner_backend != "eager"),
         InsertCacheBranch(),
     ]
 
 
-def pass_manager(options: Options, numbers: Mapping[str, Any] | None = None) -> PassManager:
+def pass_manager(
+    options: Options, numbers: Mapping[str, Any] | None = None, module: ModuleFacts = NOTHING_KNOWN
+) -> PassManager:
     """The passes, switched on and off as the options say.
 
     `passes={"name": False}` switches one off, `passes=["name", ...]` every one that is not listed. A pass that lacks
@@ -101,7 +105,7 @@ def pass_manager(options: Options, numbers: Mapping[str, Any] | None = None) -> 
     Raises:
         PassOrderError: on a name that is no pass.
     """
-    passes = pipeline(options, numbers or {})
+    passes = pipeline(options, numbers or {}, module)
     given = options.passes
     if given is None:
         switches = {}
@@ -114,9 +118,16 @@ def pass_manager(options: Options, numbers: Mapping[str, Any] | None = None) -> 
     return PassManager(passes, switches)
 
 
-def rewrite(gm: fx.GraphModule, options: Options, numbers: Mapping[str, Any]) -> fx.GraphModule:
-    """Run the passes on `gm`; what they learned is in the result's facts. Nothing is compiled."""
-    return pass_manager(options, numbers).run(gm)
+def rewrite(
+    gm: fx.GraphModule, options: Options, numbers: Mapping[str, Any], module: ModuleFacts = NOTHING_KNOWN
+) -> fx.GraphModule:
+    """Run the passes on `gm`; what they learned is in the result's facts. Nothing is compiled.
+
+    Args:
+        numbers: arguments of the traced frame that are Python numbers, by name.
+        module: what is known of the module that the graph is, or is a part of.
+    """
+    return pass_manager(options, numbers, module).run(gm)
 
 
 class CacheFinder:
@@ -137,20 +148,35 @@ class CacheFinder:
 
 
 class UncachedGraph:
-    """A graph that runs uncached; where that was not asked for, it is counted, and said once."""
+    """A graph without a region. Where that was not asked for, its call is counted, and said once why.
 
-    def __init__(self, forward: Callable[..., Any], find: CacheFinder, cause: str, explanation: str) -> None:
-        self.forward, self.find, self.cause, self.explanation = forward, find, cause, explanation
-        self.is_wanted = find.options.cache is None
+    Args:
+        timestep: where this graph has it; a later graph of the same call may go by it.
+        is_fragment: it is clearly not a model of its own; called by itself, it is no call that could be cached.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        find: CacheFinder,
+        why: Uncached,
+        timestep: TimestepSource | None = None,
+        is_fragment: bool = False,
+    ) -> None:
+        self.forward, self.find, self.why = forward, find, why
+        self.timestep, self.is_fragment = timestep, is_fragment
 
     def __call__(self, *args: Any) -> Any:
-        if not self.is_wanted:
-            self.find(args).note_uncached(self.cause, self.explanation)
-        return self.forward(*args)
+        cache = self.find(args)
+        if cache.config is None or (self.is_fragment and cache.session().call is None):
+            return self.forward(*args)
+        with call_of(cache) as call:
+            call.pass_by(self.why, timestep_of(self.timestep, args))
+            return self.forward(*args)
 
 
 class CachedGraph:
-    """A graph with regions: gives every call its session, its timestep and its branch name."""
+    """A graph with regions: has its part in a call, with the timestep that the call goes by."""
 
     def __init__(
         self,
@@ -159,15 +185,12 @@ class CachedGraph:
         regions: Sequence[RegionInfo],
         timestep: TimestepSource | None,
     ) -> None:
-        self.forward, self.find, self.regions = forward, find, regions
-        self.timestep_input = timestep.input_index if timestep else None
-        self.timestep_constant = timestep.constant if timestep else None
+        self.forward, self.find, self.regions, self.timestep = forward, find, regions, timestep
 
     def __call__(self, *args: Any) -> Any:
-        cache = self.find(args)
-        session = cache.note_cached()
-        timestep = self.timestep_constant if self.timestep_input is None else args[self.timestep_input]
-        return self.forward(Call(session, self.regions, timestep, cache.hint()), *args)
+        with call_of(self.find(args)) as call:
+            part = call.enter(self.regions, timestep_of(self.timestep, args))
+            return self.forward(part, *args)
 
 
 def _anchors(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Anchors | None:
@@ -180,23 +203,41 @@ def _anchors(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Anchors | Non
     return (in_blocks or weights)[-1], weights[-1]
 
 
+def ends_at_break(gm: fx.GraphModule) -> bool:
+    """Whether more graphs of the same call follow, since something broke the capture behind this one."""
+    reason: Any = getattr(gm, "compile_subgraph_reason", None)
+    return reason is not None and bool(reason.graph_break)
+
+
+def _is_fragment(gm: fx.GraphModule, find: CacheFinder, found: Mapping[str, Any]) -> bool:
+    """Whether a graph is only a part of what the user compiled: it ended at a graph break, or it has neither a block
+    loop nor weights, as a helper function has that is a frame of its own."""
+    if ends_at_break(gm):
+        return True
+    detection: Detection | None = found.get("block_loops")
+    return find.anchors is None and (detection is None or not detection.loops)
+
+
 def _compile_whole(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     """The graph as it is, in one piece, from the inner compiler."""
     return gm.forward if options.inner_backend == "eager" else inner_compiler(options)(gm, list(example_inputs))
 
 
-def _why_uncached(found: Mapping[str, Any]) -> str:
+def _why_uncached(found: Mapping[str, Any]) -> Uncached:
     """What was looked for and not found."""
     detection: Detection | None = found.get("block_loops")
     report: RegionReport | None = found.get("regions")
     if detection is not None and not detection.loops:
-        return (
+        return Uncached(
+            NO_LOOP,
             "no caching: no block loop was found, that is, no run of two or more alike sub-graphs of at least four "
-            "operations in which each takes what the one before it made; cachedit_fx.explain(module, ...) shows more"
+            "operations in which each takes what the one before it made; cachedit_fx.explain(module, ...) shows more",
         )
+    if detection is not None and not detection.chain:
+        return Uncached(NO_LOOP, f"no caching: {'; '.join(detection.notes)}")
     if report is not None and report.refusals:
-        return "no caching: " + "; ".join(report.refusals)
-    return "no caching: a pass that it needs is switched off by the option `passes`"
+        return Uncached("no region to bypass", "no caching: " + "; ".join(report.refusals))
+    return Uncached("switched off", "no caching: a pass that it needs is switched off by the option `passes`")
 
 
 def _numbers_in_frame() -> dict[str, float]:

@@ -21,7 +21,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 
 from cachedit_fx.options import Options
-from cachedit_fx.passes.graph_analysis import value_of
+from cachedit_fx.passes.graph_analysis import target_key, value_of
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def structure_key(piece: fx.GraphModule) -> Hashable:
         elif node.op == "get_attr":
             row.append(("attribute", id(piece), str(node.target)))
         elif node.op != "output":
-            row.append(node.target if isinstance(node.target, str) else (node.target, id(node.target)))
+            row.append(target_key(node.target))
         rows.append(tuple(row))
         index[node] = len(index)
     return tuple(rows)

@@ -31,6 +31,14 @@ def residual_like(result: torch.Tensor) -> torch.Tensor:
         return torch.empty(result.shape, dtype=residual_dtype(result), device=result.device)
 
 
+def laid_out(value: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
+    """`value` with `strides`, copied where it has others: matrix products round differently on another layout. Where
+    elements would share memory (an expanded dimension) it stays as it is."""
+    if value.stride() == tuple(strides) or 0 in strides:
+        return value
+    return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
+
+
 def store_residual(result: torch.Tensor, base: torch.Tensor | None, out: torch.Tensor) -> None:
     """out = result - base; out = result where there is no base. Any shape; `out` from `residual_like(result)`."""
     out.copy_(result.detach())

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -41,6 +41,16 @@ class TimestepSource:
     constant: float | None = None
 
 
+def timestep_of(source: TimestepSource | None, args: Sequence[Any]) -> torch.Tensor | float | None:
+    """The timestep of a call with these graph inputs: a tensor or a number."""
+    if source is None:
+        return None
+    if source.input_index is None:
+        return source.constant
+    found: torch.Tensor | float = args[source.input_index]
+    return found
+
+
 class FindTimestep(Pass):
     """Provides `timestep`.
 
@@ -60,13 +70,13 @@ class FindTimestep(Pass):
         inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
         found = self._by_name(inputs) or (self._by_use(inputs) if self.argument is None else None)
         if found is None and self.argument is not None:
-            names = sorted({source_name(node) for node in inputs if not _is_weight(node)})
+            names = sorted({source_name(node) for node in inputs if not _holds_weight(node)})
             logger.warning("timestep=%r: this graph has no such input; it has %s", self.argument, names)
         facts(gm)["timestep"] = found
         return PassResult(gm, int(found is not None))
 
     def _by_name(self, inputs: list[fx.Node]) -> TimestepSource | None:
-        by_name = {source_name(node): index for index, node in enumerate(inputs) if not _is_weight(node)}
+        by_name = {source_name(node): index for index, node in enumerate(inputs) if not _holds_weight(node)}
         for name in (self.argument,) if self.argument else NAMES:
             if name in by_name:
                 return TimestepSource(name, input_index=by_name[name])
@@ -77,14 +87,14 @@ class FindTimestep(Pass):
     def _by_use(self, inputs: list[fx.Node]) -> TimestepSource | None:
         for index, node in enumerate(inputs):
             tensor = tensor_of(node)
-            if tensor is None or tensor.dim() > 1 or _is_weight(node) or numel(tensor) > 4096:
+            if tensor is None or tensor.dim() > 1 or _holds_weight(node) or numel(tensor) > 4096:
                 continue
             if _reaches_sine(node):
                 return TimestepSource(source_name(node), input_index=index)
         return None
 
 
-def _is_weight(node: fx.Node) -> bool:
+def _holds_weight(node: fx.Node) -> bool:
     return isinstance(value_of(node), torch.nn.Parameter) or "_parameters_" in str(node.target)
 
 

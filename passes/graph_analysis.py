@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch._dynamo.utils import numpy_method_wrapper, numpy_operator_wrapper, numpy_to_tensor_wrapper
+from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols, optimization_hint
 from torch.fx.node import map_arg
 
 _OUTSIDE_BODY = frozenset({"placeholder", "get_attr", "output"})
@@ -44,10 +46,18 @@ def input_nodes(node: fx.Node) -> list[fx.Node]:
     return found
 
 
+def describe_shape(shape: Sequence[Any]) -> tuple[str, ...]:
+    """Sizes as text, equal for two shapes that are alike. A size that depends on data has a symbol of its own wherever
+    it is read, though it may be one number: such sizes count as equal."""
+    return tuple(
+        "?" if isinstance(size, torch.SymInt) and has_free_unbacked_symbols(size) else str(size) for size in shape
+    )
+
+
 def describe_value(value: Any) -> Hashable:
     """Shape, dtype and device of a value, without strides: what must agree for two values to be alike."""
     if isinstance(value, torch.Tensor):
-        return (type(value).__name__, tuple(str(size) for size in value.shape), value.dtype, str(value.device))
+        return (type(value).__name__, describe_shape(value.shape), value.dtype, str(value.device))
     if isinstance(value, (list, tuple)):
         return tuple(describe_value(item) for item in value)
     return type(value).__name__
@@ -73,8 +83,16 @@ def fingerprint(node: fx.Node) -> Hashable:
     must not confuse two blocks, keys on them.
     """
     inputs = tuple(describe_value(value_of(item)) for item in input_nodes(node))
-    target: Hashable = node.target if node.op != "call_module" else "call_module"
+    target: Hashable = target_key(node.target) if node.op != "call_module" else "call_module"
     return (node.op, target, inputs, describe_value(value_of(node)))
+
+
+def target_key(target: Any) -> Hashable:
+    """What a node calls. Dynamo wraps a numpy function anew at every call of it: there the function is meant, not the
+    wrapper."""
+    if isinstance(target, (numpy_to_tensor_wrapper, numpy_method_wrapper, numpy_operator_wrapper)):
+        return (type(target).__name__, *vars(target).values())
+    return target if isinstance(target, str) else (target, id(target))
 
 
 def positions_of(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
@@ -100,13 +118,17 @@ def live_outs(nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
 
 
 def dependents(sources: Iterable[fx.Node], within: Sequence[fx.Node]) -> set[fx.Node]:
-    """The nodes of `within` (in graph order) that use one of `sources`, directly or through others of `within`."""
+    """The nodes of `within` (in graph order) that use one of `sources`, directly or through others of `within`, or
+    through memory that these write to."""
     reached = set(sources)
     found: set[fx.Node] = set()
     for node in within:
         if any(item in reached for item in node.all_input_nodes):
             reached.add(node)
             found.add(node)
+            written = mutated_input(node)
+            if written is not None:
+                reached |= {written, root_of(written)}
     return found
 
 
@@ -141,6 +163,13 @@ _VIEW_NAMES = frozenset({
 })
 # fmt: on
 
+# Those among them that return a copy where they must, and a view elsewhere; the tracer's values tell which. (Dropout
+# outside training is a view for eager mode, and a copy for the tracer.)
+_SOMETIMES_VIEWS = frozenset({
+    "contiguous", "cpu", "cuda", "float", "half", "bfloat16", "double", "to", "type_as", "ravel", "reshape",
+    "reshape_as", "flatten", "unflatten",
+})  # fmt: skip
+
 # fmt: off
 _FACTORIES = frozenset({
     "clone", "empty", "empty_like", "zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "new_empty",
@@ -159,6 +188,8 @@ def mutated_input(node: fx.Node) -> fx.Node | None:
         return None
     if node.target in IN_PLACE_OPERATORS or node.target is operator.setitem:
         return first
+    if getattr(node.target, "__module__", None) == "_operator":
+        return None  # and_, or_, not_: the underscore only keeps them apart from keywords
     if node.kwargs.get("inplace") is True or _inplace_argument(node):
         return first
     name = target_name(node)
@@ -183,7 +214,43 @@ def _inplace_argument(node: fx.Node) -> bool:
 
 def is_view(node: fx.Node) -> bool:
     """Whether the node may return a view of its first argument."""
-    return node.op in ("call_function", "call_method") and target_name(node) in _VIEW_NAMES
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = target_name(node)
+    if name not in _VIEW_NAMES:
+        return False
+    source = node.args[0] if node.args else None
+    if name == "getitem" and isinstance(source, fx.Node) and tensor_of(source) is None and not is_view(source):
+        return False  # one of several results of its own: of sort, topk, max
+    return name not in _SOMETIMES_VIEWS or not _is_copy(node)
+
+
+def _is_copy(node: fx.Node) -> bool:
+    """Whether the tracer saw the node return other memory than its first argument's."""
+    source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    before, after = (tensor_of(source) if source is not None else None), tensor_of(node)
+    if before is None or after is None or before.layout is not torch.strided or after.layout is not torch.strided:
+        return False
+    try:
+        return before.untyped_storage()._cdata != after.untyped_storage()._cdata
+    except NotImplementedError:  # tensor subclasses that have no storage of their own
+        return False
+
+
+def aliases(root: fx.Node) -> list[fx.Node]:
+    """Every other node that may name `root`'s memory, in graph order: views of it, and in-place writes to it."""
+    found: set[fx.Node] = set()
+    pending = [root]
+    while pending:
+        name = pending.pop()
+        for user in name.users:
+            source = mutated_input(user)
+            if source is None and is_view(user):
+                source = user.args[0] if isinstance(user.args[0], fx.Node) else None
+            if source is name and user not in found:
+                found.add(user)
+                pending.append(user)
+    return sorted(found)
 
 
 def is_factory(node: fx.Node) -> bool:
@@ -226,22 +293,31 @@ def is_data_movement(node: fx.Node) -> bool:
 # Cost
 # ---------------------------------------------------------------------------------------------------------------------
 
+UNKNOWN_SIZE = 512
+"""Stands for a length read from a mask, say, where costs are compared: the order of a sequence's."""
+
 _MATMULS = frozenset({"linear", "matmul", "bmm", "mm", "addmm", "baddbmm", "einsum", "__matmul__"})
 
 
 def hint(size: Any) -> int:
-    """A concrete number for a size that may be symbolic."""
-    if isinstance(size, int):
-        return size
-    try:
-        return int(size.node.hint)
-    except (AttributeError, TypeError, ValueError):
-        return 1
+    """A concrete number for a size that may be symbolic; `UNKNOWN_SIZE` for a part that depends on data."""
+    return optimization_hint(size, fallback=UNKNOWN_SIZE)
 
 
 def numel(tensor: torch.Tensor) -> int:
     """Number of elements, symbols replaced by their hints."""
     return math.prod(hint(size) for size in tensor.shape)
+
+
+def numel_of(node: fx.Node) -> int:
+    """Number of elements of the node's tensor; 0 where it has none."""
+    tensor = tensor_of(node)
+    return 0 if tensor is None else numel(tensor)
+
+
+def is_weight(node: fx.Node) -> bool:
+    """Whether the node is a graph input that holds a parameter."""
+    return node.op == "placeholder" and isinstance(value_of(node), torch.nn.Parameter)
 
 
 def is_compute(node: fx.Node) -> bool:

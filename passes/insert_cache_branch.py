@@ -66,7 +66,7 @@ def _guard(gm: fx.GraphModule, number: int, region: RegionPlan, cache: fx.Node, 
     inside, behind = set(members), members[-1].next
     with gm.graph.inserting_before(members[0]):
         hidden, reference = _compared(gm, region, origin)
-        streams = tuple(origin[value] for value in region.bases.inputs)
+        streams = tuple(origin[value] for value in dict.fromkeys((*region.bases.inputs, *region.streams)))
         decision = gm.graph.call_method("decide", (cache, number, reference, hidden, streams))
         decision.name = f"decision_{number}"
     with gm.graph.inserting_before(behind):

@@ -6,18 +6,18 @@
     s0 + s1                     (moved to the front: dynamo computes a length where the first block needs it)
 
 A block that adds to its input in place would make its own residual zero, and a bypassed block would leave the write
-undone. A buffer that is made, filled and read in one place (rotary embeddings through `empty_like` and `setitem`)
+undone. A write through a view goes to a copy, of which the views that are still in use are made again. A buffer that is
+made and filled before it is read (rotary embeddings through `empty_like` and `setitem`, experts that add to zeros)
 crosses nothing and is left alone: rewriting it would only cost copies. What is written to a graph input is written back
 to it at the graph's end, for the caller to see.
 
-Requires nothing. What it cannot make pure (a write through a view, a write to a graph input's view) stays as it is;
-the region analysis then refuses regions that contain it.
+Requires nothing.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -26,9 +26,9 @@ from torch import fx
 from cachedit_fx.passes.base import Pass, PassResult, facts
 from cachedit_fx.passes.graph_analysis import (
     IN_PLACE_OPERATORS,
+    aliases,
     body_nodes,
     is_factory,
-    is_view,
     mutated_input,
     positions_of,
     root_of,
@@ -97,35 +97,44 @@ def _purify_writes(graph: fx.Graph) -> int:
     stands_for: dict[fx.Node, fx.Node] = {}
     for node in body_nodes(graph):
         target = mutated_input(node)
-        if target is None or is_factory(root_of(target)) or _has_live_views(target, node):
+        if target is None:
             continue
-        result = _make_pure(graph, node, target)
+        root = root_of(target)
+        names = aliases(root)
+        position = positions_of(list(graph.nodes))
+        if _is_filled_where_made(root, node) and not _is_read_before(node, root, names, position):
+            continue
+        earlier = [name for name in names if position[name] < position[node]]
+        if target is root and not any(position[user] > position[node] for name in earlier for user in name.users):
+            result = _make_pure(graph, node, root, position)
+        else:
+            result = _write_to_copy(graph, node, root, earlier, position)
         changed += 1
-        source = stands_for.get(target, target)
+        source = stands_for.get(root, root)
         if source.op in ("placeholder", "get_attr"):
             latest[source], stands_for[result] = result, source
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     with graph.inserting_before(output):
         for source, result in latest.items():
-            graph.call_method("copy_", (source, result)).meta = dict(source.meta)
+            # An input's meta names the module that used it first: kept, it would stretch that block to the graph's end.
+            written = graph.call_method("copy_", (source, result))
+            written.meta = {key: value for key, value in source.meta.items() if key != "nn_module_stack"}
     return changed
 
 
-def _has_live_views(target: fx.Node, write: fx.Node) -> bool:
-    """Whether another name for `target`'s memory is read after the write, so that renaming would miss it."""
-    if is_view(target):
-        return True
-    position = positions_of(list(write.graph.nodes))
-    views = [user for user in target.users if is_view(user)]
-    while views:
-        view = views.pop()
-        if any(position[user] > position[write] for user in view.users):
-            return True
-        views.extend(user for user in view.users if is_view(user))
-    return False
+def _is_filled_where_made(root: fx.Node, write: fx.Node) -> bool:
+    """Whether the write fills a new buffer in the module call that made it."""
+    made, written = (list(node.meta.get("nn_module_stack") or ()) for node in (root, write))
+    return is_factory(root) and made == written
 
 
-def _make_pure(graph: fx.Graph, write: fx.Node, target: fx.Node) -> fx.Node:
+def _is_read_before(write: fx.Node, root: fx.Node, names: Sequence[fx.Node], position: Mapping[fx.Node, int]) -> bool:
+    """Whether what was put into the buffer `root` has been used already: then it is being filled no longer."""
+    own = {root, *names}
+    return any(user not in own and position[user] < position[write] for name in own for user in name.users)
+
+
+def _make_pure(graph: fx.Graph, write: fx.Node, target: fx.Node, position: Mapping[fx.Node, int]) -> fx.Node:
     """Replace the write by a new value, which is returned; every use of `target` behind it takes the new value."""
     pure = _pure_twin(write)
     if pure is not None:
@@ -134,13 +143,51 @@ def _make_pure(graph: fx.Graph, write: fx.Node, target: fx.Node) -> fx.Node:
     else:
         with graph.inserting_before(write):
             result = graph.call_method("clone", (target,))
-        result.meta = dict(target.meta)
+        result.meta = _meta_at(write, target)
         write.replace_input_with(target, result)
-    position = positions_of(list(graph.nodes))
-    for user in list(target.users):
-        if user is not write and user is not result and position[user] > position[write]:
-            user.replace_input_with(target, result)
+    _use_from(write, {target: result}, position)
     return result
+
+
+def _write_to_copy(
+    graph: fx.Graph, write: fx.Node, root: fx.Node, names: Sequence[fx.Node], position: Mapping[fx.Node, int]
+) -> fx.Node:
+    """Let the write, and all that comes after it, see a copy of `root`, which is returned; of its other `names` up to
+    here, in order, the views are made again."""
+    with graph.inserting_before(write):
+        copy = graph.call_method("clone", (root,))
+        copy.meta = _meta_at(write, root)
+        twins = {root: copy}
+        for name in names:
+            written = mutated_input(name)
+            if written is not None:
+                twins[name] = twins[written]
+            else:
+                twins[name] = graph.node_copy(name, lambda item: twins.get(item, item))
+                twins[name].meta = _meta_at(write, name)
+    write_again = {old: new for old, new in twins.items() if old in write.all_input_nodes}
+    for old, new in write_again.items():
+        write.replace_input_with(old, new)
+    _use_from(write, twins, position)
+    for unused in reversed([*names, *(twin for twin in twins.values() if twin is not copy)]):
+        if not unused.users and mutated_input(unused) is None and unused.graph is graph and not unused._erased:
+            graph.erase_node(unused)
+    return copy
+
+
+def _use_from(write: fx.Node, twins: Mapping[fx.Node, fx.Node], position: Mapping[fx.Node, int]) -> None:
+    """Let whatever stands behind `write` take the new nodes in place of the old ones."""
+    for old, new in twins.items():
+        for user in list(old.users):
+            if user is not new and position.get(user, -1) > position[write]:
+                user.replace_input_with(old, new)
+
+
+def _meta_at(place: fx.Node, value: fx.Node) -> dict[str, Any]:
+    """The meta of `value`, for a node that belongs to the module that `place` belongs to."""
+    meta = dict(value.meta)
+    meta.pop("nn_module_stack", None)
+    return meta | {key: place.meta[key] for key in ("nn_module_stack",) if key in place.meta}
 
 
 def _pure_twin(write: fx.Node) -> tuple[str, Callable[..., Any] | str] | None:

@@ -5,8 +5,9 @@
 
 For every live-out of the region there is a *base*, what it would be if every block handed its carried values on
 unchanged: block outputs are traced back to the matching block inputs, and glue between loops (streams concatenated,
-sliced) is replayed. The residual that is stored is live-out minus base. A live-out that continues nothing is stored
-whole, unless it depends on no carried value at all: then it is hoisted out of the region and always computed.
+sliced) is replayed; a layer between two loops that keeps the hidden states' shape counts as a block does. The residual
+that is stored is live-out minus base. A live-out that continues nothing is stored whole, unless it depends on no
+carried value at all: then it is hoisted out of the region and always computed.
 
 The same tracing over the head gives the reference of the difference: r = H_F - base(H_F), which for a plain chain is
 H_F - H_in.
@@ -16,6 +17,7 @@ Analysis only. Requires `block_loops`; provides `regions` (a tuple of `RegionPla
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -37,6 +39,7 @@ from cachedit_fx.passes.graph_analysis import (
     open_contexts,
     positions_of,
     root_of,
+    same_kind,
     tensor_of,
 )
 
@@ -65,6 +68,7 @@ class RegionPlan:
         first, last: F and B, the blocks that always run before and behind it.
         start, end: its body nodes, half-open, in graph order.
         live_ins, live_outs: the values that cross its border (hoisted ones left out).
+        streams: those live-ins that are carried; what is stored fits no other shapes of them.
         continued: for each live-out, whether it has a base; where False it is stored whole.
         bases: the bases of the continued live-outs, from values outside the region.
         hoisted: nodes inside [start, end) that must run before the region, whatever is decided.
@@ -81,6 +85,7 @@ class RegionPlan:
     end: int
     live_ins: tuple[fx.Node, ...] = field(repr=False)
     live_outs: tuple[fx.Node, ...] = field(repr=False)
+    streams: tuple[fx.Node, ...] = field(repr=False)
     continued: tuple[bool, ...]
     bases: Continuation = field(repr=False)
     hoisted: tuple[fx.Node, ...] = field(repr=False)
@@ -137,8 +142,13 @@ class PlanRegions(Pass):
         for segment in segments:
             if not segment:
                 continue
+            name = f"region_{len(regions)}"
             try:
-                regions.append(_plan(f"region_{len(regions)}", segment, nodes, self.first, self.last))
+                region = _plan(name, segment, nodes, self.first, self.last)
+                if not any(region.continued) and len(segment) > 1:
+                    # Residuals of the bulk are worth more than whole values of everything.
+                    region = _plan(name, [max(segment, key=lambda item: item[0].cost)], nodes, self.first, self.last)
+                regions.append(region)
             except RegionRefused as refusal:
                 refusals.append(str(refusal))
         facts(gm)["regions"] = RegionReport(tuple(regions), tuple(refusals))
@@ -171,6 +181,10 @@ def _plan(
         for into, out in zip(carried.inputs, carried.outputs, strict=True)
         if out is not None
     }
+    for (before, from_slot), (after, to_slot) in itertools.pairwise(segment):
+        out, into = before.carried[from_slot].outputs[-1], after.carried[to_slot].inputs[0]
+        if out is not None and same_kind(out, into):
+            handed_on.setdefault(into, out)  # a layer between two loops is bypassed as a block is
     position = positions_of(nodes)
     streams = [v for loop in loops for carried in loop.carried for v in carried.inputs + carried.outputs]
     entering = {v for v in streams if v is not None and position.get(v, -1) < start}
@@ -186,8 +200,6 @@ def _plan(
 
     replay = _Replay(handed_on, position, start, hoisted)
     continued = tuple(replay.add(value) for value in outs)
-    if not any(continued):
-        raise RegionRefused(f"{where}: no value that leaves the region continues one that enters it")
     hidden_out = _hidden_behind(segment, first)
     reference = None
     if first and hidden_out is None:
@@ -206,6 +218,7 @@ def _plan(
         end=end,
         live_ins=ins,
         live_outs=outs,
+        streams=tuple(value for value in ins if value in entering),
         continued=continued,
         bases=replay.finish(),
         hoisted=tuple(node for node in inside if node in hoisted),

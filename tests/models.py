@@ -5,12 +5,16 @@ A toy is called as `toy(hidden_states, timestep)` unless it says otherwise; `inp
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import zoo
 from torch import Tensor, nn
+from zoo import images, images_joint, videos, videos_wan
+from zoo.base import packed
 
 WIDTH = 16
 
@@ -309,233 +313,59 @@ def functional_weights(num_blocks: int = 4, width: int = WIDTH) -> list[tuple[Te
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# diffusers' classes, tiny
+# diffusers' classes: the zoo's (examples/zoo), with weights as diffusers starts them and inputs that differ each time
 # ---------------------------------------------------------------------------------------------------------------------
 
 Case = tuple[nn.Module, dict[str, Any]]
 
 
-def flux(double: int = 3, single: int = 4, batch: int = 1, tokens: int = 16, text: int = 6) -> Case:
-    from diffusers import FluxTransformer2DModel
+def _case(make: Callable[..., zoo.Case], **changes: Any) -> Case:
+    module, inputs = inspect.unwrap(make)(**changes)
+    return module, inputs(1) | {"return_dict": False}
 
-    model = FluxTransformer2DModel(
-        in_channels=8,
-        num_layers=double,
-        num_single_layers=single,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        pooled_projection_dim=10,
-        axes_dims_rope=(2, 2, 4),
-    ).eval()
+
+def flux(double: int = 3, single: int = 4, batch: int = 1, tokens: int = 16, text: int = 6) -> Case:
+    model, _ = _case(
+        images_joint.FluxTransformer2DModel, num_layers=double, num_single_layers=single, guidance_embeds=False
+    )
     return model, flux_inputs(batch, tokens, text)
 
 
 def flux_inputs(batch: int = 1, tokens: int = 16, text: int = 6, timestep: float = 0.5) -> dict[str, Any]:
-    return {
-        "hidden_states": torch.randn(batch, tokens, 8),
-        "encoder_hidden_states": torch.randn(batch, text, 12),
+    return packed(1, tokens, batch, text) | {
         "pooled_projections": torch.randn(batch, 10),
         "timestep": torch.full((batch,), timestep),
-        "img_ids": torch.arange(tokens)[:, None].float().repeat(1, 3),
-        "txt_ids": torch.zeros(text, 3),
         "return_dict": False,
     }
 
 
 def sd3(num_layers: int = 4) -> Case:
-    from diffusers import SD3Transformer2DModel
-
-    model = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        num_layers=num_layers,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        caption_projection_dim=16,
-        pooled_projection_dim=10,
-        out_channels=4,
-        pos_embed_max_size=8,
-    ).eval()
-    return model, {
-        "hidden_states": torch.randn(1, 4, 8, 8),
-        "encoder_hidden_states": torch.randn(1, 5, 12),
-        "pooled_projections": torch.randn(1, 10),
-        "timestep": torch.tensor([500.0]),
-        "return_dict": False,
-    }
+    return _case(images_joint.SD3Transformer2DModel, num_layers=num_layers, dual_attention_layers=())
 
 
 def qwen_image(num_layers: int = 4) -> Case:
-    from diffusers import QwenImageTransformer2DModel
-
-    model = QwenImageTransformer2DModel(
-        patch_size=2,
-        in_channels=16,
-        out_channels=4,
-        num_layers=num_layers,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        axes_dims_rope=(2, 2, 4),
-    ).eval()
-    return model, {
-        "hidden_states": torch.randn(1, 16, 16),
-        "encoder_hidden_states": torch.randn(1, 5, 12),
-        "encoder_hidden_states_mask": torch.ones(1, 5, dtype=torch.bool),
-        "timestep": torch.tensor([0.5]),
-        "img_shapes": [[(1, 4, 4)]],
-        "return_dict": False,
-    }
+    return _case(images_joint.QwenImageTransformer2DModel, num_layers=num_layers)
 
 
 def wan(num_layers: int = 4) -> Case:
-    from diffusers import WanTransformer3DModel
-
-    model = WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=num_layers,
-        rope_max_seq_len=32,
-    ).eval()
-    return model, {
-        "hidden_states": torch.randn(1, 4, 2, 8, 8),
-        "timestep": torch.tensor([500]),
-        "encoder_hidden_states": torch.randn(1, 6, 16),
-        "return_dict": False,
-    }
+    return _case(videos_wan.WanTransformer3DModel, num_layers=num_layers, image=False)
 
 
 def pixart(num_layers: int = 4) -> Case:
-    from diffusers import PixArtTransformer2DModel
-
-    model = PixArtTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=num_layers,
-        cross_attention_dim=16,
-        caption_channels=12,
-        sample_size=8,
-        patch_size=2,
-        norm_num_groups=1,
-        use_additional_conditions=False,
-    ).eval()
-    return model, {
-        "hidden_states": torch.randn(1, 4, 8, 8),
-        "encoder_hidden_states": torch.randn(1, 5, 12),
-        "timestep": torch.tensor([500]),
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-        "return_dict": False,
-    }
+    return _case(images.PixArtTransformer2DModel, num_layers=num_layers)
 
 
 def sana(num_layers: int = 4) -> Case:
-    from diffusers import SanaTransformer2DModel
-
-    model = SanaTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=num_layers,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=8,
-        cross_attention_dim=16,
-        caption_channels=12,
-        sample_size=8,
-    ).eval()
-    return model, {
-        "hidden_states": torch.randn(1, 4, 8, 8),
-        "encoder_hidden_states": torch.randn(1, 5, 12),
-        "timestep": torch.tensor([500.0]),
-        "return_dict": False,
-    }
+    return _case(images.SanaTransformer2DModel, num_layers=num_layers, guidance_embeds=False)
 
 
 def cogvideox(num_layers: int = 4) -> Case:
-    from diffusers import CogVideoXTransformer3DModel
-
-    model = CogVideoXTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        time_embed_dim=8,
-        text_embed_dim=12,
-        num_layers=num_layers,
-        sample_width=8,
-        sample_height=8,
-        sample_frames=5,
-        max_text_seq_length=5,
-    ).eval()
-    return model, {
-        "hidden_states": torch.randn(1, 2, 4, 8, 8),
-        "encoder_hidden_states": torch.randn(1, 5, 12),
-        "timestep": torch.tensor([500]),
-        "return_dict": False,
-    }
+    return _case(videos.CogVideoXTransformer3DModel, num_layers=num_layers)
 
 
 def ltx(num_layers: int = 4) -> Case:
-    from diffusers import LTXVideoTransformer3DModel
-
-    model = LTXVideoTransformer3DModel(
-        in_channels=8,
-        out_channels=8,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        cross_attention_dim=16,
-        num_layers=num_layers,
-        caption_channels=12,
-    ).eval()
-    return model, {
-        "hidden_states": torch.randn(1, 2 * 4 * 4, 8),
-        "encoder_hidden_states": torch.randn(1, 5, 12),
-        "timestep": torch.tensor([500]),
-        "encoder_attention_mask": torch.ones(1, 5, dtype=torch.bool),
-        "num_frames": 2,
-        "height": 4,
-        "width": 4,
-        "return_dict": False,
-    }
+    return _case(videos.LTXVideoTransformer3DModel, num_layers=num_layers)
 
 
 def hunyuan_dit(num_layers: int = 8) -> Case:
-    from diffusers import HunyuanDiT2DModel
-
-    model = HunyuanDiT2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        patch_size=2,
-        sample_size=8,
-        hidden_size=16,
-        num_layers=num_layers,
-        cross_attention_dim=8,
-        cross_attention_dim_t5=8,
-        pooled_projection_dim=4,
-        text_len=4,
-        text_len_t5=4,
-        activation_fn="gelu-approximate",
-    ).eval()
-    return model, {
-        "hidden_states": torch.randn(1, 4, 8, 8),
-        "timestep": torch.tensor([500.0]),
-        "encoder_hidden_states": torch.randn(1, 4, 8),
-        "text_embedding_mask": torch.ones(1, 4),
-        "encoder_hidden_states_t5": torch.randn(1, 4, 8),
-        "text_embedding_mask_t5": torch.ones(1, 4),
-        "image_meta_size": torch.randint(0, 10, (1, 6)).float(),
-        "style": torch.zeros(1, dtype=torch.long),
-        "image_rotary_emb": (torch.randn(16, 8), torch.randn(16, 8)),
-        "return_dict": False,
-    }
+    return _case(images.HunyuanDiT2DModel, num_layers=num_layers)

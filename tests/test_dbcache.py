@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from toys import FALLING, Timeless, Toy, Work, denoise, make, noise
+from toys import FALLING, Timeless, Toy, denoise, make, noise
 
 import cachedit_fx
 from cachedit_fx import Action, CacheWarning, DBCacheConfig, Reason, enable_cache, refresh_context, summary
+from cachedit_fx.flops import FlopCounter
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*inert threshold")
 EAGER: dict[str, Any] = {"inner_backend": "eager"}
@@ -165,16 +166,16 @@ def test_reuse_on_identical_inputs_is_exact_and_the_work_is_gone(dtype, first, l
         config = DBCacheConfig(first, last, residual_diff_threshold=0.01, max_warmup_steps=1)
     with torch.no_grad():
         plain = model(*inputs)
-        with Work() as embed:
+        with FlopCounter() as embed:
             model.embed(inputs[0])
-        with Work() as block:
+        with FlopCounter() as block:
             model.blocks[0](inputs[0], inputs[1], inputs[1].mean(1))
         enable_cache(model, config, **EAGER)
         model(*inputs)  # compiles
         refresh_context(model)
-        with Work() as computed:
+        with FlopCounter() as computed:
             result = model(*inputs)
-        with Work() as reused:
+        with FlopCounter() as reused:
             again = model(*inputs)
     assert summary(model)[0].cached_steps == [1]
     assert torch.equal(result, plain) and torch.equal(again, plain)

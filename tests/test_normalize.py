@@ -7,6 +7,7 @@ import torch
 from helpers import capture, copied, detected, find, ops, run_passes
 from torch import nn
 
+from cachedit_fx.passes.graph_analysis import mutated_input
 from cachedit_fx.passes.normalize import Normalize
 
 
@@ -49,6 +50,8 @@ class Activates(_Linear):
 
 
 class ThroughView(_Linear):
+    come = {"clone": 1}
+
     def forward(self, x):
         y = self.linear(x)
         y[:, :2].add_(1)
@@ -56,6 +59,8 @@ class ThroughView(_Linear):
 
 
 class LiveView(_Linear):
+    come = {"clone": 1}
+
     def forward(self, x):
         y = self.linear(x)
         view = y.transpose(0, 1)
@@ -64,11 +69,35 @@ class LiveView(_Linear):
 
 
 class ThroughDropout(_Linear):
+    come = {"clone": 1}
+
     def forward(self, x):
         y = self.linear(x)
         z = nn.functional.dropout(y, 0.5, training=False)  # not a copy: y itself
         z += 1
         return y * 2
+
+
+class InTurn(_Linear):
+    """Written, read and written again: the copy that took the first write is a buffer no longer."""
+
+    come = {"clone": 2, "chunk": 1, "getitem": 1}
+
+    def forward(self, x):
+        y = self.linear(x)
+        left, right = y.chunk(2, dim=-1)
+        left += 1
+        z = y.sum()
+        right.mul_(z)
+        return y * left.sum()
+
+
+class Scatters(_Linear):
+    def forward(self, x):
+        out = torch.zeros_like(x)
+        for row in range(2):
+            out.index_add_(0, torch.tensor([row]), self.linear(x[row : row + 1]))
+        return out + x
 
 
 class Rotary(_Linear):
@@ -147,7 +176,17 @@ def test_fires(module, gone, come):
     assert graph.same(graph.gm)
 
 
-@pytest.mark.parametrize("module", [ThroughView, LiveView, ThroughDropout, Rotary, Pure])
+@pytest.mark.parametrize("module", [ThroughView, LiveView, ThroughDropout, InTurn])
+def test_writes_that_a_view_shows_go_to_a_copy(module):
+    """Of the views that are still in use each is made again, and none is left over."""
+    graph, before, after = normalized(module())
+    assert before - after == {} and after - before == module.come
+    assert graph.same(graph.gm)
+    (linear,) = find(graph.gm, "linear")
+    assert not any(mutated_input(user) for user in linear.users)
+
+
+@pytest.mark.parametrize("module", [Rotary, Pure, Scatters])
 def test_near_miss_is_left_alone(module):
     graph, before, after = normalized(module())
     assert before == after

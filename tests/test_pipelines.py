@@ -3,9 +3,9 @@
 import pytest
 import torch
 from diffusers import FlowMatchHeunDiscreteScheduler
-from toys import Work
 
 from cachedit_fx import DBCacheConfig, Reason, disable_cache, enable_cache, refresh_context, summary
+from cachedit_fx.flops import FlopCounter
 from cachedit_fx.shapes import generate, load_pipeline
 
 pytestmark = [pytest.mark.keep_compiled, pytest.mark.filterwarnings("ignore:.*inert threshold")]
@@ -55,9 +55,9 @@ def test_everything_computed_is_the_plain_pipeline_to_the_bit(pipe, plain, scale
 
 def test_a_cached_picture_takes_less_work_and_is_nearly_the_same(pipe, plain):
     policy(pipe, BASE)
-    with Work() as full:
+    with FlopCounter() as full:
         expected = picture(plain)
-    with Work() as less:
+    with FlopCounter() as less:
         found = picture(pipe)
     (region,) = summary(pipe)
     assert region.cached_steps == [2, 4] and region.uncached_calls == 0

@@ -9,9 +9,11 @@ import torch
 from toys import FALLING, Timeless, denoise, make, noise
 
 from cachedit_fx import DBCacheConfig, Reason, enable_cache, refresh_context, summary
-from cachedit_fx.runtime import state
+from cachedit_fx.runtime import call
+from cachedit_fx.runtime.call import may_reuse, read_back
 from cachedit_fx.runtime.policy import Action, Decision
-from cachedit_fx.runtime.state import BranchMemory, Stopwatch, may_reuse, read_back
+from cachedit_fx.runtime.state import BranchMemory
+from cachedit_fx.runtime.stopwatch import Stopwatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*inert threshold")
 BASE = DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=0.1)
@@ -124,7 +126,7 @@ class Readings:
             self.sizes.append(len(values))
             return read_back(values)
 
-        monkeypatch.setattr(state, "read_back", counting)
+        monkeypatch.setattr(call, "read_back", counting)
 
     def take(self):
         sizes, self.sizes = self.sizes, []
@@ -158,7 +160,7 @@ def test_one_read_back_a_call_and_the_same_decisions(model, monkeypatch, config,
         denoise(model, FALLING, texts)
     expected = [branch.decisions for branch in summary(model)[0].branches]
     refresh_context(model)
-    monkeypatch.setattr(state, "on_host", lambda tensor: False)
+    monkeypatch.setattr(call, "on_host", lambda tensor: False)
     readings = Readings(monkeypatch)
     sizes: list[int] = []
 
@@ -178,7 +180,7 @@ def test_one_read_back_a_call_and_the_same_decisions(model, monkeypatch, config,
 
 
 def test_one_read_back_in_a_real_model(monkeypatch):
-    monkeypatch.setattr(state, "on_host", lambda tensor: False)
+    monkeypatch.setattr(call, "on_host", lambda tensor: False)
     transformer, inputs = models.flux()
     enabled(model=transformer)
     readings = Readings(monkeypatch)
@@ -193,7 +195,7 @@ def test_one_read_back_in_a_real_model(monkeypatch):
 def test_a_number_for_a_timestep_is_known_without_reading(monkeypatch, convert):
     """Warm-up steps then read nothing; the others the difference alone. A dynamic number arrives on the host."""
     readings, model = Readings(monkeypatch), enabled(BASE.reset(max_warmup_steps=4))
-    monkeypatch.setattr(state, "on_host", lambda tensor: tensor.device.type == "cpu")
+    monkeypatch.setattr(call, "on_host", lambda tensor: tensor.device.type == "cpu")
     denoise(model, [float(int(t)) for t in FALLING], convert=convert)
     assert max(readings.take()) == 1
 

@@ -54,10 +54,10 @@ C, U = "cond", "uncond"
         # names; one seen again is a step at an equal timestep too; a name alone; unknown timesteps
         (AUTO, [(9, C), (9, U), (8, C), (8, U)], "0.0.0 0.0.1 0.1.0 0.1.1"),
         (AUTO, [(9, C), (9, U), (8, C), (8, U), (8, C), (8, U)], "0.0.0 0.0.1 0.1.0 0.1.1 0.2.0 0.2.1"),
-        # at the first timestep it starts anew (what came before was a run to warm up), but only once in a row
+        # at the first timestep it starts anew: what came before was a generation of one step
         (AUTO, [(9, C), (9, C), (8, C), (7, C)], "0.0.0 1.0.0 1.1.0 1.2.0"),
         (AUTO, [(9, C), (9, U), (9, C), (9, U), (8, C)], "0.0.0 0.0.1 1.0.0 1.0.1 1.1.0"),
-        (AUTO, [(9, C)] * 5, "0.0.0 1.0.0 1.1.0 1.2.0 1.3.0"),
+        (AUTO, [(9, C)] * 5, "0.0.0 1.0.0 2.0.0 3.0.0 4.0.0"),
         (AUTO, [(9, U), (9, C), (8, C), (7, U), (7, C)], "0.0.0 0.0.1 0.1.1 0.2.0 0.2.1"),
         (AUTO, [(9, U), (9, C), (8, C), (9, C), (9, U)], "0.0.0 0.0.1 0.1.1 1.0.0 1.0.1"),
         (AUTO, [(None, C), (None, U), (None, C), (None, U)], "0.0.0 0.0.1 0.1.0 0.1.1"),

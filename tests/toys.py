@@ -7,9 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 
 class Block(nn.Module):
@@ -115,27 +112,6 @@ def denoise(
         first, *others = [model(hidden, convert(timestep), text) for text in texts]
         hidden = hidden - rate * sum((first - other for other in others), first)
     return hidden
-
-
-class Work(TorchDispatchMode):
-    """Counts kernels and FLOPs, inside compiled pieces too (where `FlopCounterMode` stops dynamo)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = self.kernels = 0
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        return True
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        fake = any(isinstance(item, torch._subclasses.FakeTensor) for item in tree_leaves((args, result)))
-        if not fake:
-            self.kernels += 1
-            if func._overloadpacket in flop_registry:
-                self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
-        return result
 
 
 class CountingBackend:

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from cachedit_fx.cli.coverage import coverage
 from cachedit_fx.cli.demo import demo
 
 app = typer.Typer(
@@ -28,7 +29,7 @@ def _unwrapped(command: Callable[..., object]) -> str:
     return "\n\n".join(" ".join(part.split()) for part in (command.__doc__ or "").split("\n\n"))
 
 
-for command in (demo,):
+for command in (demo, coverage):
     app.command(help=_unwrapped(command))(command)
 
 

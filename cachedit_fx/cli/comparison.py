@@ -28,7 +28,7 @@ from cachedit_fx.cli.terminal import quiet
 from cachedit_fx.runtime.stats import CacheStats
 
 if TYPE_CHECKING:
-    from diffusers import FluxPipeline
+    from diffusers import DiffusionPipeline
 
 POLICY = DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=4)
 """One of the 18 blocks decides. Its thresholds are the comparison's."""
@@ -118,7 +118,7 @@ def compare(settings: Settings, tell: Callable[[str, int], None]) -> list[Row]:
 
 
 def _compare(
-    settings: Settings, plain: FluxPipeline, cached: FluxPipeline, tell: Callable[[str, int], None]
+    settings: Settings, plain: DiffusionPipeline, cached: DiffusionPipeline, tell: Callable[[str, int], None]
 ) -> list[Row]:
     from cachedit_fx.shapes import generate
 

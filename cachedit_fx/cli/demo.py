@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
 from rich.table import Table
 
-from cachedit_fx.cli.terminal import check_folder, console, errors, quiet, whole_files
+from cachedit_fx.cli.terminal import check_folder, console, errors, machine, progress_bar, quiet, whole_files
 
 if TYPE_CHECKING:
     from cachedit_fx.cli.comparison import Row, Settings
@@ -114,7 +103,7 @@ def demo(
 
     start = time.perf_counter()
     try:
-        with _progress(settings.runs) as (progress, task):
+        with progress_bar(settings.runs, "runs") as (progress, task):
 
             def tell(what: str, done: int) -> None:
                 progress.update(task, advance=done, description=what or None)
@@ -177,21 +166,6 @@ def _check_compiler(inner_backend: str) -> None:
             "name it in CXX, or use --inner-backend eager",
             param_hint="--inner-backend",
         )
-
-
-@contextmanager
-def _progress(runs: int) -> Iterator[tuple[Progress, TaskID]]:
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description:<24}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn("runs"),
-        TimeElapsedColumn(),
-    )
-    # Few refreshes: on one core they would be part of what is measured.
-    with Progress(*columns, console=errors, transient=True, refresh_per_second=4) as progress:
-        yield progress, progress.add_task("starting", total=runs)
 
 
 HEADINGS = ("configuration", "steps", "cached", "work", "time", "PSNR dB")
@@ -257,11 +231,10 @@ def notes(rows: Sequence[Row], settings: Settings) -> list[str]:
 
     pictures = "1 picture" if len(settings.prompts) == 1 else f"{len(settings.prompts)} pictures at a time"
     seconds = statistics.median(rows[0].seconds)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = [
         f"Work: block executions; time: wall time, median of {settings.rounds}; both over uncached, which takes "
-        f"{seconds:.2f} s for {pictures}. F1B0, 4 warm-up steps, {settings.inner_backend}, one thread of a "
-        f"{cores}-core {platform.machine()} CPU, torch {torch.__version__}."
+        f"{seconds:.2f} s for {pictures}. F1B0, 4 warm-up steps, {settings.inner_backend}, one thread of "
+        f"{machine()}, torch {torch.__version__}."
     ]
     spread = max(rows[0].seconds) / min(rows[0].seconds)
     if spread > 1.25:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import shutil
 import tempfile
 import warnings
@@ -12,6 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 console = Console(highlight=False)
 """Standard output: results."""
@@ -34,6 +44,28 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def progress_bar(total: int, unit: str) -> Iterator[tuple[Progress, TaskID]]:
+    """A bar on standard error for `total` units of work, gone when the block ends."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description:<24}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+    )
+    # Few refreshes: on one core they would be part of what is measured.
+    with Progress(*columns, console=errors, transient=True, refresh_per_second=4) as progress:
+        yield progress, progress.add_task("starting", total=total)
+
+
+def machine() -> str:
+    """What the figures of a table were made on: `a 2-core x86_64 CPU`."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"a {cores}-core {platform.machine()} CPU"
 
 
 def check_folder(folder: Path) -> str | None:

@@ -24,6 +24,8 @@ What calls alone cannot tell, and what happens:
 - A generation of one step, then one that starts at the same timestep: taken for a further branch where calls carry no
   names. With another start: taken for the next step, and the direction is learned across the border. `refresh` between
   them cures it; so does `num_inference_steps=1`, unless unnamed branches are told apart by the timestep.
+- A timestep that never changes: with names every call starts a generation, so nothing is reused. A step index in
+  `cache_context` cures it, or `enable_separate_cfg`.
 - A generation that goes on where the last one stopped (a base model, then its refiner) is the same generation:
   `refresh`.
 - A step without its first unnamed branch (the conditional call left out): the other one is taken for branch 0, and
@@ -40,7 +42,7 @@ from typing import NamedTuple
 from cachedit_fx.options import DBCacheConfig
 
 MAX_UNNAMED_BRANCHES = 4
-"""Branches told apart by the timestep alone; LTX2 has four."""
+"""Branches told apart by the timestep alone; some video models have four."""
 
 
 class Position(NamedTuple):
@@ -60,8 +62,6 @@ class _Generation:
     """The latest one that was given."""
     rising: bool | None = None
     """Its direction; None until two different ones were seen."""
-    starts_again: bool = False
-    """Whether it began at the only timestep of the one before it."""
     in_step: set[int] = field(default_factory=set)
     """Branches seen in the present step."""
     names: dict[str, int] = field(default_factory=dict)
@@ -112,21 +112,17 @@ class Tracker:
             or self._now.shapes.get(index, shape) != shape
             or (steps is not None and step >= steps)
             or (index >= MAX_UNNAMED_BRANCHES and branch is None)
+            or self._starts_again(timestep, branch)
         ):
             self.refresh()
-            step, index = self._locate(timestep, branch)
-        elif self._starts_again(timestep, branch):
-            self.refresh()
-            self._now.starts_again = True
             step, index = self._locate(timestep, branch)
         self._now.add(step, index, timestep, branch, shape)
         return Position(self._now.number, step, index)
 
     def _starts_again(self, timestep: float | None, name: str | None) -> bool:
-        """A name seen again at the first timestep: what came before was a generation of one step, such as a run to
-        warm up. A second time in a row it is a timestep that never changes."""
+        """A name seen again at the first timestep: what came before was a generation of one step."""
         now = self._now
-        if self.config.enable_separate_cfg is not None or name not in now.names or now.starts_again:
+        if self.config.enable_separate_cfg is not None or name not in now.names:
             return False
         return now.step == 0 and timestep is not None and timestep == now.timestep
 

@@ -1,0 +1,176 @@
+"""The call that stands in a compiled module's place: one transformer call, whatever number of graphs it becomes.
+
+It switches on what dynamo needs to keep data-dependent lengths in one graph, for this call alone; it is where the
+graphs of a call meet; and it finds out what broke the capture where a call ran uncached.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils._pytree import tree_leaves
+
+from cachedit_fx.options import OptionError
+from cachedit_fx.passes.detect_block_loops import LoopNotFound
+from cachedit_fx.runtime.call import NO_LOOP, NOT_CAPTURED, Call, call_of, trial_call
+from cachedit_fx.runtime.state import ModelCache
+
+logger = logging.getLogger(__name__)
+
+
+def capturing() -> AbstractContextManager[None]:
+    """Dynamo's two flags for values read back and lengths that depend on data, in the present thread, for the block.
+
+    May be entered again and again, in several threads, and on a hot path should be: every patch that torch 2.13 makes
+    leaves a variable in the thread's context for good.
+    """
+    flags: AbstractContextManager[None] = torch._dynamo.config.patch(
+        capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True
+    )
+    return flags
+
+
+class CompiledCall:
+    """The module compiled, and called as one `Call` of `cache`.
+
+    Under `capturing` at first. Where that breaks the capture inside the blocks, or fails, and leaving breaks to dynamo
+    puts the blocks into one graph of several, the module is compiled again without, at the very same call.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        backend: Callable[..., Any],
+        cache: ModelCache,
+        torch_options: Mapping[str, Any],
+    ) -> None:
+        self.module, self.backend, self.cache, self.torch_options = weakref.ref(module), backend, cache, torch_options
+        self.capturing: AbstractContextManager[None] = capturing()
+        self.settled = False
+        self.compiled = self._compile(module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            if not self.settled:
+                return self._settle(args, kwargs)
+            with self.capturing, call_of(self.cache, lambda call: self._diagnose(call, args, kwargs)):
+                return self.compiled(*args, **kwargs)
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, LoopNotFound):
+                raise OptionError(f"loops: {error.inner_exception}") from None
+            raise
+
+    def _compile(self, module: torch.nn.Module) -> Callable[..., Any]:
+        isolated: dict[str, Any] = {"isolate_recompiles": True}  # missing from torch 2.13's overloads
+        compiled: Callable[..., Any] = torch.compile(
+            module._call_impl, backend=self.backend, **isolated, **self.torch_options
+        )
+        return compiled
+
+    def _settle(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The first call, which finds out under which flags the blocks can be had."""
+        module = self.module()
+        assert module is not None
+        restore = _snapshot((args, kwargs))
+        failure: Exception | None = None
+        try:
+            with self.capturing, trial_call(self.cache) as call:
+                result = self.compiled(*args, **kwargs)
+        except (TorchDynamoException, GuardOnDataDependentSymNode) as error:
+            if self.torch_options.get("fullgraph") or isinstance(error, BackendCompilerFailed):
+                raise
+            failure = error
+        self.settled = True
+        if failure is None and not _lacks_loop(call):
+            call.finish(lambda call: self._diagnose(call, args, kwargs))
+            return result
+        restore()
+        logger.info("captured again with breaks: %s", failure or "no graph held a loop")
+        self.capturing, self.compiled = nullcontext(), self._compile(module)
+        return self(*args, **kwargs)
+
+    def _diagnose(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+        """What kept the blocks from being in one graph; None where that is not what the call lacked."""
+        module = self.module()
+        if module is None or not _lacks_loop(call):
+            return None
+        found = first_break(module, args, kwargs)
+        if found is None:
+            return (
+                "no caching: dynamo captured no frame of this call. Either it gave up recompiling the model "
+                "(TORCH_LOGS=recompiles tells why), or its forward is torch's own code, which dynamo skips: wrap it"
+            )
+        return f"no caching: no graph holds a block loop, since the capture breaks, first at {found}"
+
+
+def _lacks_loop(call: Call) -> bool:
+    """Whether the capture broke, and no graph that came of it holds a loop."""
+    return call.graphs != 1 and call.uncached is not None and call.uncached.cause in (NO_LOOP, NOT_CAPTURED)
+
+
+def _snapshot(arguments: Any) -> Callable[[], None]:
+    """Remembers what a call may change, its inputs and the random generators; the result puts it back."""
+    copies = [(leaf, leaf.detach().clone()) for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
+    generator = torch.get_rng_state()
+    on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def restore() -> None:
+        for leaf, copy in copies:
+            if not torch.equal(leaf, copy):
+                leaf.detach().copy_(copy)
+        torch.set_rng_state(generator)
+        if on_devices:
+            torch.cuda.set_rng_state_all(on_devices)
+
+    return restore
+
+
+class _Whole(Exception):
+    """Ends a capture that came through in one piece, before anything is run."""
+
+
+def first_break(module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+    """Where and why the capture of `module(*args, **kwargs)` breaks first: file, line, code, dynamo's reason.
+
+    None where it does not. Traces anew and runs nothing.
+    """
+
+    def stop(*_: Any) -> Any:
+        raise _Whole
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        return stop
+
+    isolated: dict[str, Any] = {"isolate_recompiles": True}  # missing from torch 2.13's overloads
+    with capturing():
+        try:
+            torch.compile(module._call_impl, backend=backend, fullgraph=True, **isolated)(*args, **kwargs)
+        except _Whole:
+            return None
+        except TorchDynamoException as error:
+            return _describe(error)
+        except RuntimeError as error:  # there is nothing that dynamo would capture
+            return f"{type(module).__name__}.forward ({str(error).splitlines()[0]})"
+    return "a place that a capture for this message did not come to"
+
+
+def _describe(error: TorchDynamoException) -> str:
+    """The innermost line outside torch, and dynamo's reason."""
+    reason, *details = [line.strip() for line in str(getattr(error, "msg", error)).splitlines() if line.strip()]
+    context = next((line for line in details if line.startswith("Developer debug context:")), "")
+    about = context.removeprefix("Developer debug context:").strip()
+    reason += f": {about}" if about else ""
+    stack = list(getattr(error, "real_stack", None) or ())
+    inside = str(Path(torch.__file__).parent)
+    frame = next((item for item in reversed(stack) if not item.filename.startswith(inside)), None)
+    if frame is None:
+        return f"a place that dynamo does not name ({reason})"
+    return f"{frame.filename}:{frame.lineno}, in {frame.name}, `{frame.line}` ({reason})"

@@ -1,0 +1,294 @@
+"""One transformer call: which step it is, compute or bypass, and why where it ran uncached.
+
+    Call ──► GraphCall for each of the call's graphs: `decide` once for each region, then `run`
+
+A module is one graph as a rule, and several where something breaks its capture. These share the call: its timestep,
+its position, the numbering of its regions. A graph that is called by itself (plain `torch.compile`) is a call.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from cachedit_fx.kernels.l1_diff import l1_difference, residual
+from cachedit_fx.options import DBCacheConfig
+from cachedit_fx.runtime.calibrators import coefficients, values_kept
+from cachedit_fx.runtime.policy import Action, Decision, Reason, advance, decide
+from cachedit_fx.runtime.state import ModelCache, RegionKey, Session
+from cachedit_fx.runtime.stopwatch import Stopwatch
+from cachedit_fx.runtime.tracker import Position
+
+NOT_CAPTURED = "not captured"
+"""The cause of an uncached call that reached none of our graphs."""
+NO_LOOP = "no block loop"
+"""The cause where it reached some, but none holds a loop of blocks."""
+
+
+@dataclass(frozen=True)
+class RegionInfo:
+    """What the run time knows of a region: the loops and the number of blocks of its chain, F and B."""
+
+    loops: tuple[str, ...]
+    num_blocks: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Uncached:
+    """Why a graph, or a whole call, runs uncached: a label for the statistics, and a sentence for people."""
+
+    cause: str
+    explanation: str
+
+
+@contextmanager
+def trial_call(cache: ModelCache) -> Iterator[Call]:
+    """A call of the present session for as long as the block lasts; its `finish` is left to the caller."""
+    session = cache.session()
+    session.call = call = Call(session)
+    try:
+        yield call
+    finally:
+        session.call = None
+
+
+@contextmanager
+def call_of(cache: ModelCache, diagnose: Callable[[Call], str | None] | None = None) -> Iterator[Call]:
+    """The call under way in the present session; where there is none, a new one for as long as the block lasts, which
+    is finished at its end."""
+    outer = cache.session().call
+    if outer is not None:
+        yield outer
+        return
+    with trial_call(cache) as call:
+        yield call
+    call.finish(diagnose)
+
+
+class Call:
+    """What the graphs of one transformer call have in common.
+
+    Attributes:
+        session: whose call it is.
+        graphs: how many of our graphs ran in it so far.
+        regions: how many regions these had, by the loops that they run through.
+        time: the timestep, or what the caller says in its place; None where nothing is known of it.
+        position: generation, step and branch; None until a region asks for it.
+    """
+
+    def __init__(self, session: Session) -> None:
+        hint = session.cache.hint()
+        self.session = session
+        self.config = session.cache.config or DBCacheConfig()
+        self.calibrator = session.cache.options.calibrator
+        self.branch_name = hint.branch
+        self.time = hint.time
+        self.graphs = 0
+        self.regions: Counter[tuple[str, ...]] = Counter()
+        self.position: Position | None = None
+        self._passed_by: Uncached | None = None
+
+    @property
+    def uncached(self) -> Uncached | None:
+        """Why nothing could be cached; None where a graph had a region, or caching is off."""
+        if self.regions or self.session.cache.options.cache is None:
+            return None
+        return self._passed_by or Uncached(NOT_CAPTURED, "no caching: the call reached no graph of this backend")
+
+    def finish(self, diagnose: Callable[[Call], str | None] | None = None) -> None:
+        """Count and explain a call that ran uncached. `diagnose` may have a better explanation than its graphs, and is
+        asked once for each of theirs."""
+        why = self.uncached
+        if why is not None:
+            self.session.record_uncached(why.cause)
+            self.session.cache.warn_once(why.explanation, (lambda: diagnose(self)) if diagnose else None)
+
+    def enter(self, regions: Sequence[RegionInfo], timestep: torch.Tensor | float | None) -> GraphCall:
+        """A graph with regions begins."""
+        self._count(timestep)
+        keys = []
+        for region in regions:
+            keys.append((region.loops, self.regions[region.loops]))
+            self.regions[region.loops] += 1
+        return GraphCall(self, regions, keys)
+
+    def pass_by(self, why: Uncached, timestep: torch.Tensor | float | None = None) -> None:
+        """A graph without a region begins. Its timestep may be what a later graph's regions go by."""
+        self._count(timestep)
+        if self._passed_by is None or self._passed_by.cause == NO_LOOP:
+            self._passed_by = why
+
+    def _count(self, timestep: torch.Tensor | float | None) -> None:
+        self.graphs += 1
+        if self.time is None:
+            self.time = timestep
+
+
+class GraphCall:
+    """One graph's part of a call, as the rewritten graph sees it. The graph numbers its regions; `keys` are what the
+    session knows them by, whichever graphs the call consists of."""
+
+    def __init__(self, call: Call, regions: Sequence[RegionInfo], keys: Sequence[RegionKey]) -> None:
+        self.call, self.regions, self.keys = call, regions, keys
+        self.session, self.config = call.session, call.config
+        self._residuals: dict[int, tuple[torch.Tensor | None, Hashable]] = {}
+
+    def decide(
+        self,
+        number: int,
+        reference: torch.Tensor | None,
+        hidden: torch.Tensor | None,
+        streams: Sequence[torch.Tensor],
+    ) -> Decision:
+        """Compute region `number` or reuse what is stored?
+
+        Args:
+            reference: base of the hidden states behind the first F blocks (H_in in a plain chain).
+            hidden: those hidden states, H_F; None where F is 0.
+            streams: the values that enter the region; what is stored must fit their shapes.
+        """
+        region = self.keys[number]
+        signature = tuple(
+            (stream.shape, stream.dtype) if isinstance(stream, torch.Tensor) else stream for stream in streams
+        )
+        current = None
+        if hidden is not None and _may_measure(self.config):
+            fits = reference is not None and reference.shape == hidden.shape
+            current = residual(hidden, reference if fits else None)
+        measured: dict[int, float] = {}
+        if self.call.position is None:
+            measured = self._locate(region, current, signature)
+        assert self.call.position is not None
+        _, step, branch = self.call.position
+        memory = self.session.memory(region, branch)
+        history = replace(
+            memory.history,
+            stored=memory.history.stored and memory.signature is not None,
+            shapes_match=memory.signature == signature,
+        )
+
+        def difference() -> float:
+            shared = self.session.shared_differences
+            if not self.config.cfg_diff_compute_separate and (region, step) in shared:
+                return shared[region, step]
+            value = measured.get(branch)
+            if value is None:
+                assert memory.reference is not None and current is not None
+                (value,) = read_back([l1_difference(memory.reference, current)])
+            shared[region, step] = value
+            return value
+
+        decision = decide(self.config, step, history, difference)
+        self._residuals[number] = (current, signature)
+        self._warn(decision)
+        return decision
+
+    def run(
+        self,
+        number: int,
+        decision: Decision,
+        compute: Callable[..., tuple[Any, ...]],
+        bases: Callable[..., tuple[Any, ...]],
+        inputs: Sequence[Any],
+    ) -> tuple[Any, ...]:
+        """Carry the decision out: the region's results, computed and stored, or restored."""
+        assert self.call.position is not None
+        region, calibrator = self.keys[number], self.call.calibrator
+        _, step, branch = self.call.position
+        memory = self.session.memory(region, branch)
+        watch = Stopwatch(inputs)
+        if decision.action is Action.REUSE:
+            weights = coefficients(calibrator, memory.steps, step)
+            shapes = [buffers[0].shape for buffers in memory.stored]
+            results = memory.restore(self._bases(bases, inputs, shapes), weights)
+        else:
+            results = compute(*inputs)
+            if may_reuse(self.config):
+                current, signature = self._residuals[number]
+                if signature != memory.signature:
+                    memory.steps = []
+                memory.reference, memory.signature = current, signature
+                found = self._bases(bases, inputs, [result.shape for result in results])
+                memory.store(results, found, step, values_kept(calibrator))
+        memory.history = advance(memory.history, decision)
+        stats = self.session.region_stats(region, self.regions[number])
+        stats.record(branch, step, decision)
+        self.session.watches.append((stats, decision.action, watch.stop()))
+        return results
+
+    def _bases(
+        self,
+        bases: Callable[..., tuple[torch.Tensor | None, ...]],
+        inputs: Sequence[Any],
+        shapes: Sequence[torch.Size],
+    ) -> tuple[torch.Tensor | None, ...]:
+        """What the stored residuals of results of these shapes are relative to; nothing where whole values are
+        predicted, or where a length that depends on data has turned out another."""
+        calibrator = self.call.calibrator
+        if calibrator is not None and calibrator.calibrator_cache_type == "hidden_states":
+            return (None,) * len(shapes)
+        found = zip(bases(*inputs), shapes, strict=True)
+        return tuple(base if base is None or base.shape == shape else None for base, shape in found)
+
+    def _locate(self, region: RegionKey, current: torch.Tensor | None, signature: Hashable) -> dict[int, float]:
+        """Find the call's position; where the timestep is on the device, read it together with the differences against
+        every branch that the call may turn out to be."""
+        call, tracker = self.call, self.session.tracker
+        time_now, name = call.time, call.branch_name
+        measured: dict[int, float] = {}
+        if isinstance(time_now, torch.Tensor):
+            branches = []
+            values = [time_now.detach().amax()]
+            if current is not None and not on_host(time_now):
+                for branch in tracker.candidates(name):
+                    memory = self.session.memories.get((region, branch))
+                    if memory and memory.reference is not None and memory.signature == signature:
+                        branches.append(branch)
+                        values.append(l1_difference(memory.reference, current).to(time_now.device))
+            time_now, *differences = read_back(values)
+            measured = dict(zip(branches, differences, strict=True))
+        call.position = tracker.observe(time_now, name, signature)
+        if call.position.generation != self.session.generation:
+            measured = {}
+        self.session.begin(call.position)
+        return measured
+
+    def _warn(self, decision: Decision) -> None:
+        cache = self.session.cache
+        if decision.reason is Reason.NOT_FINITE:
+            cache.warn_once("a difference is infinite or not a number: such steps are computed")
+        elif decision.reason is Reason.MASK_ENDED:
+            mask = self.config.steps_computation_mask or ()
+            cache.warn_once(f"steps_computation_mask has {len(mask)} digits; steps past its end are computed")
+
+
+def read_back(values: Sequence[torch.Tensor]) -> list[float]:
+    """The 0-d `values` as numbers, in one transfer: the only place where the host waits for the device."""
+    if all(on_host(value) for value in values):
+        return [float(value) for value in values]
+    exact = torch.float32 if values[0].device.type == "mps" else torch.float64  # Metal has no float64
+    numbers: list[float] = torch.stack([value.detach().to(exact) for value in values]).tolist()
+    return numbers
+
+
+def on_host(tensor: torch.Tensor) -> bool:
+    """Whether reading the tensor does not make the host wait for a device."""
+    return tensor.device.type == "cpu"
+
+
+def _may_measure(config: DBCacheConfig) -> bool:
+    return config.residual_diff_threshold > 0 and not config.static
+
+
+def may_reuse(config: DBCacheConfig) -> bool:
+    """Whether any step may ever reuse: if not, nothing needs to be stored."""
+    if config.static:
+        return not all(config.steps_computation_mask or ())
+    return config.residual_diff_threshold > 0

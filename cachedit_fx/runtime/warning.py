@@ -1,0 +1,23 @@
+"""The one kind of warning there is, shown at the user's line of code."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from types import FrameType
+
+_INSIDE = ("cachedit_fx.", "torch.", "contextlib")
+"""Modules between the user's call and us."""
+
+
+class CacheWarning(UserWarning):
+    """The result is right, but something keeps the cache from helping."""
+
+
+def warn(message: str) -> None:
+    """Warn as `CacheWarning`, at the nearest frame that is neither ours nor torch's."""
+    level = 1
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and (str(frame.f_globals.get("__name__")) + ".").startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, CacheWarning, stacklevel=level if frame is not None else 2)
