@@ -26,7 +26,17 @@ from cachedit_fx.api import (  # noqa: E402 - the passes are found only once the
     refresh_context,
     summary,
 )
-from cachedit_fx.options import CalibratorConfig, DBCacheConfig, OptionError, Options, TaylorSeerCalibratorConfig  # noqa: E402
+from cachedit_fx.options import (  # noqa: E402
+    CalibratorConfig,
+    DBCacheConfig,
+    FoCaCalibratorConfig,
+    LagrangeCalibratorConfig,
+    OptionError,
+    Options,
+    ParamsModifier,
+    TaylorSeerCalibratorConfig,
+)
+from cachedit_fx.presets import presets  # noqa: E402
 from cachedit_fx.runtime.policy import Action, Decision, Reason  # noqa: E402
 from cachedit_fx.runtime.state import session  # noqa: E402
 from cachedit_fx.runtime.stats import BranchStats, CacheStats  # noqa: E402
@@ -41,14 +51,18 @@ __all__ = [
     "DBCacheConfig",
     "Decision",
     "Explanation",
+    "FoCaCalibratorConfig",
+    "LagrangeCalibratorConfig",
     "OptionError",
     "Options",
+    "ParamsModifier",
     "Reason",
     "TaylorSeerCalibratorConfig",
     "compile",
     "disable_cache",
     "enable_cache",
     "explain",
+    "presets",
     "refresh_context",
     "session",
     "summary",

@@ -8,7 +8,7 @@ import itertools
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -18,10 +18,11 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from cachedit_fx.backend import compile_graph, ends_at_break, pass_manager, rewrite
 from cachedit_fx.compiled_call import CompiledCall, capturing, first_break
-from cachedit_fx.options import CalibratorConfig, DBCacheConfig, OptionError, Options, parse_options
+from cachedit_fx.options import CalibratorConfig, DBCacheConfig, OptionError, Options, ParamsModifier, parse_options
 from cachedit_fx.passes.base import facts
 from cachedit_fx.passes.detect_block_loops import BlockLoop, Detection, ModuleFacts
 from cachedit_fx.passes.plan_regions import RegionPlan, RegionReport
+from cachedit_fx.presets import preset as preset_settings
 from cachedit_fx.runtime.listener import listen, stop_listening
 from cachedit_fx.runtime.registry import cache_of_module, caches_of_weights, register, unregister
 from cachedit_fx.runtime.state import ModelCache
@@ -60,8 +61,7 @@ def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa
     kept = compiled.torch_options if isinstance(compiled, CompiledCall) else None
     torch_options: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT, **(kept or {}), **given}
     if known is not None and torch_options == kept and known.options.structure() == parsed.structure():
-        if parsed.cache is not None:
-            known.set_policy(parsed.cache, parsed.calibrator)
+        known.set_policy(parsed)
         return module
     cache = ModelCache(parsed)
     cache.module = ModuleFacts.of(module)
@@ -97,6 +97,9 @@ def enable_cache(
     pipe_or_module: Model,
     cache_config: DBCacheConfig | None = None,
     calibrator_config: CalibratorConfig | None = None,
+    *,
+    preset: str | None = None,
+    steps: int | None = None,
     **options: Any,
 ) -> Model:
     """Enable caching on a diffusers pipeline or a transformer, and return it.
@@ -105,21 +108,44 @@ def enable_cache(
         pipe_or_module: a pipeline (every component named `transformer`, `transformer_2`, ... is enabled) or a module.
         cache_config: when to reuse; the defaults of `DBCacheConfig` if left out.
         calibrator_config: what predicts the bypassed part; if left out, what was stored last is used again.
-        **options: as for `cachedit_fx.compile`.
+        preset: a name of `cachedit_fx.presets`, in place of both configs; needs `steps`, the denoising steps of the
+            generations to come.
+        **options: as for `cachedit_fx.compile`. `params_modifiers` on a pipeline of several transformers: one entry, or
+            a list of them, for each.
     """
+    if (preset is None) != (steps is None):
+        raise OptionError("preset and steps go together: enable_cache(pipe, preset='fast', steps=28)")
+    if preset is not None and steps is not None:
+        if cache_config is not None or calibrator_config is not None:
+            raise OptionError("preset stands for cache_config and calibrator_config: leave those out, or preset")
+        chosen = preset_settings(preset, steps)
+        cache_config, calibrator_config = chosen["cache_config"], chosen["calibrator_config"]
     for name, given in (("cache", cache_config), ("calibrator", calibrator_config)):
         if given is not None and name in options:
             raise OptionError(f"{name} and {name}_config are two names for one thing: pass one of them")
         if given is not None:
             options[name] = given
-    for module in transformers_of(pipe_or_module):
-        if _is_optimized(module):
-            raise OptionError(
-                "this module is what torch.compile returned; pass the options to torch.compile(..., "
-                "backend='cachedit', options={...}), or call enable_cache on the module itself"
-            )
-        compile(module, **dict(options))
+    modules = transformers_of(pipe_or_module)
+    if any(map(_is_optimized, modules)):
+        raise OptionError(
+            "this module is what torch.compile returned; pass the options to torch.compile(..., "
+            "backend='cachedit', options={...}), or call enable_cache on the module itself"
+        )
+    for module, modifiers in zip(modules, _modifiers_of(modules, options.pop("params_modifiers", ())), strict=True):
+        compile(module, **options, params_modifiers=modifiers)
     return pipe_or_module
+
+
+def _modifiers_of(modules: Sequence[torch.nn.Module], given: Any) -> list[Any]:
+    """The `params_modifiers` of each of several transformers: an entry each, itself a list or for all loops."""
+    if len(modules) == 1 or not given:
+        return [given] * len(modules)
+    if not isinstance(given, (list, tuple)) or len(given) != len(modules):
+        raise OptionError(
+            f"params_modifiers: this pipeline has {len(modules)} transformers; give a list of {len(modules)}, each a "
+            "ParamsModifier or a list of one for each of its block loops"
+        )
+    return [[item] if isinstance(item, ParamsModifier) else item for item in given]
 
 
 def disable_cache(pipe_or_module: Model) -> Model:
@@ -159,16 +185,16 @@ def refresh_context(
             config = cache_config or cache.config or DBCacheConfig()
             if num_inference_steps is not None:
                 config = config.reset(num_inference_steps=num_inference_steps)
-            if cache.config is not None and config.structure() == cache.config.structure():
-                cache.set_policy(config, calibrator_config or cache.options.calibrator)
+            options = replace(cache.options, cache=config, calibrator=calibrator_config or cache.options.calibrator)
+            if options.structure() == cache.options.structure():
+                cache.set_policy(options)
             elif cache is cache_of_module(_unwrap(module)):
-                given = {item.name: getattr(cache.options, item.name) for item in fields(Options)} | {"cache": config}
-                given["calibrator"] = calibrator_config or cache.options.calibrator
-                compile(_unwrap(module), **{name: value for name, value in given.items() if value is not None})
+                compile(_unwrap(module), **{item.name: getattr(options, item.name) for item in fields(Options)})
             else:
                 raise OptionError(
-                    "Fn_compute_blocks and Bn_compute_blocks shape the compiled graph: call torch.compile again to "
-                    "change them, or use cachedit_fx.compile, which does so by itself"
+                    "Fn_compute_blocks, Bn_compute_blocks and whether the model's output is predicted shape the "
+                    "compiled graph: call torch.compile again to change them, or use cachedit_fx.compile, which does "
+                    "so by itself"
                 )
             if verbose:
                 Console().print(config)

@@ -76,19 +76,19 @@ def compile_graph(
         forward = _compile_whole(gm, example_inputs, options)
     timestep = found.get("timestep")
     if "cache_input" in found:
-        regions = tuple(RegionInfo(r.loops, r.num_blocks, r.first, r.last) for r in found["regions"].regions)
+        regions = tuple(RegionInfo(r.loops, r.num_blocks, r.first, r.last, r.loop) for r in found["regions"].regions)
         return CachedGraph(forward, find, regions, timestep)
     return UncachedGraph(forward, find, _why_uncached(found), timestep, _is_fragment(gm, find, found))
 
 
 def pipeline(options: Options, numbers: Mapping[str, Any], module: ModuleFacts = NOTHING_KNOWN) -> list[Pass]:
     """The passes in order, options bound. See `rewrite`."""
-    first, last = options.cache.structure() if options.cache is not None else (0, 0)
+    shared, *of_loops = [config.structure() for config, _ in options.policies()] or [(0, 0)]
     return [
         Normalize(),
         FindTimestep(options.timestep, numbers),
         DetectBlockLoops(options.loops, module=module),
-        PlanRegions(first, last, options.scope),
+        PlanRegions(*shared, options.scope, of_loops, options.predicts_output),
         OutlineBlocks(options.granularity, canonical_layout=options.inner_backend != "eager"),
         InsertCacheBranch(),
     ]

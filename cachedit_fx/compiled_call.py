@@ -66,6 +66,8 @@ class CompiledCall:
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, LoopNotFound):
                 raise OptionError(f"loops: {error.inner_exception}") from None
+            if isinstance(error.inner_exception, OptionError):
+                raise error.inner_exception from None
             raise
 
     def _compile(self, module: torch.nn.Module) -> Callable[..., Any]:

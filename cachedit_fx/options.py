@@ -72,7 +72,8 @@ _MASK = Rule(
 _LIMIT = _integer(-1, "a number of steps; -1 = no limit")
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Of the known names the one that `name` was probably meant to be."""
     by_lower = {other.lower(): other for other in known}
     return by_lower[difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.0)[0]]
 
@@ -81,9 +82,9 @@ def _reject_unknown(given: Iterable[Any], known: Mapping[str, str]) -> None:
     """Raise on the first name that is not among `known`, a map from name to the class that documents it."""
     for name in given:
         if name not in known:
-            nearest = _nearest(str(name), known)
+            guess = nearest(str(name), known)
             raise OptionError(
-                f"unknown option {name!r}; the nearest known one is {nearest!r} (see {known[nearest]}). "
+                f"unknown option {name!r}; the nearest known one is {guess!r} (see {known[guess]}). "
                 f"Known options: {', '.join(sorted(known, key=str.lower))}."
             )
 
@@ -92,7 +93,7 @@ def _check_fields(settings: Any) -> None:
     for item in fields(settings):
         value, rule = getattr(settings, item.name), item.metadata["rule"]
         if not rule.allows(value):
-            guess = isinstance(value, str) and rule.choices and f"; did you mean {_nearest(value, rule.choices)!r}?"
+            guess = isinstance(value, str) and rule.choices and f"; did you mean {nearest(value, rule.choices)!r}?"
             raise OptionError(f"{item.name}={value!r} is not allowed: it must be {rule.words}{guess or ''}")
 
 
@@ -134,6 +135,11 @@ class DBCacheConfig:
     """One digit for each step: 1 computes, 0 may reuse. Lists and strings of digits become tuples."""
     steps_computation_policy: str = _setting("dynamic", _choice("dynamic", "static"))
     """What a zero in the mask means: "dynamic" = decided by the difference, "static" = reuse, with nothing measured."""
+    force_refresh_step_hint: int | None = _setting(None, _optional(_integer(1, "a number of steps")))
+    """Ahead of this step all that is stored is forgotten and steps are counted from 0 again, warm-up and mask included:
+    for inputs that change much in the middle of a generation. None = never."""
+    force_refresh_step_policy: str = _setting("once", _choice("once", "repeat"))
+    """"once", or "repeat": after every `force_refresh_step_hint` steps."""
 
     def __post_init__(self) -> None:
         mask: Any = self.steps_computation_mask
@@ -179,8 +185,13 @@ class DBCacheConfig:
 class CalibratorConfig:
     """How a bypassed region's results are predicted; the base of the calibrators' own classes."""
 
-    calibrator_cache_type: str = _setting("residual", _choice("residual", "hidden_states"))
-    """What is predicted: what the region adds to the values that run through it, or those values themselves."""
+    calibrator_cache_type: str = _setting("residual", _choice("residual", "hidden_states", "output"))
+    """What is predicted: what the region adds to the values that run through it; those values themselves; or the
+    model's output, where the region is all that follows the first blocks, so that with a static mask and
+    `Fn_compute_blocks=0` a cached step runs nothing of the model."""
+    calibrator_state_dtype: str = _setting("wider", _choice("wider", "float32", "model"))
+    """What the stored values are kept in: "wider" = one precision up (float32 for 16-bit models, float64 for float32
+    ones; on identical inputs a prediction is then exact), or float32, or the model's own, at half the memory."""
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -194,7 +205,86 @@ class TaylorSeerCalibratorConfig(CalibratorConfig):
     """Derivatives used. order + 1 values are kept for every result of a region and every CFG branch."""
 
 
-_CALIBRATORS = {"taylorseer": TaylorSeerCalibratorConfig}
+@dataclass(frozen=True)
+class FoCaCalibratorConfig(CalibratorConfig):
+    """Forecast, then calibrate: the slope between computed steps averaged with the latest one, predictions included,
+    and drawn back to the latest computed value beyond the third step. Three values are kept for every result of a
+    region and every CFG branch."""
+
+
+@dataclass(frozen=True)
+class LagrangeCalibratorConfig(CalibratorConfig):
+    """Lagrange extrapolation over the real timestep, of the model's output, with deferred correction.
+
+    A sampler sums up what the model puts out. At a computed step it turns out by how much the predictions since the
+    computed step before it were wrong: the interpolation between the two minus what was predicted, each weighted with
+    the length of its step. The first prediction behind the computed step makes up for this error, as deferred
+    correction does in the integration of differential equations. It costs no evaluation, and one stored value more.
+    """
+
+    calibrator_cache_type: str = _setting("output", _choice("residual", "hidden_states", "output"))
+    """As in every calibrator; here the model's output unless it is given."""
+    lagrange_order: int = _setting(1, _integer(0, "a degree"))
+    """Degree of the polynomial through the latest computed steps: 0 repeats, 1 continues on a line."""
+    lagrange_variable: str = _setting("timestep", _choice("timestep", "step"))
+    """What the polynomial runs over; "step" takes all steps to be of one length. Where no timestep is known, or where
+    it does not run one way, steps are counted too."""
+    deferred_correction: bool = _setting(True, _FLAG)
+    """Whether the first prediction behind a computed step makes up for the error of those before. With it
+    lagrange_order + 2 values are kept for every result and every CFG branch, without it lagrange_order + 1."""
+
+
+_CALIBRATORS = {
+    "taylorseer": TaylorSeerCalibratorConfig,
+    "foca": FoCaCalibratorConfig,
+    "lagrange": LagrangeCalibratorConfig,
+}
+
+
+def _calibrator(given: Any) -> Any:
+    """The config that a name, or a mapping with a `name` and settings, stands for; anything else as it is."""
+    named = {"name": given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else None
+    if named is None or named.get("name") not in _CALIBRATORS:
+        return given
+    made = _CALIBRATORS[named.pop("name")]
+    _reject_unknown(named, dict.fromkeys((item.name for item in fields(made)), f"cachedit_fx.{made.__name__}"))
+    return made(**named)
+
+
+@dataclass(frozen=True, init=False)
+class ParamsModifier:
+    """Settings of one block loop, in place of those that all loops share; for `params_modifiers`.
+
+    `ParamsModifier(DBCacheConfig(...), TaylorSeerCalibratorConfig(...))`, or `ParamsModifier(max_warmup_steps=4)` with
+    fields of `DBCacheConfig`, which change the given or the shared config. What is None is shared.
+    """
+
+    cache_config: DBCacheConfig | None = None
+    calibrator_config: CalibratorConfig | None = None
+    changes: tuple[tuple[str, Any], ...] = ()
+
+    def __init__(
+        self,
+        cache_config: DBCacheConfig | None = None,
+        calibrator_config: CalibratorConfig | str | None = None,
+        **changes: Any,
+    ) -> None:
+        for name, value, kind in (
+            ("cache_config", cache_config, DBCacheConfig),
+            ("calibrator_config", calibrator := _calibrator(calibrator_config), CalibratorConfig),
+        ):
+            if value is not None and not isinstance(value, kind):
+                raise OptionError(f"{name}={value!r} is not allowed: it must be a {kind.__name__}, or None")
+        _reject_unknown(changes, _CACHE_FIELDS)
+        object.__setattr__(self, "cache_config", cache_config)
+        object.__setattr__(self, "calibrator_config", calibrator)
+        object.__setattr__(self, "changes", tuple(sorted(changes.items())))
+        self.config(DBCacheConfig())
+
+    def config(self, shared: DBCacheConfig) -> DBCacheConfig:
+        """The loop's config, where all loops share `shared`."""
+        return (self.cache_config or shared).reset(**dict(self.changes))
+
 
 Backend: TypeAlias = str | Callable[..., Any]
 Passes: TypeAlias = tuple[str, ...] | tuple[tuple[str, bool], ...]
@@ -223,11 +313,22 @@ class Options:
         None,
         Rule(
             lambda value: value is None or isinstance(value, CalibratorConfig),
-            f"{_choice(*_CALIBRATORS).words}, a calibrator's config such as TaylorSeerCalibratorConfig(), or None",
+            f"{_choice(*_CALIBRATORS).words}, a mapping with such a name and settings, a calibrator's config such as "
+            "TaylorSeerCalibratorConfig(), or None",
             tuple(_CALIBRATORS),
         ),
     )
-    """What predicts the results of a bypassed region. None = what was stored last is used again."""
+    """What predicts the results of a bypassed region: a config, a name, or a mapping such as {"name": "taylorseer",
+    "taylorseer_order": 2}. None = what was stored last is used again."""
+    params_modifiers: tuple[ParamsModifier, ...] = _setting(
+        (),
+        Rule(
+            lambda value: isinstance(value, tuple) and all(isinstance(item, ParamsModifier) for item in value),
+            "a list of ParamsModifier, one for each block loop of the chain, in its order",
+        ),
+    )
+    """Settings of each block loop of the chain, in its order; loops beyond the list share the model's. Needs
+    scope="loop", which they make the default."""
     # Hashes leave out what may be unhashable; comparison does not, so equal options still have equal hashes.
     inner_backend: Backend = _setting(
         "inductor",
@@ -252,8 +353,9 @@ class Options:
     """Inductor's mode for the pieces; `inner_options`, where given too, are applied on top of it."""
     granularity: str = _setting("block", _choice("block", "region"))
     """What is compiled as one piece: a block (few distinct ones, fast to compile), or a whole region (more fusion)."""
-    scope: str = _setting("model", _choice("model", "loop"))
-    """One bypassed region over the chain of all block loops, or one for each loop."""
+    scope: str = _setting(None, _choice("model", "loop"))
+    """One bypassed region over the chain of all block loops, or one for each loop. None becomes "model", or "loop" with
+    `params_modifiers`."""
     passes: Passes | None = _setting(
         None,
         Rule(
@@ -278,8 +380,11 @@ class Options:
         passes, loops, inner = given["passes"], given["loops"], given["inner_options"]
         if given["cache"] == "dbcache":
             object.__setattr__(self, "cache", DBCacheConfig())
-        if isinstance(given["calibrator"], str) and given["calibrator"] in _CALIBRATORS:
-            object.__setattr__(self, "calibrator", _CALIBRATORS[given["calibrator"]]())
+        object.__setattr__(self, "calibrator", _calibrator(given["calibrator"]))
+        if isinstance(given["params_modifiers"], list):
+            object.__setattr__(self, "params_modifiers", tuple(given["params_modifiers"]))
+        if given["scope"] is None:
+            object.__setattr__(self, "scope", "loop" if given["params_modifiers"] else "model")
         if inner is None or isinstance(inner, Mapping):
             object.__setattr__(self, "inner_options", dict(inner or {}))
         if isinstance(passes, Mapping):
@@ -295,12 +400,52 @@ class Options:
                 "leave out mode, or pass inner_backend='inductor'"
             )
 
+        if self.params_modifiers and (self.scope != "loop" or self.cache is None):
+            raise OptionError(
+                f"params_modifiers set the policy of each block loop by itself: they need scope='loop' and a cache, "
+                f"not scope={self.scope!r}, cache={self.cache!r}"
+            )
+        for config, calibrator in self.policies():
+            if calibrator is None or calibrator.calibrator_cache_type != "output":
+                continue
+            if self.scope == "loop":
+                raise OptionError(
+                    "calibrator_cache_type='output' predicts the output of the whole model, and scope='loop' decides "
+                    "about each loop by itself: leave out one of them"
+                )
+            if config.Bn_compute_blocks:
+                raise OptionError(
+                    "calibrator_cache_type='output' predicts what lies behind the last blocks, so that computing those "
+                    f"would be for nothing: Bn_compute_blocks={config.Bn_compute_blocks} must be 0"
+                )
+
+    def policy(self, loop: int | None = None) -> "Policy":
+        """What decides and what predicts: for the whole chain, or for its loop of this number (from 0)."""
+        assert self.cache is not None
+        if loop is None or loop >= len(self.params_modifiers):
+            return self.cache, self.calibrator
+        modifier = self.params_modifiers[loop]
+        return modifier.config(self.cache), modifier.calibrator_config or self.calibrator
+
+    def policies(self) -> "list[Policy]":
+        """The policy that is shared, and each loop's that has one of its own; none without a cache."""
+        if self.cache is None:
+            return []
+        return [self.policy(), *(self.policy(loop) for loop in range(len(self.params_modifiers)))]
+
+    @property
+    def predicts_output(self) -> bool:
+        """Whether the bypassed region runs to the end of the model."""
+        return self.calibrator is not None and self.calibrator.calibrator_cache_type == "output"
+
     def structure(self) -> "Structure":
         """A hashable key: options with equal structure share their compiled graphs, whatever their policy."""
-        return replace(self, cache=None, calibrator=None), self.cache.structure() if self.cache else None
+        bare = replace(self, cache=None, calibrator=None, params_modifiers=())
+        return bare, self.predicts_output, tuple(config.structure() for config, _ in self.policies())
 
 
-Structure: TypeAlias = tuple[Options, tuple[int, int] | None]
+Policy: TypeAlias = tuple[DBCacheConfig, CalibratorConfig | None]
+Structure: TypeAlias = tuple[Options, bool, tuple[tuple[int, int], ...]]
 
 _CACHE_FIELDS = dict.fromkeys((item.name for item in fields(DBCacheConfig)), "cachedit_fx.DBCacheConfig")
 _KNOWN = dict.fromkeys((item.name for item in fields(Options)), "cachedit_fx.options.Options") | _CACHE_FIELDS

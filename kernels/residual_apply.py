@@ -19,16 +19,19 @@ import torch
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
 
 
-def residual_dtype(value: torch.Tensor) -> torch.dtype:
-    """The dtype that the residual of `value` is kept in. Metal has no float64: there, float32 stays float32."""
-    wider = _WIDER.get(value.dtype, value.dtype)
+def residual_dtype(value: torch.Tensor, kind: str = "wider") -> torch.dtype:
+    """The dtype that the residual of `value` is kept in: "wider" than its own, "float32", or its own ("model"). Whole
+    numbers stay what they are. Metal has no float64: there, float32 stays float32."""
+    if kind == "model" or not value.is_floating_point():
+        return value.dtype
+    wider = torch.float32 if kind == "float32" else _WIDER.get(value.dtype, value.dtype)
     return torch.float32 if wider is torch.float64 and value.device.type == "mps" else wider
 
 
-def residual_like(result: torch.Tensor) -> torch.Tensor:
+def residual_like(result: torch.Tensor, kind: str = "wider") -> torch.Tensor:
     """An empty, contiguous buffer for the residual of `result`, usable with and without inference mode."""
     with torch.inference_mode(False):
-        return torch.empty(result.shape, dtype=residual_dtype(result), device=result.device)
+        return torch.empty(result.shape, dtype=residual_dtype(result, kind), device=result.device)
 
 
 def laid_out(value: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:

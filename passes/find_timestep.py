@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from cachedit_fx.passes.base import Pass, PassResult, facts
-from cachedit_fx.passes.graph_analysis import numel, target_name, tensor_of, value_of
+from cachedit_fx.passes.graph_analysis import holds_weight, numel, target_name, tensor_of
 
 logger = logging.getLogger(__name__)
 
@@ -70,13 +70,13 @@ class FindTimestep(Pass):
         inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
         found = self._by_name(inputs) or (self._by_use(inputs) if self.argument is None else None)
         if found is None and self.argument is not None:
-            names = sorted({source_name(node) for node in inputs if not _holds_weight(node)})
+            names = sorted({source_name(node) for node in inputs if not holds_weight(node)})
             logger.warning("timestep=%r: this graph has no such input; it has %s", self.argument, names)
         facts(gm)["timestep"] = found
         return PassResult(gm, int(found is not None))
 
     def _by_name(self, inputs: list[fx.Node]) -> TimestepSource | None:
-        by_name = {source_name(node): index for index, node in enumerate(inputs) if not _holds_weight(node)}
+        by_name = {source_name(node): index for index, node in enumerate(inputs) if not holds_weight(node)}
         for name in (self.argument,) if self.argument else NAMES:
             if name in by_name:
                 return TimestepSource(name, input_index=by_name[name])
@@ -87,15 +87,11 @@ class FindTimestep(Pass):
     def _by_use(self, inputs: list[fx.Node]) -> TimestepSource | None:
         for index, node in enumerate(inputs):
             tensor = tensor_of(node)
-            if tensor is None or tensor.dim() > 1 or _holds_weight(node) or numel(tensor) > 4096:
+            if tensor is None or tensor.dim() > 1 or holds_weight(node) or numel(tensor) > 4096:
                 continue
             if _reaches_sine(node):
                 return TimestepSource(source_name(node), input_index=index)
         return None
-
-
-def _holds_weight(node: fx.Node) -> bool:
-    return isinstance(value_of(node), torch.nn.Parameter) or "_parameters_" in str(node.target)
 
 
 def source_name(node: fx.Node) -> str:

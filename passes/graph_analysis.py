@@ -100,6 +100,11 @@ def positions_of(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
     return {node: index for index, node in enumerate(nodes)}
 
 
+def holds_weight(node: fx.Node) -> bool:
+    """Whether a graph input is a parameter."""
+    return isinstance(value_of(node), torch.nn.Parameter) or "_parameters_" in str(node.target)
+
+
 def live_ins(nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
     """Values that `nodes` take from outside, in the order of their first use."""
     inside = set(nodes)

@@ -125,7 +125,7 @@ def plan_pieces(
             cuts[region.start] = (f"middle_{number}", "region")
             cuts[region.end] = ("tail", "glue")
             end_of_last = max(end_of_last, region.end)
-        else:
+        elif region.start:
             cuts.setdefault(region.start, ("glue", "glue"))
     if not cuts:
         return [Piece("model", "prologue", 0, tuple(nodes))]

@@ -12,6 +12,9 @@ carried value at all: then it is hoisted out of the region and always computed.
 The same tracing over the head gives the reference of the difference: r = H_F - base(H_F), which for a plain chain is
 H_F - H_in.
 
+With `to_output` the region is all that follows the head, to the end of the graph, and everything that leaves it is
+stored whole; with F = 0 it is the whole graph.
+
 Analysis only. Requires `block_loops`; provides `regions` (a tuple of `RegionPlan`).
 """
 
@@ -20,17 +23,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from torch import fx
 from torch.fx.node import map_arg
 
+from cachedit_fx.options import OptionError
 from cachedit_fx.passes.base import Pass, PassResult, facts
 from cachedit_fx.passes.detect_block_loops import Block, BlockLoop, Detection
 from cachedit_fx.passes.graph_analysis import (
     body_nodes,
     dependents,
+    holds_weight,
     is_data_movement,
     live_ins,
     live_outs,
@@ -67,6 +72,7 @@ class RegionPlan:
         blocks: all blocks of its chain, head and tail included.
         first, last: F and B, the blocks that always run before and behind it.
         start, end: its body nodes, half-open, in graph order.
+        loop: with a region for each loop, its loop's place in the chain.
         live_ins, live_outs: the values that cross its border (hoisted ones left out).
         streams: those live-ins that are carried; what is stored fits no other shapes of them.
         continued: for each live-out, whether it has a base; where False it is stored whole.
@@ -91,6 +97,7 @@ class RegionPlan:
     hoisted: tuple[fx.Node, ...] = field(repr=False)
     hidden_out: fx.Node | None = field(repr=False)
     reference: Continuation | None = field(repr=False)
+    loop: int | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -121,34 +128,52 @@ class PlanRegions(Pass):
     Args:
         first, last: F and B.
         scope: "model" makes one region over the whole chain, "loop" one for each of its loops.
+        of_loops: with scope "loop", (F, B) of the chain's loops in its order; those beyond have the shared ones.
+        to_output: the region runs to the end of the graph.
     """
 
     name: ClassVar[str] = "plan_regions"
     requires: ClassVar[frozenset[str]] = frozenset({"block_loops"})
     provides: ClassVar[frozenset[str]] = frozenset({"regions"})
 
-    def __init__(self, first: int, last: int, scope: str = "model") -> None:
-        self.first = first
-        self.last = last
+    def __init__(
+        self,
+        first: int,
+        last: int,
+        scope: str = "model",
+        of_loops: Sequence[tuple[int, int]] = (),
+        to_output: bool = False,
+    ) -> None:
+        self.cut = first, last
         self.scope = scope
+        self.of_loops = tuple(of_loops)
+        self.to_output = to_output
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         detection: Detection = facts(gm)["block_loops"]
         chain = list(zip(detection.chain_loops, detection.hidden, strict=True))
-        segments = [chain] if self.scope == "model" else [[item] for item in chain]
+        if chain and len(self.of_loops) > len(chain):
+            raise OptionError(
+                f"params_modifiers has {len(self.of_loops)} entries, and the chain {len(chain)} block loops: "
+                f"{', '.join(loop.name for loop, _ in chain)}"
+            )
         nodes = body_nodes(gm.graph)
         regions: list[RegionPlan] = []
         refusals: list[str] = []
-        for segment in segments:
+        for index, segment in enumerate([chain] if self.scope == "model" else [[item] for item in chain]):
             if not segment:
                 continue
             name = f"region_{len(regions)}"
+            cut = self.of_loops[index] if index < len(self.of_loops) else self.cut
             try:
-                region = _plan(name, segment, nodes, self.first, self.last)
-                if not any(region.continued) and len(segment) > 1:
-                    # Residuals of the bulk are worth more than whole values of everything.
-                    region = _plan(name, [max(segment, key=lambda item: item[0].cost)], nodes, self.first, self.last)
-                regions.append(region)
+                if self.to_output:
+                    region = _plan_to_output(name, segment, nodes, cut[0])
+                else:
+                    region = _plan(name, segment, nodes, *cut)
+                    if not any(region.continued) and len(segment) > 1:
+                        # Residuals of the bulk are worth more than whole values of everything.
+                        region = _plan(name, [max(segment, key=lambda item: item[0].cost)], nodes, *cut)
+                regions.append(replace(region, loop=index if self.scope == "loop" else None))
             except RegionRefused as refusal:
                 refusals.append(str(refusal))
         facts(gm)["regions"] = RegionReport(tuple(regions), tuple(refusals))
@@ -163,28 +188,12 @@ def _plan(
     name: str, segment: Sequence[tuple[BlockLoop, int]], nodes: Sequence[fx.Node], first: int, last: int
 ) -> RegionPlan:
     loops = [loop for loop, _ in segment]
-    blocks = tuple(block for loop in loops for block in loop.blocks)
-    where = " + ".join(loop.name for loop in loops)
-    if first + last >= len(blocks):
-        raise RegionRefused(
-            f"{where}: Fn_compute_blocks + Bn_compute_blocks = {first} + {last} leaves nothing to bypass of "
-            f"{len(blocks)} blocks; choose a sum below {len(blocks)}"
-        )
+    where, blocks = _chain_of(segment, first, last)
     start = blocks[first - 1].end if first else blocks[0].start
     end = blocks[len(blocks) - last - 1].end
     _refuse_side_effects(where, nodes, start, end)
 
-    handed_on = {
-        out: into
-        for loop in loops
-        for carried in loop.carried
-        for into, out in zip(carried.inputs, carried.outputs, strict=True)
-        if out is not None
-    }
-    for (before, from_slot), (after, to_slot) in itertools.pairwise(segment):
-        out, into = before.carried[from_slot].outputs[-1], after.carried[to_slot].inputs[0]
-        if out is not None and same_kind(out, into):
-            handed_on.setdefault(into, out)  # a layer between two loops is bypassed as a block is
+    handed_on = _handed_on(segment)
     position = positions_of(nodes)
     streams = [v for loop in loops for carried in loop.carried for v in carried.inputs + carried.outputs]
     entering = {v for v in streams if v is not None and position.get(v, -1) < start}
@@ -194,20 +203,10 @@ def _plan(
     kept = [node for node in inside if node not in hoisted]
     ins, outs = live_ins(kept), live_outs(kept)
 
-    odd = next((value for value in outs if tensor_of(value) is None), None)
-    if odd is not None:
-        raise RegionRefused(f"{where}: {odd.name}, which leaves the region, is no tensor and cannot be stored")
-
+    _refuse_odd_results(where, outs)
     replay = _Replay(handed_on, position, start, hoisted)
     continued = tuple(replay.add(value) for value in outs)
-    hidden_out = _hidden_behind(segment, first)
-    reference = None
-    if first and hidden_out is None:
-        raise RegionRefused(f"{where}: block {first - 1} hands no hidden states on")
-    if hidden_out is not None:
-        head = _Replay(handed_on, position, blocks[0].start)
-        if head.add(hidden_out):
-            reference = head.finish()
+    hidden_out, reference = _compared(where, segment, nodes, first)
     return RegionPlan(
         name=name,
         loops=tuple(loop.name for loop in loops),
@@ -225,6 +224,83 @@ def _plan(
         hidden_out=hidden_out,
         reference=reference,
     )
+
+
+def _plan_to_output(
+    name: str, segment: Sequence[tuple[BlockLoop, int]], nodes: Sequence[fx.Node], first: int
+) -> RegionPlan:
+    where, blocks = _chain_of(segment, first, 0)
+    start = blocks[first - 1].end if first else 0
+    _refuse_side_effects(where, nodes, start, len(nodes))
+    inside = nodes[start:]
+    outs = live_outs(inside)
+    _refuse_odd_results(where, outs)
+    ins = live_ins(inside)
+    hidden_out, reference = _compared(where, segment, nodes, first)
+    return RegionPlan(
+        name=name,
+        loops=tuple(loop.name for loop, _ in segment),
+        blocks=blocks,
+        first=first,
+        last=0,
+        start=start,
+        end=len(nodes),
+        live_ins=ins,
+        live_outs=outs,
+        streams=tuple(value for value in ins if tensor_of(value) is not None and not holds_weight(value)),
+        continued=(False,) * len(outs),
+        bases=_Replay({}, {}, start).finish(),
+        hoisted=(),
+        hidden_out=hidden_out,
+        reference=reference,
+    )
+
+
+def _chain_of(segment: Sequence[tuple[BlockLoop, int]], first: int, last: int) -> tuple[str, tuple[Block, ...]]:
+    """Name and blocks of a segment of the chain; refused where F and B leave nothing of it."""
+    blocks = tuple(block for loop, _ in segment for block in loop.blocks)
+    where = " + ".join(loop.name for loop, _ in segment)
+    if first + last >= len(blocks):
+        raise RegionRefused(
+            f"{where}: Fn_compute_blocks + Bn_compute_blocks = {first} + {last} leaves nothing to bypass of "
+            f"{len(blocks)} blocks; choose a sum below {len(blocks)}"
+        )
+    return where, blocks
+
+
+def _handed_on(segment: Sequence[tuple[BlockLoop, int]]) -> dict[fx.Node, fx.Node]:
+    """What a carried value that a block puts out continues: the value that the block took in its place."""
+    found = {
+        out: into
+        for loop, _ in segment
+        for carried in loop.carried
+        for into, out in zip(carried.inputs, carried.outputs, strict=True)
+        if out is not None
+    }
+    for (before, from_slot), (after, to_slot) in itertools.pairwise(segment):
+        out, into = before.carried[from_slot].outputs[-1], after.carried[to_slot].inputs[0]
+        if out is not None and same_kind(out, into):
+            found.setdefault(into, out)  # a layer between two loops is bypassed as a block is
+    return found
+
+
+def _compared(
+    where: str, segment: Sequence[tuple[BlockLoop, int]], nodes: Sequence[fx.Node], first: int
+) -> tuple[fx.Node | None, Continuation | None]:
+    """H_F and its base; None for F = 0, and a base of None where H_F continues nothing."""
+    hidden_out = _hidden_behind(segment, first)
+    if first and hidden_out is None:
+        raise RegionRefused(f"{where}: block {first - 1} hands no hidden states on")
+    if hidden_out is None:
+        return None, None
+    head = _Replay(_handed_on(segment), positions_of(nodes), segment[0][0].blocks[0].start)
+    return hidden_out, head.finish() if head.add(hidden_out) else None
+
+
+def _refuse_odd_results(where: str, outs: Sequence[fx.Node]) -> None:
+    odd = next((value for value in outs if tensor_of(value) is None), None)
+    if odd is not None:
+        raise RegionRefused(f"{where}: {odd.name}, which leaves the region, is no tensor and cannot be stored")
 
 
 def _refuse_side_effects(where: str, nodes: Sequence[fx.Node], start: int, end: int) -> None:

@@ -71,6 +71,12 @@ MASK = "1101001000"
         ({"steps_computation_mask": MASK, "max_warmup_steps": 9}, "ccrcrrcrrr"),  # its leading ones are the warm-up
         ({"steps_computation_mask": "1000"}, "crrrcccccc"),  # ends early: computes
         ({"num_inference_steps": 10}, "crrrrrrrrr"),
+        ({"force_refresh_step_hint": 4}, "crrrcrrrrr"),
+        ({"force_refresh_step_hint": 3, "force_refresh_step_policy": "repeat"}, "crrcrrcrrc"),
+        ({"force_refresh_step_hint": 5, "max_cached_steps": 2}, "crrcccrrcc"),  # limits and warm-up begin anew
+        ({"force_refresh_step_hint": 5, "max_warmup_steps": 2}, "ccrrrccrrr"),
+        ({"force_refresh_step_hint": 5, "steps_computation_mask": MASK}, "ccrcrccrcr"),
+        ({"force_refresh_step_hint": 10}, "crrrrrrrrr"),
     ],
     ids=str,
 )
@@ -80,6 +86,17 @@ def test_settings(toy, changes, expected):
     for generation in (region, *summary(toy)):  # limits hold for each by itself
         assert pattern(generation) == (expected or "ccrcrrcrrr")
         assert generation.work == pytest.approx(1 - len(generation.cached_steps) * 5 / 60)
+
+
+@pytest.mark.keep_compiled
+def test_a_forced_refresh_leaves_nothing_to_extrapolate_from(toy):
+    refreshed, limited = {"force_refresh_step_hint": 5}, {"max_continuous_cached_steps": 4}
+    results = []
+    for changes, calibrator in ((refreshed, "taylorseer"), (refreshed, None), (limited, "taylorseer")):
+        enable_cache(toy, ALWAYS.reset(**changes), **EAGER, calibrator=calibrator)
+        results.append(denoise(toy))
+        assert pattern(summary(toy)[0]) == "crrrrcrrrr"
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
 
 
 @pytest.mark.keep_compiled

@@ -29,6 +29,8 @@ def test_defaults_are_the_published_ones():
         "num_inference_steps": None,
         "steps_computation_mask": None,
         "steps_computation_policy": "dynamic",
+        "force_refresh_step_hint": None,
+        "force_refresh_step_policy": "once",
     }
     assert parse_options(None) == parse_options({}) == Options()
     assert Options().cache == DBCacheConfig()

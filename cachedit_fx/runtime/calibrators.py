@@ -1,40 +1,69 @@
-"""Predicting what a region would have added, from what it added at computed steps: weights on stored values.
+"""Predicting what a region would have given, from what it gave at computed steps: weights on stored values.
 
 Every predictor in use is linear in the values that it has seen: the prediction is `sum_j c_j * Y_j`, with `Y_0` the
-value of the latest computed step, `Y_1` of the one before, and so on. So a calibrator is a pure function from step
-numbers to the coefficients `c_j`; the values are kept as they are, one buffer for each, and a prediction reads each of
-them once. Derivatives are never stored, and a computed step writes one buffer whatever the order.
+value of the latest computed step, `Y_1` of the one before, and so on. So a calibrator is a pure function from the
+steps so far to the coefficients `c_j`; the values are kept as they are, one buffer for each, and a prediction reads
+each of them once. Derivatives are never stored, and a computed step writes one buffer whatever the order.
 
-    step numbers of the computed steps, present step ──► (c_0, c_1, ...)
+    trail (steps so far, the latest first), present step ──► (c_0, c_1, ...)
+
+How well they predict, on the bundled model: `cachedit bench` (docs/choosing.md has the table).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from cachedit_fx.options import CalibratorConfig, TaylorSeerCalibratorConfig
+from cachedit_fx.options import (
+    CalibratorConfig,
+    FoCaCalibratorConfig,
+    LagrangeCalibratorConfig,
+    TaylorSeerCalibratorConfig,
+)
+
+
+class Moment(NamedTuple):
+    """One step of one CFG branch."""
+
+    step: int
+    """Its number in the generation."""
+    time: float | None = None
+    """Its timestep, in the model's unit; None where it is not known."""
+    computed: bool = True
+    """Whether the region was computed; its values are stored then."""
 
 
 def values_kept(config: CalibratorConfig | None) -> int:
     """How many computed steps' values the calibrator needs: 1 without one, order + 1 for TaylorSeer."""
-    return 1 + config.taylorseer_order if isinstance(config, TaylorSeerCalibratorConfig) else 1
+    if isinstance(config, TaylorSeerCalibratorConfig):
+        return config.taylorseer_order + 1
+    if isinstance(config, LagrangeCalibratorConfig):
+        return config.lagrange_order + 1 + config.deferred_correction
+    return 3 if isinstance(config, FoCaCalibratorConfig) else 1
 
 
-def coefficients(config: CalibratorConfig | None, computed: Sequence[int], step: int) -> tuple[float, ...]:
-    """The weights of the stored values in the prediction for `step`.
+def coefficients(config: CalibratorConfig | None, trail: Sequence[Moment], now: Moment) -> tuple[float, ...]:
+    """The weights of the stored values in the prediction for `now`.
 
     Args:
         config: None repeats the latest value.
-        computed: numbers of the computed steps whose values are stored, the latest first; not empty.
-        step: the present step, later than all of them.
+        trail: steps so far, the latest first, reused ones among them; those that are computed are those whose values
+            are stored, and there is at least one.
+        now: the present step.
 
     Returns:
-        One weight for each of `computed`; they sum to 1.
+        One weight for each computed step of the trail, in its order; they sum to 1.
     """
-    if config is None:
-        return (1.0, *(0.0 for _ in computed[1:]))
-    return taylor_coefficients(computed, step)
+    steps = [moment.step for moment in trail if moment.computed]
+    if isinstance(config, TaylorSeerCalibratorConfig):
+        return taylor_coefficients(steps, now.step)
+    if isinstance(config, FoCaCalibratorConfig):
+        return foca_coefficients(trail, now.step)
+    if isinstance(config, LagrangeCalibratorConfig):
+        return lagrange_coefficients(config, trail, now)
+    return (1.0, *(0.0 for _ in steps[1:]))
 
 
 def taylor_coefficients(computed: Sequence[int], step: int) -> tuple[float, ...]:
@@ -57,3 +86,94 @@ def taylor_coefficients(computed: Sequence[int], step: int) -> tuple[float, ...]
         factor = distance**order / math.factorial(order)
         total = [weight + factor * slope for weight, slope in zip(total, derivative[0], strict=True)]
     return tuple(total)
+
+
+def lagrange_coefficients(config: LagrangeCalibratorConfig, trail: Sequence[Moment], now: Moment) -> tuple[float, ...]:
+    """Lagrange's polynomial through the latest `lagrange_order` + 1 computed steps, and deferred correction.
+
+    A sampler moves by the output times the length of a step, `h`. Once the computed step 0 is known, the outputs
+    `P_j` that were predicted between it and the computed step 1 are known to have been wrong by about `I_j - P_j`, with
+    `I_j` on the polynomial through steps 0, 1, .... The first prediction behind step 0 is
+
+        sum_j l_j(now) Y_j + sum_j h_j (I_j - P_j) / h_now
+
+    so that the sampler is, from then on, where interpolated outputs would have brought it. `P_j` counts without
+    corrections of its own: those are owed to the predictions before. `h_now` is not known yet, and taken to be the
+    length of the step before. Source: deferred (defect) correction, Pereyra 1966; Dutt, Greengard, Rokhlin 2000.
+    """
+    places = _places(config, [now, *trail])
+    at = dict(zip([now, *trail], places, strict=True))
+    computed = [moment for moment in trail if moment.computed]
+    nodes = [at[moment] for moment in computed]
+    points = config.lagrange_order + 1
+    weights = _lagrange(nodes[:points], at[now], len(computed))
+    gap = _gap_behind(trail) if config.deferred_correction else []
+    for moment, after in gap:
+        ratio = (at[after] - at[moment]) / (at[now] - at[trail[0]])
+        better = _lagrange(nodes[:points], at[moment], len(computed))
+        used = (0.0, *_lagrange(nodes[1 : 1 + points], at[moment], len(computed) - 1))
+        weights = [w + ratio * (b - u) for w, b, u in zip(weights, better, used, strict=True)]
+    return tuple(weights)
+
+
+def _places(config: LagrangeCalibratorConfig, moments: Sequence[Moment]) -> list[float]:
+    """Where the polynomial has the moments, the latest first: at their timesteps, or where those do not all run one
+    way, at their step numbers."""
+    times = [moment.time for moment in moments if moment.time is not None]
+    if config.lagrange_variable == "timestep" and len(times) == len(moments):
+        lengths = [new - old for new, old in zip(times, times[1:], strict=False)]
+        if all(length > 0 for length in lengths) or all(length < 0 for length in lengths):
+            return times
+    return [float(moment.step) for moment in moments]
+
+
+def _lagrange(nodes: Sequence[float], place: float, count: int) -> list[float]:
+    """Weights of the values at `nodes` in the polynomial through them at `place`, zeros added up to `count`."""
+    weights = [math.prod((place - other) / (node - other) for other in nodes if other != node) for node in nodes]
+    return weights + [0.0] * (count - len(nodes))
+
+
+def _gap_behind(trail: Sequence[Moment]) -> list[tuple[Moment, Moment]]:
+    """The reused steps between the latest computed step and the one before, each with the step after it; none where
+    the latest step was reused itself: then the correction has been made."""
+    if not trail[0].computed:
+        return []
+    gap: list[tuple[Moment, Moment]] = []
+    for moment, after in zip(trail[1:], trail, strict=False):
+        if moment.computed:
+            return gap
+        gap.append((moment, after))
+    return []  # the step before the gap is not stored: what was predicted there cannot be told
+
+
+def foca_coefficients(trail: Sequence[Moment], step: int) -> tuple[float, ...]:
+    """FoCa, forecast and calibrate (arXiv 2508.16211, equation 8), as coefficients.
+
+        P_k = Y_0 + k/2 [(Y_0 - Y_1) / w + (P_{k-1} - P_{k-2})]          P_0 = Y_0
+
+    for the k-th step since the latest computed one, `w` being the steps between the latest two. `P_{-1}` is the value
+    of the step just before the latest computed one: `Y_1` if that was computed too, else what a line predicted there;
+    so half of the last prediction's error enters. The slope is divided by the spacing, without which a straight line
+    would not be continued. Beyond k = 3 the prediction is drawn back: `Y_0 + 3/k (P_3 - Y_0)`.
+    """
+    steps = [moment.step for moment in trail if moment.computed]
+
+    def line(first: int, ahead: int) -> list[float]:
+        """Weights of the line through values `first` and the one before, `ahead` steps on."""
+        weights = [float(index == first) for index in range(len(steps))]
+        if first + 1 < len(steps):
+            ratio = ahead / (steps[first] - steps[first + 1])
+            weights[first], weights[first + 1] = 1 + ratio, -ratio
+        return weights
+
+    latest = line(0, 0)
+    if len(steps) == 1:
+        return tuple(latest)
+    slope = [on - at for on, at in zip(line(0, 1), latest, strict=True)]
+    before, present = line(1, steps[0] - 1 - steps[1]), latest
+    distance = step - steps[0]
+    for k in range(1, min(distance, 3) + 1):
+        sums = [s + new - old for s, new, old in zip(slope, present, before, strict=True)]
+        before, present = present, [at + k / 2 * both for at, both in zip(latest, sums, strict=True)]
+    drawn = min(1.0, 3 / distance)
+    return tuple(at + drawn * (on - at) for on, at in zip(present, latest, strict=True))

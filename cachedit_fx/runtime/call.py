@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from cachedit_fx.kernels.l1_diff import l1_difference, residual
-from cachedit_fx.options import DBCacheConfig
-from cachedit_fx.runtime.calibrators import coefficients, values_kept
-from cachedit_fx.runtime.policy import Action, Decision, Reason, advance, decide
+from cachedit_fx.options import CalibratorConfig, DBCacheConfig
+from cachedit_fx.runtime.calibrators import Moment, coefficients, values_kept
+from cachedit_fx.runtime.policy import Action, Decision, Reason, advance, context_start, decide
 from cachedit_fx.runtime.state import ModelCache, RegionKey, Session
 from cachedit_fx.runtime.stopwatch import Stopwatch
 from cachedit_fx.runtime.tracker import Position
@@ -38,6 +38,8 @@ class RegionInfo:
     num_blocks: int
     first: int
     last: int
+    loop: int | None = None
+    """With a region for each loop, its loop's place in the chain."""
 
 
 @dataclass(frozen=True)
@@ -81,18 +83,18 @@ class Call:
         regions: how many regions these had, by the loops that they run through.
         time: the timestep, or what the caller says in its place; None where nothing is known of it.
         position: generation, step and branch; None until a region asks for it.
+        now: the timestep as a number, from then on; None where it is not known.
     """
 
     def __init__(self, session: Session) -> None:
         hint = session.cache.hint()
         self.session = session
-        self.config = session.cache.config or DBCacheConfig()
-        self.calibrator = session.cache.options.calibrator
         self.branch_name = hint.branch
         self.time = hint.time
         self.graphs = 0
         self.regions: Counter[tuple[str, ...]] = Counter()
         self.position: Position | None = None
+        self.now: float | None = None
         self._passed_by: Uncached | None = None
 
     @property
@@ -137,7 +139,9 @@ class GraphCall:
 
     def __init__(self, call: Call, regions: Sequence[RegionInfo], keys: Sequence[RegionKey]) -> None:
         self.call, self.regions, self.keys = call, regions, keys
-        self.session, self.config = call.session, call.config
+        self.session = call.session
+        options = call.session.cache.options
+        self.policies = [options.policy(region.loop) for region in regions]
         self._residuals: dict[int, tuple[torch.Tensor | None, Hashable]] = {}
 
     def decide(
@@ -154,12 +158,12 @@ class GraphCall:
             hidden: those hidden states, H_F; None where F is 0.
             streams: the values that enter the region; what is stored must fit their shapes.
         """
-        region = self.keys[number]
+        region, (config, _) = self.keys[number], self.policies[number]
         signature = tuple(
             (stream.shape, stream.dtype) if isinstance(stream, torch.Tensor) else stream for stream in streams
         )
         current = None
-        if hidden is not None and _may_measure(self.config):
+        if hidden is not None and _may_measure(config):
             fits = reference is not None and reference.shape == hidden.shape
             current = residual(hidden, reference if fits else None)
         measured: dict[int, float] = {}
@@ -168,6 +172,10 @@ class GraphCall:
         assert self.call.position is not None
         _, step, branch = self.call.position
         memory = self.session.memory(region, branch)
+        start = context_start(config, step)
+        if start != memory.start:
+            memory.forget(start)
+            measured = {}
         history = replace(
             memory.history,
             stored=memory.history.stored and memory.signature is not None,
@@ -176,7 +184,7 @@ class GraphCall:
 
         def difference() -> float:
             shared = self.session.shared_differences
-            if not self.config.cfg_diff_compute_separate and (region, step) in shared:
+            if not config.cfg_diff_compute_separate and (region, step) in shared:
                 return shared[region, step]
             value = measured.get(branch)
             if value is None:
@@ -185,9 +193,9 @@ class GraphCall:
             shared[region, step] = value
             return value
 
-        decision = decide(self.config, step, history, difference)
+        decision = decide(config, step - start, history, difference)
         self._residuals[number] = (current, signature)
-        self._warn(decision)
+        self._warn(config, decision)
         return decision
 
     def run(
@@ -200,42 +208,31 @@ class GraphCall:
     ) -> tuple[Any, ...]:
         """Carry the decision out: the region's results, computed and stored, or restored."""
         assert self.call.position is not None
-        region, calibrator = self.keys[number], self.call.calibrator
+        region, (config, calibrator) = self.keys[number], self.policies[number]
         _, step, branch = self.call.position
+        now = Moment(step, self.call.now, decision.action is Action.COMPUTE)
         memory = self.session.memory(region, branch)
         watch = Stopwatch(inputs)
         if decision.action is Action.REUSE:
-            weights = coefficients(calibrator, memory.steps, step)
+            weights = coefficients(calibrator, memory.trail, now)
             shapes = [buffers[0].shape for buffers in memory.stored]
-            results = memory.restore(self._bases(bases, inputs, shapes), weights)
+            results = memory.restore(_bases(calibrator, bases, inputs, shapes), weights)
+            memory.trail.insert(0, now)
         else:
             results = compute(*inputs)
-            if may_reuse(self.config):
+            if may_reuse(config):
                 current, signature = self._residuals[number]
                 if signature != memory.signature:
-                    memory.steps = []
+                    memory.trail = []
                 memory.reference, memory.signature = current, signature
-                found = self._bases(bases, inputs, [result.shape for result in results])
-                memory.store(results, found, step, values_kept(calibrator))
+                found = _bases(calibrator, bases, inputs, [result.shape for result in results])
+                dtype = calibrator.calibrator_state_dtype if calibrator is not None else "wider"
+                memory.store(results, found, now, values_kept(calibrator), dtype)
         memory.history = advance(memory.history, decision)
         stats = self.session.region_stats(region, self.regions[number])
         stats.record(branch, step, decision)
         self.session.watches.append((stats, decision.action, watch.stop()))
         return results
-
-    def _bases(
-        self,
-        bases: Callable[..., tuple[torch.Tensor | None, ...]],
-        inputs: Sequence[Any],
-        shapes: Sequence[torch.Size],
-    ) -> tuple[torch.Tensor | None, ...]:
-        """What the stored residuals of results of these shapes are relative to; nothing where whole values are
-        predicted, or where a length that depends on data has turned out another."""
-        calibrator = self.call.calibrator
-        if calibrator is not None and calibrator.calibrator_cache_type == "hidden_states":
-            return (None,) * len(shapes)
-        found = zip(bases(*inputs), shapes, strict=True)
-        return tuple(base if base is None or base.shape == shape else None for base, shape in found)
 
     def _locate(self, region: RegionKey, current: torch.Tensor | None, signature: Hashable) -> dict[int, float]:
         """Find the call's position; where the timestep is on the device, read it together with the differences against
@@ -254,19 +251,33 @@ class GraphCall:
                         values.append(l1_difference(memory.reference, current).to(time_now.device))
             time_now, *differences = read_back(values)
             measured = dict(zip(branches, differences, strict=True))
-        call.position = tracker.observe(time_now, name, signature)
+        call.position, call.now = tracker.observe(time_now, name, signature), time_now
         if call.position.generation != self.session.generation:
             measured = {}
         self.session.begin(call.position)
         return measured
 
-    def _warn(self, decision: Decision) -> None:
+    def _warn(self, config: DBCacheConfig, decision: Decision) -> None:
         cache = self.session.cache
         if decision.reason is Reason.NOT_FINITE:
             cache.warn_once("a difference is infinite or not a number: such steps are computed")
         elif decision.reason is Reason.MASK_ENDED:
-            mask = self.config.steps_computation_mask or ()
+            mask = config.steps_computation_mask or ()
             cache.warn_once(f"steps_computation_mask has {len(mask)} digits; steps past its end are computed")
+
+
+def _bases(
+    calibrator: CalibratorConfig | None,
+    bases: Callable[..., tuple[torch.Tensor | None, ...]],
+    inputs: Sequence[Any],
+    shapes: Sequence[torch.Size],
+) -> tuple[torch.Tensor | None, ...]:
+    """What the stored residuals of results of these shapes are relative to; nothing where whole values are predicted,
+    or where a length that depends on data has turned out another."""
+    if calibrator is not None and calibrator.calibrator_cache_type != "residual":
+        return (None,) * len(shapes)
+    found = zip(bases(*inputs), shapes, strict=True)
+    return tuple(base if base is None or base.shape == shape else None for base, shape in found)
 
 
 def read_back(values: Sequence[torch.Tensor]) -> list[float]:

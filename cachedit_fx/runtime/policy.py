@@ -91,8 +91,17 @@ class History:
     """Whether it has the shapes of the present call."""
 
 
+def context_start(config: DBCacheConfig, step: int) -> int:
+    """The step from which `step` of a generation is counted: where all that was stored was last forgotten on purpose
+    (`force_refresh_step_hint`)."""
+    hint = config.force_refresh_step_hint
+    if hint is None or step < hint:
+        return 0
+    return step // hint * hint if config.force_refresh_step_policy == "repeat" else hint
+
+
 def decide(config: DBCacheConfig, step: int, history: History, difference: Callable[[], float]) -> Decision:
-    """Decide about step number `step` (from 0) of a generation.
+    """Decide about step number `step` (from 0) of a generation, or of its part since `context_start`.
 
     `difference` is called at most once, and only if no rule decides without it: on a GPU it waits for the device.
     """

@@ -18,14 +18,15 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from cachedit_fx.kernels.residual_apply import apply_residual, laid_out, residual_dtype, residual_like, store_residual
-from cachedit_fx.options import CalibratorConfig, DBCacheConfig, Options
+from cachedit_fx.options import DBCacheConfig, Options
 from cachedit_fx.passes.detect_block_loops import NOTHING_KNOWN
+from cachedit_fx.runtime.calibrators import Moment
 from cachedit_fx.runtime.listener import Hint
 from cachedit_fx.runtime.policy import Action, History
 from cachedit_fx.runtime.stats import CacheStats
@@ -72,32 +73,42 @@ class BranchMemory:
     """Shapes and dtypes of the streams that entered when it was stored."""
     reference: torch.Tensor | None = None
     """r of the last computed step, float32."""
-    steps: list[int] = field(default_factory=list)
-    """Numbers of the computed steps whose values are stored, the latest first."""
+    start: int = 0
+    """The step from which the history counts (`policy.context_start`)."""
+    trail: list[Moment] = field(default_factory=list)
+    """The steps since the earliest one whose values are stored, the latest first."""
     stored: list[list[torch.Tensor]] = field(default_factory=list)
-    """For each result of the region, as `steps`: its residual, or the result itself where it has no base."""
+    """For each result of the region, as the computed steps of `trail`: its residual, or the result itself where it has
+    no base."""
     dtypes: list[torch.dtype] = field(default_factory=list)
     strides: list[tuple[int, ...]] = field(default_factory=list)
     """Of the results as they were computed; what reads them is given the same layout."""
 
-    def forget(self) -> None:
-        """Start a generation: keep the buffers, not their meaning."""
+    def forget(self, start: int = 0) -> None:
+        """Begin anew at step `start`: keep the buffers, not their meaning."""
         self.history = History()
+        self.start = start
         self.signature = self.reference = None
-        self.steps = []
+        self.trail = []
 
     def store(
-        self, results: Sequence[torch.Tensor], bases: Sequence[torch.Tensor | None], step: int, kept: int
+        self,
+        results: Sequence[torch.Tensor],
+        bases: Sequence[torch.Tensor | None],
+        now: Moment,
+        kept: int,
+        dtype: str = "wider",
     ) -> None:
-        """Keep the residuals of a computed step, and of the `kept` - 1 computed before it."""
+        """Keep the residuals of a computed step, and of the `kept` - 1 computed before it, in `dtype` (see
+        `CalibratorConfig.calibrator_state_dtype`)."""
         if len(self.stored) != len(results):
             self.stored = [[] for _ in results]
-        self.steps = [step, *self.steps][:kept]
+        self.trail = _since_computed([now, *self.trail], kept)
         self.dtypes = [result.dtype for result in results]
         self.strides = [result.stride() for result in results]
         for buffers, result, base in zip(self.stored, results, bases, strict=True):
-            buffers[:] = [buffer for buffer in buffers if _fits(buffer, result)][:kept]
-            oldest = buffers.pop() if len(buffers) == kept else residual_like(result)
+            buffers[:] = [buffer for buffer in buffers if _fits(buffer, result, dtype)][:kept]
+            oldest = buffers.pop() if len(buffers) == kept else residual_like(result, dtype)
             store_residual(result, base, oldest)
             buffers.insert(0, oldest)
 
@@ -114,9 +125,15 @@ class BranchMemory:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _fits(buffer: torch.Tensor, result: torch.Tensor) -> bool:
+def _since_computed(trail: Sequence[Moment], count: int) -> list[Moment]:
+    """The trail back to its `count`-th computed step."""
+    ends = [index for index, moment in enumerate(trail) if moment.computed][:count]
+    return list(trail[: ends[-1] + 1])
+
+
+def _fits(buffer: torch.Tensor, result: torch.Tensor, dtype: str) -> bool:
     same_place = buffer.shape == result.shape and buffer.device == result.device
-    return same_place and buffer.dtype == residual_dtype(result)
+    return same_place and buffer.dtype == residual_dtype(result, dtype)
 
 
 class Session:
@@ -128,6 +145,7 @@ class Session:
         self.generation = -1
         self.memories: dict[tuple[RegionKey, int], BranchMemory] = {}
         self.stats: dict[RegionKey, CacheStats] = {}
+        self.configs: dict[RegionKey, DBCacheConfig] = {}
         self.uncached: Counter[str] = Counter()
         self.watches: list[tuple[CacheStats, Action, Stopwatch]] = []
         self.call: Call | None = None
@@ -140,6 +158,7 @@ class Session:
         if position.generation == self.generation:
             return
         self._warn_of_inert_thresholds()
+        self._warn_of_long_masks()
         self.inert_told = False
         self.generation = position.generation
         for memory in self.memories.values():
@@ -160,6 +179,7 @@ class Session:
 
     def region_stats(self, region: RegionKey, info: RegionInfo) -> CacheStats:
         if region not in self.stats:
+            self.configs[region], _ = self.cache.options.policy(info.loop)
             name = f"region_{len(self.stats)}"
             self.stats[region] = CacheStats(name, info.num_blocks, info.first, info.last, uncached_causes=self.uncached)
         return self.stats[region]
@@ -182,22 +202,31 @@ class Session:
 
     def _warn_of_inert_thresholds(self) -> None:
         """Once a generation: at its end, or when its statistics are asked for."""
-        config = self.cache.config
-        if config is None or self.inert_told:
+        if self.cache.config is None or self.inert_told:
             return
-        for stats in self.stats.values():
-            message = stats.inert_threshold_message(config)
+        for region, stats in self.stats.items():
+            message = stats.inert_threshold_message(self.configs[region])
             if message:
                 self.inert_told = True
                 warn(f"{stats.name}: {message}; no step was cached")
+
+    def _warn_of_long_masks(self) -> None:
+        """At a generation's end: one that stopped early was not cached as its mask means. One step is a warm-up run."""
+        for region, stats in self.stats.items():
+            mask = self.configs[region].steps_computation_mask
+            if mask is not None and 1 < stats.executed_steps < len(mask):
+                self.cache.warn_once(
+                    f"steps_computation_mask has {len(mask)} digits, and a generation had {stats.executed_steps} "
+                    "steps: make the mask, or the preset, for the number of steps that the pipeline takes"
+                )
 
 
 class ModelCache:
     """All that is remembered of one model under one set of options.
 
     Attributes:
-        options: as parsed; only the policy, `options.cache` less F and B and `options.calibrator`, may change
-            later (`set_policy`).
+        options: as parsed; only the policy, that is, what is not in `options.structure()`, may change later
+            (`set_policy`).
         hint: returns what the caller says of the present call.
         module: what is known of the module.
         used: when it was called last, by the monotonic clock.
@@ -236,13 +265,13 @@ class ModelCache:
             self.used = time.monotonic()
         return found
 
-    def set_policy(self, config: DBCacheConfig, calibrator: CalibratorConfig | None) -> None:
-        """Change the policy. Takes effect at the next call, which starts a new generation in every session."""
-        self.options = replace(self.options, cache=config, calibrator=calibrator)
-        self.config = config
+    def set_policy(self, options: Options) -> None:
+        """Go on under `options`, whose structure is the same. Takes effect at the next call, which starts a new
+        generation in every session."""
+        self.options, self.config = options, options.cache
         with self._lock:
             for found in (*self._by_thread.values(), *self._by_key.values()):
-                found.refresh(config)
+                found.refresh(options.cache)
 
     def warn_once(self, message: str, better: Callable[[], str | None] | None = None) -> None:
         """Warn, the first time that this model has this to say; in the words of `better`, asked only then, if any."""
