@@ -26,6 +26,7 @@ from cachedit_fx.api import (  # noqa: E402 - the passes are found only once the
     refresh_context,
     summary,
 )
+from cachedit_fx.masks import steps_mask  # noqa: E402
 from cachedit_fx.options import CalibratorConfig, DBCacheConfig, OptionError, Options, TaylorSeerCalibratorConfig  # noqa: E402
 from cachedit_fx.runtime.policy import Action, Decision, Reason  # noqa: E402
 from cachedit_fx.runtime.state import session  # noqa: E402
@@ -51,5 +52,6 @@ __all__ = [
     "explain",
     "refresh_context",
     "session",
+    "steps_mask",
     "summary",
 ]
