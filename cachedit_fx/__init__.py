@@ -26,6 +26,7 @@ from cachedit_fx.api import (  # noqa: E402 - the passes are found only once the
     refresh_context,
     summary,
 )
+from cachedit_fx.masks import steps_mask  # noqa: E402
 from cachedit_fx.options import (  # noqa: E402
     CalibratorConfig,
     DBCacheConfig,
@@ -65,5 +66,6 @@ __all__ = [
     "presets",
     "refresh_context",
     "session",
+    "steps_mask",
     "summary",
 ]

@@ -89,12 +89,16 @@ def _reject_unknown(given: Iterable[Any], known: Mapping[str, str]) -> None:
             )
 
 
+def check(name: str, value: Any, rule: Rule) -> None:
+    """Raise unless the rule allows the value, saying what it must be, and the nearest name where there are names."""
+    if not rule.allows(value):
+        guess = isinstance(value, str) and rule.choices and f"; did you mean {nearest(value, rule.choices)!r}?"
+        raise OptionError(f"{name}={value!r} is not allowed: it must be {rule.words}{guess or ''}")
+
+
 def _check_fields(settings: Any) -> None:
     for item in fields(settings):
-        value, rule = getattr(settings, item.name), item.metadata["rule"]
-        if not rule.allows(value):
-            guess = isinstance(value, str) and rule.choices and f"; did you mean {nearest(value, rule.choices)!r}?"
-            raise OptionError(f"{item.name}={value!r} is not allowed: it must be {rule.words}{guess or ''}")
+        check(item.name, getattr(settings, item.name), item.metadata["rule"])
 
 
 @dataclass(frozen=True)
