@@ -26,7 +26,14 @@ from cachedit_fx.api import (  # noqa: E402 - the passes are found only once the
     refresh_context,
     summary,
 )
-from cachedit_fx.options import CalibratorConfig, DBCacheConfig, OptionError, Options, TaylorSeerCalibratorConfig  # noqa: E402
+from cachedit_fx.options import (  # noqa: E402
+    CalibratorConfig,
+    DBCacheConfig,
+    DBPruneConfig,
+    OptionError,
+    Options,
+    TaylorSeerCalibratorConfig,
+)
 from cachedit_fx.runtime.policy import Action, Decision, Reason  # noqa: E402
 from cachedit_fx.runtime.state import session  # noqa: E402
 from cachedit_fx.runtime.stats import BranchStats, CacheStats  # noqa: E402
@@ -39,6 +46,7 @@ __all__ = [
     "CacheWarning",
     "CalibratorConfig",
     "DBCacheConfig",
+    "DBPruneConfig",
     "Decision",
     "Explanation",
     "OptionError",

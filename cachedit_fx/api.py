@@ -167,8 +167,9 @@ def refresh_context(
                 compile(_unwrap(module), **{name: value for name, value in given.items() if value is not None})
             else:
                 raise OptionError(
-                    "Fn_compute_blocks and Bn_compute_blocks shape the compiled graph: call torch.compile again to "
-                    "change them, or use cachedit_fx.compile, which does so by itself"
+                    "Fn_compute_blocks, Bn_compute_blocks and non_prune_block_ids shape the compiled graph, as does the "
+                    "class of the config: call torch.compile again to change them, or use cachedit_fx.compile, which "
+                    "does so by itself"
                 )
             if verbose:
                 Console().print(config)
@@ -217,8 +218,9 @@ class Explanation:
         lines.append("Regions" if self.regions else "Regions: none, so calls run uncached")
         for region in self.regions:
             whole = sum(not continued for continued in region.continued)
+            middle = f"blocks {region.first} to {region.num_blocks - region.last - 1}"
             lines.append(
-                f"  {region.name}: blocks {region.first} to {region.num_blocks - region.last - 1} of "
+                f"  {region.name}: {middle if region.block is None else f'block {region.block}'} of "
                 f"{region.num_blocks} may be bypassed; {len(region.live_outs)} results of "
                 f"{region.result_bytes / 2**20:.3g} MiB in all, {whole} stored whole"
             )

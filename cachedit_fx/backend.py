@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from cachedit_fx.lowering import inner_compiler, lower
-from cachedit_fx.options import Options, parse_options
+from cachedit_fx.options import DBPruneConfig, Options, parse_options
 from cachedit_fx.passes.base import Pass, facts
 from cachedit_fx.passes.detect_block_loops import NOTHING_KNOWN, DetectBlockLoops, Detection, ModuleFacts
 from cachedit_fx.passes.find_timestep import FindTimestep, TimestepSource, timestep_of
@@ -76,19 +76,22 @@ def compile_graph(
         forward = _compile_whole(gm, example_inputs, options)
     timestep = found.get("timestep")
     if "cache_input" in found:
-        regions = tuple(RegionInfo(r.loops, r.num_blocks, r.first, r.last) for r in found["regions"].regions)
+        planned = found["regions"].regions
+        regions = tuple(RegionInfo(r.loops, r.num_blocks, r.first, r.last, r.block) for r in planned)
         return CachedGraph(forward, find, regions, timestep)
     return UncachedGraph(forward, find, _why_uncached(found), timestep, _is_fragment(gm, find, found))
 
 
 def pipeline(options: Options, numbers: Mapping[str, Any], module: ModuleFacts = NOTHING_KNOWN) -> list[Pass]:
     """The passes in order, options bound. See `rewrite`."""
-    first, last = options.cache.structure() if options.cache is not None else (0, 0)
+    cache = options.cache
+    first, last = (cache.Fn_compute_blocks, cache.Bn_compute_blocks) if cache is not None else (0, 0)
+    non_prune = cache.non_prune_block_ids if isinstance(cache, DBPruneConfig) else None
     return [
         Normalize(),
         FindTimestep(options.timestep, numbers),
         DetectBlockLoops(options.loops, module=module),
-        PlanRegions(first, last, options.scope),
+        PlanRegions(first, last, options.scope, non_prune),
         OutlineBlocks(options.granularity, canonical_layout=options.inner_backend != "eager"),
         InsertCacheBranch(),
     ]

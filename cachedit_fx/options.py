@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
-from typing import Any, Self, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias
 
 
 class OptionError(ValueError):
@@ -103,6 +103,9 @@ class DBCacheConfig:
     Steps are denoising steps, counted from 0 in each generation; limits hold for each CFG branch by itself.
     """
 
+    compares_first_blocks: ClassVar[bool] = True
+    """Whether the difference is that of what the first F blocks add."""
+
     Fn_compute_blocks: int = _setting(8, _integer(0, "a number of blocks"))
     """First blocks, computed at every step; what they add to the hidden states is compared. 0 needs a static mask."""
     Bn_compute_blocks: int = _setting(0, _integer(0, "a number of blocks"))
@@ -142,7 +145,7 @@ class DBCacheConfig:
             bits = tuple(int(bit) if bit in (0, 1) else bit for bit in entries)  # others: for the rule to reject
             object.__setattr__(self, "steps_computation_mask", bits)
         _check_fields(self)
-        if self.Fn_compute_blocks == 0 and not self.static:
+        if self.Fn_compute_blocks == 0 and self.compares_first_blocks and not self.static:
             raise OptionError(
                 "Fn_compute_blocks=0 leaves nothing to measure a difference on: it must be >= 1, unless "
                 "steps_computation_mask is given with steps_computation_policy='static'"
@@ -167,12 +170,70 @@ class DBCacheConfig:
 
     def reset(self, **changes: Any) -> Self:
         """A copy with some fields changed; this one stays as it is."""
-        _reject_unknown(changes, _CACHE_FIELDS)
+        own = {name: where for name, where in _CACHE_FIELDS.items() if hasattr(self, name)}
+        foreign = [name for name in changes if name in _CACHE_FIELDS.keys() - own.keys()]
+        if foreign:
+            raise OptionError(
+                f"{', '.join(foreign)}: for DBPruneConfig only, and this is a {type(self).__name__}; "
+                "leave it out, or pass cache='dbprune' or a DBPruneConfig"
+            )
+        _reject_unknown(changes, own)
         return replace(self, **changes)
 
-    def structure(self) -> tuple[int, int]:
+    def structure(self) -> tuple[Any, ...]:
         """The fields that shape the graph: numbers of first and of last blocks. All others are policy."""
         return self.Fn_compute_blocks, self.Bn_compute_blocks
+
+
+@dataclass(frozen=True)
+class DBPruneConfig(DBCacheConfig):
+    """When each block of the middle is pruned: DBPrune, which decides about every block by itself.
+
+    A block is pruned where its input has hardly moved since it was last computed; its output is then its input plus what
+    it added at that time. All fields of `DBCacheConfig` hold, with these readings: the difference is that of a block's
+    input (so F may be 0), and so is the accumulated one; a step counts as cached where at least one block was pruned,
+    and the limits on steps are looked at when a step begins, never in its middle.
+    """
+
+    compares_first_blocks: ClassVar[bool] = False
+
+    enable_dynamic_prune_threshold: bool = _setting(False, _FLAG)
+    """Raise the threshold to the mean of the step's first five positive differences, those measured ahead of the block,
+    times `dynamic_prune_threshold_relax_ratio`, where that lies above `residual_diff_threshold` and below
+    `max_dynamic_prune_threshold`."""
+    max_dynamic_prune_threshold: float | None = _setting(
+        None, _optional(Rule(lambda value: _is_number(value) and value > 0, "a number > 0 (a ratio)"))
+    )
+    """A raised threshold that is not below this is not used. A ratio; None = 2 x `residual_diff_threshold`."""
+    dynamic_prune_threshold_relax_ratio: float = _setting(
+        1.25, Rule(lambda value: _is_number(value) and value > 0, "a number > 0 (a factor)")
+    )
+    """What the mean difference is multiplied by."""
+    non_prune_block_ids: Sequence[int] = _setting(
+        (),
+        Rule(
+            lambda value: isinstance(value, tuple) and all(_integer(0).allows(item) for item in value),
+            "a list, tuple, set or range of block numbers >= 0",
+        ),
+    )
+    """Blocks that are never pruned, numbered from 0 over the whole chain. Shapes the graph, as F and B do."""
+
+    def __post_init__(self) -> None:
+        given: Any = self.non_prune_block_ids
+        if isinstance(given, (list, tuple, set, frozenset, range)):
+            object.__setattr__(self, "non_prune_block_ids", tuple(dict.fromkeys(given)))
+        super().__post_init__()
+        highest = self.max_dynamic_prune_threshold
+        if self.enable_dynamic_prune_threshold and highest is not None and highest <= self.residual_diff_threshold:
+            raise OptionError(
+                f"max_dynamic_prune_threshold={highest} is not above residual_diff_threshold="
+                f"{self.residual_diff_threshold}, so that the threshold could never be raised: choose a larger one, or "
+                "None for twice residual_diff_threshold"
+            )
+
+    def structure(self) -> tuple[Any, ...]:
+        """F, B, and the blocks that are never pruned."""
+        return *super().structure(), tuple(sorted(self.non_prune_block_ids))
 
 
 @dataclass(frozen=True)
@@ -194,6 +255,7 @@ class TaylorSeerCalibratorConfig(CalibratorConfig):
     """Derivatives used. order + 1 values are kept for every result of a region and every CFG branch."""
 
 
+_CACHES: dict[str, type[DBCacheConfig]] = {"dbcache": DBCacheConfig, "dbprune": DBPruneConfig}
 _CALIBRATORS = {"taylorseer": TaylorSeerCalibratorConfig}
 
 Backend: TypeAlias = str | Callable[..., Any]
@@ -216,9 +278,14 @@ class Options:
 
     cache: DBCacheConfig | None = _setting(
         DBCacheConfig(),
-        Rule(lambda value: value is None or isinstance(value, DBCacheConfig), "'dbcache', a DBCacheConfig or None"),
+        Rule(
+            lambda value: value is None or isinstance(value, DBCacheConfig),
+            f"{_choice(*_CACHES).words}, a DBCacheConfig, a DBPruneConfig or None",
+            tuple(_CACHES),
+        ),
     )
-    """When to reuse; None = never, the graph is cut and compiled as it is. "dbcache" = `DBCacheConfig()`."""
+    """When to reuse; None = never, the graph is cut and compiled as it is. "dbcache" = `DBCacheConfig()`, which bypasses
+    the middle as a whole; "dbprune" = `DBPruneConfig()`, which prunes single blocks."""
     calibrator: CalibratorConfig | None = _setting(
         None,
         Rule(
@@ -276,8 +343,8 @@ class Options:
     def __post_init__(self) -> None:
         given: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
         passes, loops, inner = given["passes"], given["loops"], given["inner_options"]
-        if given["cache"] == "dbcache":
-            object.__setattr__(self, "cache", DBCacheConfig())
+        if isinstance(given["cache"], str) and given["cache"] in _CACHES:
+            object.__setattr__(self, "cache", _CACHES[given["cache"]]())
         if isinstance(given["calibrator"], str) and given["calibrator"] in _CALIBRATORS:
             object.__setattr__(self, "calibrator", _CALIBRATORS[given["calibrator"]]())
         if inner is None or isinstance(inner, Mapping):
@@ -300,16 +367,19 @@ class Options:
         return replace(self, cache=None, calibrator=None), self.cache.structure() if self.cache else None
 
 
-Structure: TypeAlias = tuple[Options, tuple[int, int] | None]
+Structure: TypeAlias = tuple[Options, tuple[Any, ...] | None]
 
-_CACHE_FIELDS = dict.fromkeys((item.name for item in fields(DBCacheConfig)), "cachedit_fx.DBCacheConfig")
+_CACHE_FIELDS = {
+    item.name: f"cachedit_fx.{config.__name__}" for config in (DBPruneConfig, DBCacheConfig) for item in fields(config)
+}
 _KNOWN = dict.fromkeys((item.name for item in fields(Options)), "cachedit_fx.options.Options") | _CACHE_FIELDS
 
 
 def parse_options(options: Mapping[str, Any] | None, *, mode: str | None = None) -> Options:
     """Check what a user passed and fill in the defaults.
 
-    `options` may hold any field of `Options` and, flat, any field of `DBCacheConfig`, applied on top of `cache`.
+    `options` may hold any field of `Options` and, flat, any field of the class of `cache` (`DBCacheConfig` or
+    `DBPruneConfig`), applied on top of it.
     `mode` is the keyword that torch.compile hands to a backend.
     """
     if options is not None and not isinstance(options, Mapping):

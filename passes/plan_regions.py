@@ -12,13 +12,18 @@ carried value at all: then it is hoisted out of the region and always computed.
 The same tracing over the head gives the reference of the difference: r = H_F - base(H_F), which for a plain chain is
 H_F - H_in.
 
+With `non_prune` every block of the middle but those is a region of its own, and what is compared is what enters it:
+
+    block 0 .. F-1 │ block F │ block F+1 │ ............ │ block N-B-1 │ block N-B .. N-1
+         head      │ region  │ region    │ glue, region │ region      │      tail
+
 Analysis only. Requires `block_loops`; provides `regions` (a tuple of `RegionPlan`).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -74,6 +79,8 @@ class RegionPlan:
         hoisted: nodes inside [start, end) that must run before the region, whatever is decided.
         hidden_out: H_F, the hidden states behind the head; None where F is 0.
         reference: base of H_F; None where H_F continues nothing (then H_F itself is compared).
+        block: the number of the one block that it is, where blocks are regions of their own; `hidden_out` is then what
+            enters the block, whatever F is, and there is no `reference`.
     """
 
     name: str
@@ -91,6 +98,7 @@ class RegionPlan:
     hoisted: tuple[fx.Node, ...] = field(repr=False)
     hidden_out: fx.Node | None = field(repr=False)
     reference: Continuation | None = field(repr=False)
+    block: int | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -104,6 +112,9 @@ class RegionPlan:
 
     @property
     def middle(self) -> tuple[Block, ...]:
+        """The blocks that it bypasses."""
+        if self.block is not None:
+            return (self.blocks[self.block],)
         return self.blocks[self.first : self.num_blocks - self.last]
 
 
@@ -121,16 +132,19 @@ class PlanRegions(Pass):
     Args:
         first, last: F and B.
         scope: "model" makes one region over the whole chain, "loop" one for each of its loops.
+        non_prune: None bypasses the middle as a whole. Otherwise every block of it is a region of its own but these,
+            numbered as F and B are counted: over the chain, or in each loop.
     """
 
     name: ClassVar[str] = "plan_regions"
     requires: ClassVar[frozenset[str]] = frozenset({"block_loops"})
     provides: ClassVar[frozenset[str]] = frozenset({"regions"})
 
-    def __init__(self, first: int, last: int, scope: str = "model") -> None:
+    def __init__(self, first: int, last: int, scope: str = "model", non_prune: Collection[int] | None = None) -> None:
         self.first = first
         self.last = last
         self.scope = scope
+        self.non_prune = non_prune
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         detection: Detection = facts(gm)["block_loops"]
@@ -139,20 +153,29 @@ class PlanRegions(Pass):
         nodes = body_nodes(gm.graph)
         regions: list[RegionPlan] = []
         refusals: list[str] = []
-        for segment in segments:
-            if not segment:
-                continue
+        for segment, block in ((segment, block) for segment in segments for block in self._parts(segment)):
             name = f"region_{len(regions)}"
             try:
-                region = _plan(name, segment, nodes, self.first, self.last)
-                if not any(region.continued) and len(segment) > 1:
+                region = _plan(name, segment, nodes, self.first, self.last, block)
+                if block is None and not any(region.continued) and len(segment) > 1:
                     # Residuals of the bulk are worth more than whole values of everything.
                     region = _plan(name, [max(segment, key=lambda item: item[0].cost)], nodes, self.first, self.last)
                 regions.append(region)
             except RegionRefused as refusal:
                 refusals.append(str(refusal))
-        facts(gm)["regions"] = RegionReport(tuple(regions), tuple(refusals))
+        if self.non_prune and chain and not regions and not refusals:
+            refusals.append("non_prune_block_ids names every block that is left; leave out those that may be pruned")
+        facts(gm)["regions"] = RegionReport(tuple(regions), tuple(dict.fromkeys(refusals)))
         return PassResult(gm, len(regions))
+
+    def _parts(self, segment: Sequence[tuple[BlockLoop, int]]) -> Iterable[int | None]:
+        """What becomes a region: the blocks with these numbers; None stands for the middle as a whole."""
+        if not segment:
+            return []
+        total = sum(loop.num_blocks for loop, _ in segment)
+        if self.non_prune is None or self.first + self.last >= total:
+            return [None]  # of an empty middle it is the whole that is refused
+        return [block for block in range(self.first, total - self.last) if block not in self.non_prune]
 
 
 class RegionRefused(Exception):
@@ -160,7 +183,12 @@ class RegionRefused(Exception):
 
 
 def _plan(
-    name: str, segment: Sequence[tuple[BlockLoop, int]], nodes: Sequence[fx.Node], first: int, last: int
+    name: str,
+    segment: Sequence[tuple[BlockLoop, int]],
+    nodes: Sequence[fx.Node],
+    first: int,
+    last: int,
+    block: int | None = None,
 ) -> RegionPlan:
     loops = [loop for loop, _ in segment]
     blocks = tuple(block for loop in loops for block in loop.blocks)
@@ -172,6 +200,8 @@ def _plan(
         )
     start = blocks[first - 1].end if first else blocks[0].start
     end = blocks[len(blocks) - last - 1].end
+    if block is not None:
+        start, end = blocks[block].start, blocks[block].end
     _refuse_side_effects(where, nodes, start, end)
 
     handed_on = {
@@ -200,11 +230,15 @@ def _plan(
 
     replay = _Replay(handed_on, position, start, hoisted)
     continued = tuple(replay.add(value) for value in outs)
-    hidden_out = _hidden_behind(segment, first)
+    if block is not None and not any(continued):
+        raise RegionRefused(
+            f"{where}: block {block} hands nothing on that enters it, so that nothing is left to add to"
+        )
+    hidden_out = _hidden_behind(segment, first) if block is None else _hidden_ahead(segment, block)
     reference = None
     if first and hidden_out is None:
         raise RegionRefused(f"{where}: block {first - 1} hands no hidden states on")
-    if hidden_out is not None:
+    if block is None and hidden_out is not None:
         head = _Replay(handed_on, position, blocks[0].start)
         if head.add(hidden_out):
             reference = head.finish()
@@ -224,6 +258,7 @@ def _plan(
         hoisted=tuple(node for node in inside if node in hoisted),
         hidden_out=hidden_out,
         reference=reference,
+        block=block,
     )
 
 
@@ -266,6 +301,11 @@ def _hidden_behind(segment: Sequence[tuple[BlockLoop, int]], first: int) -> fx.N
             return loop.carried[slot].outputs[index]
         index -= loop.num_blocks
     return None
+
+
+def _hidden_ahead(segment: Sequence[tuple[BlockLoop, int]], index: int) -> fx.Node:
+    """The hidden states that enter block `index`."""
+    return [value for loop, slot in segment for value in loop.carried[slot].inputs][index]
 
 
 class _Replay:

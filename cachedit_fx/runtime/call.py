@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from cachedit_fx.kernels.l1_diff import l1_difference, residual
-from cachedit_fx.options import DBCacheConfig
+from cachedit_fx.options import DBCacheConfig, DBPruneConfig
 from cachedit_fx.runtime.calibrators import coefficients, values_kept
 from cachedit_fx.runtime.policy import Action, Decision, Reason, advance, decide
+from cachedit_fx.runtime.prune_policy import PruneHistory, decide_block
 from cachedit_fx.runtime.state import ModelCache, RegionKey, Session
 from cachedit_fx.runtime.stopwatch import Stopwatch
 from cachedit_fx.runtime.tracker import Position
@@ -32,12 +33,14 @@ NO_LOOP = "no block loop"
 
 @dataclass(frozen=True)
 class RegionInfo:
-    """What the run time knows of a region: the loops and the number of blocks of its chain, F and B."""
+    """What the run time knows of a region: the loops and the number of blocks of its chain, F and B; and which block it
+    is, where blocks are regions of their own."""
 
     loops: tuple[str, ...]
     num_blocks: int
     first: int
     last: int
+    block: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Call:
     Attributes:
         session: whose call it is.
         graphs: how many of our graphs ran in it so far.
-        regions: how many regions these had, by the loops that they run through.
+        chains: how many chains with regions these had, by the loops that they run through.
         time: the timestep, or what the caller says in its place; None where nothing is known of it.
         position: generation, step and branch; None until a region asks for it.
     """
@@ -91,14 +94,14 @@ class Call:
         self.branch_name = hint.branch
         self.time = hint.time
         self.graphs = 0
-        self.regions: Counter[tuple[str, ...]] = Counter()
+        self.chains: Counter[tuple[str, ...]] = Counter()
         self.position: Position | None = None
         self._passed_by: Uncached | None = None
 
     @property
     def uncached(self) -> Uncached | None:
         """Why nothing could be cached; None where a graph had a region, or caching is off."""
-        if self.regions or self.session.cache.options.cache is None:
+        if self.chains or self.session.cache.options.cache is None:
             return None
         return self._passed_by or Uncached(NOT_CAPTURED, "no caching: the call reached no graph of this backend")
 
@@ -113,10 +116,8 @@ class Call:
     def enter(self, regions: Sequence[RegionInfo], timestep: torch.Tensor | float | None) -> GraphCall:
         """A graph with regions begins."""
         self._count(timestep)
-        keys = []
-        for region in regions:
-            keys.append((region.loops, self.regions[region.loops]))
-            self.regions[region.loops] += 1
+        keys = [((region.loops, self.chains[region.loops]), region.block) for region in regions]
+        self.chains.update({region.loops for region in regions})
         return GraphCall(self, regions, keys)
 
     def pass_by(self, why: Uncached, timestep: torch.Tensor | float | None = None) -> None:
@@ -138,7 +139,7 @@ class GraphCall:
     def __init__(self, call: Call, regions: Sequence[RegionInfo], keys: Sequence[RegionKey]) -> None:
         self.call, self.regions, self.keys = call, regions, keys
         self.session, self.config = call.session, call.config
-        self._residuals: dict[int, tuple[torch.Tensor | None, Hashable]] = {}
+        self._measured: dict[int, tuple[torch.Tensor | None, torch.Tensor | None, Hashable]] = {}
 
     def decide(
         self,
@@ -151,7 +152,7 @@ class GraphCall:
 
         Args:
             reference: base of the hidden states behind the first F blocks (H_in in a plain chain).
-            hidden: those hidden states, H_F; None where F is 0.
+            hidden: those hidden states, H_F; None where F is 0. Of a single block: what enters it, without a reference.
             streams: the values that enter the region; what is stored must fit their shapes.
         """
         region = self.keys[number]
@@ -185,8 +186,11 @@ class GraphCall:
             shared[region, step] = value
             return value
 
-        decision = decide(self.config, step, history, difference)
-        self._residuals[number] = (current, signature)
+        if isinstance(self.config, DBPruneConfig):
+            decision = decide_block(self.config, self._prune_history(region), history, difference)
+        else:
+            decision = decide(self.config, step, history, difference)
+        self._measured[number] = (hidden, current, signature)
         self._warn(decision)
         return decision
 
@@ -211,17 +215,28 @@ class GraphCall:
         else:
             results = compute(*inputs)
             if may_reuse(self.config):
-                current, signature = self._residuals[number]
+                hidden, current, signature = self._measured[number]
+                if hidden is not None and current is not None and current.is_set_to(hidden):
+                    current = current.clone()  # the caller may write to what is its own
                 if signature != memory.signature:
                     memory.steps = []
                 memory.reference, memory.signature = current, signature
                 found = self._bases(bases, inputs, [result.shape for result in results])
                 memory.store(results, found, step, values_kept(calibrator))
         memory.history = advance(memory.history, decision)
+        chain, block = region
+        if block is not None:
+            self.session.prune_histories[chain, branch] = self._prune_history(region).after(decision)
         stats = self.session.region_stats(region, self.regions[number])
-        stats.record(branch, step, decision)
+        stats.record(branch, step, decision, block)
         self.session.watches.append((stats, decision.action, watch.stop()))
         return results
+
+    def _prune_history(self, region: RegionKey) -> PruneHistory:
+        """Of the region's chain, at the present step."""
+        assert self.call.position is not None
+        _, step, branch = self.call.position
+        return self.session.prune_histories.get((region[0], branch), PruneHistory()).at(step)
 
     def _bases(
         self,
