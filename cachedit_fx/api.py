@@ -45,7 +45,7 @@ def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa
 
     Args:
         module: a diffusion transformer, taking one denoising step's inputs.
-        **options: any field of `cachedit_fx.options.Options` or, flat, of `DBCacheConfig`; and `fullgraph`, `dynamic`,
+        **options: any field of `cachedit_fx.options.Options` or, flat, of its `cache`; and `fullgraph`, `dynamic`,
             `recompile_limit` (64 unless given), `mode` as in `torch.compile`. The first three hold until they are given
             again.
 
@@ -103,7 +103,7 @@ def enable_cache(
 
     Args:
         pipe_or_module: a pipeline (every component named `transformer`, `transformer_2`, ... is enabled) or a module.
-        cache_config: when to reuse; the defaults of `DBCacheConfig` if left out.
+        cache_config: when to reuse, a `DBCacheConfig` or `DBPruneConfig`; the defaults of the first if left out.
         calibrator_config: what predicts the bypassed part; if left out, what was stored last is used again.
         **options: as for `cachedit_fx.compile`.
     """
@@ -167,9 +167,9 @@ def refresh_context(
                 compile(_unwrap(module), **{name: value for name, value in given.items() if value is not None})
             else:
                 raise OptionError(
-                    "Fn_compute_blocks, Bn_compute_blocks and non_prune_block_ids shape the compiled graph, as does the "
-                    "class of the config: call torch.compile again to change them, or use cachedit_fx.compile, which "
-                    "does so by itself"
+                    "Fn_compute_blocks, Bn_compute_blocks, non_prune_block_ids and the class of the config shape the "
+                    "compiled graph: call torch.compile again to change them, or use cachedit_fx.compile, which does "
+                    "so by itself"
                 )
             if verbose:
                 Console().print(config)
@@ -178,6 +178,7 @@ def refresh_context(
 
 def summary(pipe_or_module: Any, details: bool = False) -> list[CacheStats]:
     """Statistics of the latest generation, one entry for each region; with `details` they are printed as tables.
+    With DBPrune a chain of blocks has one entry.
 
     Accepts a pipeline, a module, or what `torch.compile` returned.
     """

@@ -189,10 +189,10 @@ class DBCacheConfig:
 class DBPruneConfig(DBCacheConfig):
     """When each block of the middle is pruned: DBPrune, which decides about every block by itself.
 
-    A block is pruned where its input has hardly moved since it was last computed; its output is then its input plus what
-    it added at that time. All fields of `DBCacheConfig` hold, with these readings: the difference is that of a block's
-    input (so F may be 0), and so is the accumulated one; a step counts as cached where at least one block was pruned,
-    and the limits on steps are looked at when a step begins, never in its middle.
+    A block is pruned where its input has hardly moved since it was last computed; its output is then its input plus
+    what it added at that time. All fields of `DBCacheConfig` hold, read like this: the difference is that of a block's
+    input (so F may be 0), and each block accumulates its own; a step in which a block was pruned is a cached step; the
+    limits on these are looked at when a step begins, never in its middle.
     """
 
     compares_first_blocks: ClassVar[bool] = False
@@ -216,7 +216,8 @@ class DBPruneConfig(DBCacheConfig):
             "a list, tuple, set or range of block numbers >= 0",
         ),
     )
-    """Blocks that are never pruned, numbered from 0 over the whole chain. Shapes the graph, as F and B do."""
+    """Blocks that are never pruned, numbered from 0 over the whole chain, or in each loop with `scope="loop"`; numbers
+    beyond are ignored. Shapes the graph, as F and B do."""
 
     def __post_init__(self) -> None:
         given: Any = self.non_prune_block_ids
@@ -284,8 +285,8 @@ class Options:
             tuple(_CACHES),
         ),
     )
-    """When to reuse; None = never, the graph is cut and compiled as it is. "dbcache" = `DBCacheConfig()`, which bypasses
-    the middle as a whole; "dbprune" = `DBPruneConfig()`, which prunes single blocks."""
+    """When to reuse; None = never, the graph is cut and compiled as it is. "dbcache" = `DBCacheConfig()`, which
+    bypasses the middle as a whole; "dbprune" = `DBPruneConfig()`, which prunes single blocks."""
     calibrator: CalibratorConfig | None = _setting(
         None,
         Rule(

@@ -153,7 +153,8 @@ class PlanRegions(Pass):
         nodes = body_nodes(gm.graph)
         regions: list[RegionPlan] = []
         refusals: list[str] = []
-        for segment, block in ((segment, block) for segment in segments for block in self._parts(segment)):
+        parts = [(segment, block) for segment in segments for block in self._parts(segment)]
+        for segment, block in parts:
             name = f"region_{len(regions)}"
             try:
                 region = _plan(name, segment, nodes, self.first, self.last, block)
@@ -231,9 +232,7 @@ def _plan(
     replay = _Replay(handed_on, position, start, hoisted)
     continued = tuple(replay.add(value) for value in outs)
     if block is not None and not any(continued):
-        raise RegionRefused(
-            f"{where}: block {block} hands nothing on that enters it, so that nothing is left to add to"
-        )
+        raise RegionRefused(f"{where}: block {block} hands on nothing that enters it: a residual has no base")
     hidden_out = _hidden_behind(segment, first) if block is None else _hidden_ahead(segment, block)
     reference = None
     if first and hidden_out is None:

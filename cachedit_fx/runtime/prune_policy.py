@@ -64,11 +64,11 @@ def decide_block(
     Of the block's own history the counts of steps are not used. `difference` is called at most once, as in `decide`.
     """
     decision = decide(config, chain.step, replace(block, cached=chain.pruned_steps, run=chain.run), difference)
-    value = decision.difference
-    if decision.reason is Reason.ABOVE_THRESHOLD and value is not None:
-        if value < dynamic_threshold(config, chain.differences):
-            return Decision(Action.REUSE, Reason.BELOW_DYNAMIC, value)
-    return decision
+    if decision.reason is not Reason.ABOVE_THRESHOLD or decision.difference is None:
+        return decision
+    if decision.difference >= dynamic_threshold(config, chain.differences):
+        return decision
+    return replace(decision, action=Action.REUSE, reason=Reason.BELOW_DYNAMIC)
 
 
 def dynamic_threshold(config: DBPruneConfig, differences: Sequence[float]) -> float:

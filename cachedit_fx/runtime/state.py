@@ -183,7 +183,8 @@ class Session:
         self.uncached[cause] += 1
 
     def summary(self) -> list[CacheStats]:
-        """The present generation's statistics, one for each region or pruned chain; one without blocks where no region ever ran."""
+        """The present generation's statistics, one for each region, or each chain with DBPrune; one without blocks
+        where no region ever ran."""
         self._warn_of_inert_thresholds()
         for stats, action, watch in self.watches:
             stats.record_seconds(action, watch.seconds())
