@@ -30,6 +30,7 @@ from cachedit_fx.masks import steps_mask  # noqa: E402
 from cachedit_fx.options import (  # noqa: E402
     CalibratorConfig,
     DBCacheConfig,
+    DBPruneConfig,
     FoCaCalibratorConfig,
     LagrangeCalibratorConfig,
     OptionError,
@@ -50,6 +51,7 @@ __all__ = [
     "CacheWarning",
     "CalibratorConfig",
     "DBCacheConfig",
+    "DBPruneConfig",
     "Decision",
     "Explanation",
     "FoCaCalibratorConfig",

@@ -46,7 +46,7 @@ def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa
 
     Args:
         module: a diffusion transformer, taking one denoising step's inputs.
-        **options: any field of `cachedit_fx.options.Options` or, flat, of `DBCacheConfig`; and `fullgraph`, `dynamic`,
+        **options: any field of `cachedit_fx.options.Options` or, flat, of its `cache`; and `fullgraph`, `dynamic`,
             `recompile_limit` (64 unless given), `mode` as in `torch.compile`. The first three hold until they are given
             again.
 
@@ -106,7 +106,7 @@ def enable_cache(
 
     Args:
         pipe_or_module: a pipeline (every component named `transformer`, `transformer_2`, ... is enabled) or a module.
-        cache_config: when to reuse; the defaults of `DBCacheConfig` if left out.
+        cache_config: when to reuse, a `DBCacheConfig` or `DBPruneConfig`; the defaults of the first if left out.
         calibrator_config: what predicts the bypassed part; if left out, what was stored last is used again.
         preset: a name of `cachedit_fx.presets`, in place of both configs; needs `steps`, the denoising steps of the
             generations to come.
@@ -192,9 +192,9 @@ def refresh_context(
                 compile(_unwrap(module), **{item.name: getattr(options, item.name) for item in fields(Options)})
             else:
                 raise OptionError(
-                    "Fn_compute_blocks, Bn_compute_blocks and whether the model's output is predicted shape the "
-                    "compiled graph: call torch.compile again to change them, or use cachedit_fx.compile, which does "
-                    "so by itself"
+                    "Fn_compute_blocks, Bn_compute_blocks, non_prune_block_ids, the class of the config and whether "
+                    "the model's output is predicted shape the compiled graph: call torch.compile again to change "
+                    "them, or use cachedit_fx.compile, which does so by itself"
                 )
             if verbose:
                 Console().print(config)
@@ -203,6 +203,7 @@ def refresh_context(
 
 def summary(pipe_or_module: Any, details: bool = False) -> list[CacheStats]:
     """Statistics of the latest generation, one entry for each region; with `details` they are printed as tables.
+    With DBPrune a chain of blocks has one entry.
 
     Accepts a pipeline, a module, or what `torch.compile` returned.
     """
@@ -243,8 +244,9 @@ class Explanation:
         lines.append("Regions" if self.regions else "Regions: none, so calls run uncached")
         for region in self.regions:
             whole = sum(not continued for continued in region.continued)
+            middle = f"blocks {region.first} to {region.num_blocks - region.last - 1}"
             lines.append(
-                f"  {region.name}: blocks {region.first} to {region.num_blocks - region.last - 1} of "
+                f"  {region.name}: {middle if region.block is None else f'block {region.block}'} of "
                 f"{region.num_blocks} may be bypassed; {len(region.live_outs)} results of "
                 f"{region.result_bytes / 2**20:.3g} MiB in all, {whole} stored whole"
             )

@@ -27,7 +27,7 @@ from cachedit_fx.passes.insert_cache_branch import InsertCacheBranch
 from cachedit_fx.passes.manager import PassManager
 from cachedit_fx.passes.normalize import Normalize
 from cachedit_fx.passes.outline_blocks import OutlineBlocks
-from cachedit_fx.passes.plan_regions import PlanRegions, RegionReport
+from cachedit_fx.passes.plan_regions import Cut, PlanRegions, RegionReport
 from cachedit_fx.runtime.call import NO_LOOP, RegionInfo, Uncached, call_of
 from cachedit_fx.runtime.registry import cache_of_anchors
 from cachedit_fx.runtime.state import ModelCache
@@ -76,19 +76,20 @@ def compile_graph(
         forward = _compile_whole(gm, example_inputs, options)
     timestep = found.get("timestep")
     if "cache_input" in found:
-        regions = tuple(RegionInfo(r.loops, r.num_blocks, r.first, r.last, r.loop) for r in found["regions"].regions)
+        planned = found["regions"].regions
+        regions = tuple(RegionInfo(r.loops, r.num_blocks, r.first, r.last, r.loop, r.block) for r in planned)
         return CachedGraph(forward, find, regions, timestep)
     return UncachedGraph(forward, find, _why_uncached(found), timestep, _is_fragment(gm, find, found))
 
 
 def pipeline(options: Options, numbers: Mapping[str, Any], module: ModuleFacts = NOTHING_KNOWN) -> list[Pass]:
     """The passes in order, options bound. See `rewrite`."""
-    shared, *of_loops = [config.structure() for config, _ in options.policies()] or [(0, 0)]
+    shared, *of_loops = [Cut(*config.structure()) for config, _ in options.policies()] or [Cut(0, 0)]
     return [
         Normalize(),
         FindTimestep(options.timestep, numbers),
         DetectBlockLoops(options.loops, module=module),
-        PlanRegions(*shared, options.scope, of_loops, options.predicts_output),
+        PlanRegions(shared.first, shared.last, options.scope, shared.non_prune, of_loops, options.predicts_output),
         OutlineBlocks(options.granularity, canonical_layout=options.inner_backend != "eager"),
         InsertCacheBranch(),
     ]

@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from cachedit_fx.options import OptionError, Rule, _choice, _integer, check
+from cachedit_fx.options import OptionError, Rule, check, choice, integer
 
 _ANY = {4: "1101", 5: "11101", 6: "111001"}
 _MASKS: dict[str, dict[int, str]] = {
@@ -29,9 +29,9 @@ _MASKS: dict[str, dict[int, str]] = {
 }
 _SHORT, _FULL = 9, 28
 
-_POLICY = _choice(*_MASKS)
-_STEPS = _integer(1, "a number of steps")
-_PRESET_STEPS = _integer(min(_ANY), "a number of steps; fewer leave nothing to cache: pass no mask")
+_POLICY = choice(*_MASKS)
+_STEPS = integer(1, "a number of steps")
+_PRESET_STEPS = integer(min(_ANY), "a number of steps; fewer leave nothing to cache: pass no mask")
 _BINS = Rule(
     lambda bins: isinstance(bins, (list, tuple)) and all(_STEPS.allows(steps) for steps in bins),
     "a list or tuple of integers >= 1 (numbers of steps)",

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
-from typing import Any, Self, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias
 
 
 class OptionError(ValueError):
@@ -38,14 +38,17 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
 
 
-def _integer(low: int, note: str = "") -> Rule:
+def integer(low: int, note: str = "") -> Rule:
+    """An integer not below `low`; `note` says what it counts."""
+
     def allows(value: Any) -> bool:
         return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= low
 
     return Rule(allows, f"an integer >= {low}{note and f' ({note})'}")
 
 
-def _choice(*names: str) -> Rule:
+def choice(*names: str) -> Rule:
+    """One of these names."""
     return Rule(lambda value: isinstance(value, str) and value in names, f"one of {', '.join(map(repr, names))}", names)
 
 
@@ -69,7 +72,7 @@ _MASK = Rule(
     lambda value: isinstance(value, tuple) and bool(value) and all(bit in (0, 1) for bit in value),
     "a non-empty list, tuple or string of ones (compute) and zeros (may reuse), one for each step",
 )
-_LIMIT = _integer(-1, "a number of steps; -1 = no limit")
+_LIMIT = integer(-1, "a number of steps; -1 = no limit")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -108,9 +111,12 @@ class DBCacheConfig:
     Steps are denoising steps, counted from 0 in each generation; limits hold for each CFG branch by itself.
     """
 
-    Fn_compute_blocks: int = _setting(8, _integer(0, "a number of blocks"))
+    compares_first_blocks: ClassVar[bool] = True
+    """Whether the difference is that of what the first F blocks add."""
+
+    Fn_compute_blocks: int = _setting(8, integer(0, "a number of blocks"))
     """First blocks, computed at every step; what they add to the hidden states is compared. 0 needs a static mask."""
-    Bn_compute_blocks: int = _setting(0, _integer(0, "a number of blocks"))
+    Bn_compute_blocks: int = _setting(0, integer(0, "a number of blocks"))
     """Last blocks, computed at every step; they smooth out what the bypass approximates."""
     residual_diff_threshold: float = _setting(0.08, Rule(_is_number, "a number (a ratio; 0 or less = never reuse)"))
     """The middle is bypassed where the relative L1 difference lies below this. A ratio, without unit."""
@@ -118,9 +124,9 @@ class DBCacheConfig:
         None, _optional(Rule(lambda value: _is_number(value) and value >= 0, "a number >= 0 (a sum of ratios)"))
     )
     """Compute once the differences of the cached steps since the last computed one add up to this. None = no limit."""
-    max_warmup_steps: int = _setting(8, _integer(0, "a number of steps"))
+    max_warmup_steps: int = _setting(8, integer(0, "a number of steps"))
     """Steps at the start that are computed. Not used with a mask, whose leading ones are the warm-up."""
-    warmup_interval: int = _setting(1, _integer(1, "a number of steps"))
+    warmup_interval: int = _setting(1, integer(1, "a number of steps"))
     """Of the warm-up only every n-th step must compute; those between are decided like any other."""
     max_cached_steps: int = _setting(-1, _LIMIT)
     """Cached steps in a generation. -1 = no limit."""
@@ -133,16 +139,16 @@ class DBCacheConfig:
     """With `enable_separate_cfg=True`: the unconditional branch is called first."""
     cfg_diff_compute_separate: bool = _setting(True, _FLAG)
     """False: the difference that the step's first branch measured serves the step's other branches too."""
-    num_inference_steps: int | None = _setting(None, _optional(_integer(1, "a number of steps")))
+    num_inference_steps: int | None = _setting(None, _optional(integer(1, "a number of steps")))
     """Steps in a generation; the step after starts a new one. None = new generations are found from the timestep."""
     steps_computation_mask: Sequence[int] | None = _setting(None, _optional(_MASK))
     """One digit for each step: 1 computes, 0 may reuse. Lists and strings of digits become tuples."""
-    steps_computation_policy: str = _setting("dynamic", _choice("dynamic", "static"))
+    steps_computation_policy: str = _setting("dynamic", choice("dynamic", "static"))
     """What a zero in the mask means: "dynamic" = decided by the difference, "static" = reuse, with nothing measured."""
-    force_refresh_step_hint: int | None = _setting(None, _optional(_integer(1, "a number of steps")))
+    force_refresh_step_hint: int | None = _setting(None, _optional(integer(1, "a number of steps")))
     """Ahead of this step all that is stored is forgotten and steps are counted from 0 again, warm-up and mask included:
     for inputs that change much in the middle of a generation. None = never."""
-    force_refresh_step_policy: str = _setting("once", _choice("once", "repeat"))
+    force_refresh_step_policy: str = _setting("once", choice("once", "repeat"))
     """"once", or "repeat": after every `force_refresh_step_hint` steps."""
 
     def __post_init__(self) -> None:
@@ -152,7 +158,7 @@ class DBCacheConfig:
             bits = tuple(int(bit) if bit in (0, 1) else bit for bit in entries)  # others: for the rule to reject
             object.__setattr__(self, "steps_computation_mask", bits)
         _check_fields(self)
-        if self.Fn_compute_blocks == 0 and not self.static:
+        if self.Fn_compute_blocks == 0 and self.compares_first_blocks and not self.static:
             raise OptionError(
                 "Fn_compute_blocks=0 leaves nothing to measure a difference on: it must be >= 1, unless "
                 "steps_computation_mask is given with steps_computation_policy='static'"
@@ -177,23 +183,82 @@ class DBCacheConfig:
 
     def reset(self, **changes: Any) -> Self:
         """A copy with some fields changed; this one stays as it is."""
-        _reject_unknown(changes, _CACHE_FIELDS)
+        own = {name: where for name, where in _CACHE_FIELDS.items() if hasattr(self, name)}
+        foreign = [name for name in changes if name in _CACHE_FIELDS.keys() - own.keys()]
+        if foreign:
+            raise OptionError(
+                f"{', '.join(foreign)}: for DBPruneConfig only, and this is a {type(self).__name__}; "
+                "leave it out, or pass cache='dbprune' or a DBPruneConfig"
+            )
+        _reject_unknown(changes, own)
         return replace(self, **changes)
 
-    def structure(self) -> tuple[int, int]:
+    def structure(self) -> tuple[Any, ...]:
         """The fields that shape the graph: numbers of first and of last blocks. All others are policy."""
         return self.Fn_compute_blocks, self.Bn_compute_blocks
+
+
+@dataclass(frozen=True)
+class DBPruneConfig(DBCacheConfig):
+    """When each block of the middle is pruned: DBPrune, which decides about every block by itself.
+
+    A block is pruned where its input has hardly moved since it was last computed; its output is then its input plus
+    what it added at that time. All fields of `DBCacheConfig` hold, read like this: the difference is that of a block's
+    input (so F may be 0), and each block accumulates its own; a step in which a block was pruned is a cached step; the
+    limits on these are looked at when a step begins, never in its middle.
+    """
+
+    compares_first_blocks: ClassVar[bool] = False
+
+    enable_dynamic_prune_threshold: bool = _setting(False, _FLAG)
+    """Raise the threshold to the mean of the step's first five positive differences, those measured ahead of the block,
+    times `dynamic_prune_threshold_relax_ratio`, where that lies above `residual_diff_threshold` and below
+    `max_dynamic_prune_threshold`."""
+    max_dynamic_prune_threshold: float | None = _setting(
+        None, _optional(Rule(lambda value: _is_number(value) and value > 0, "a number > 0 (a ratio)"))
+    )
+    """A raised threshold that is not below this is not used. A ratio; None = 2 x `residual_diff_threshold`."""
+    dynamic_prune_threshold_relax_ratio: float = _setting(
+        1.25, Rule(lambda value: _is_number(value) and value > 0, "a number > 0 (a factor)")
+    )
+    """What the mean difference is multiplied by."""
+    non_prune_block_ids: Sequence[int] = _setting(
+        (),
+        Rule(
+            lambda value: isinstance(value, tuple) and all(integer(0).allows(item) for item in value),
+            "a list, tuple, set or range of block numbers >= 0",
+        ),
+    )
+    """Blocks that are never pruned, numbered from 0 over the whole chain, or in each loop with `scope="loop"`; numbers
+    beyond are ignored. Shapes the graph, as F and B do."""
+
+    def __post_init__(self) -> None:
+        given: Any = self.non_prune_block_ids
+        if isinstance(given, (list, tuple, set, frozenset, range)):
+            object.__setattr__(self, "non_prune_block_ids", tuple(dict.fromkeys(given)))
+        super().__post_init__()
+        highest = self.max_dynamic_prune_threshold
+        if self.enable_dynamic_prune_threshold and highest is not None and highest <= self.residual_diff_threshold:
+            raise OptionError(
+                f"max_dynamic_prune_threshold={highest} is not above residual_diff_threshold="
+                f"{self.residual_diff_threshold}, so that the threshold could never be raised: choose a larger one, or "
+                "None for twice residual_diff_threshold"
+            )
+
+    def structure(self) -> tuple[Any, ...]:
+        """F, B, and the blocks that are never pruned."""
+        return *super().structure(), tuple(sorted(self.non_prune_block_ids))
 
 
 @dataclass(frozen=True)
 class CalibratorConfig:
     """How a bypassed region's results are predicted; the base of the calibrators' own classes."""
 
-    calibrator_cache_type: str = _setting("residual", _choice("residual", "hidden_states", "output"))
+    calibrator_cache_type: str = _setting("residual", choice("residual", "hidden_states", "output"))
     """What is predicted: what the region adds to the values that run through it; those values themselves; or the
     model's output, where the region is all that follows the first blocks, so that with a static mask and
     `Fn_compute_blocks=0` a cached step runs nothing of the model."""
-    calibrator_state_dtype: str = _setting("wider", _choice("wider", "float32", "model"))
+    calibrator_state_dtype: str = _setting("wider", choice("wider", "float32", "model"))
     """What the stored values are kept in: "wider" = one precision up (float32 for 16-bit models, float64 for float32
     ones; on identical inputs a prediction is then exact), or float32, or the model's own, at half the memory."""
 
@@ -205,7 +270,7 @@ class CalibratorConfig:
 class TaylorSeerCalibratorConfig(CalibratorConfig):
     """A Taylor expansion over the computed steps: order 1 continues on a line, order 0 repeats the latest value."""
 
-    taylorseer_order: int = _setting(1, _integer(0, "a number of derivatives"))
+    taylorseer_order: int = _setting(1, integer(0, "a number of derivatives"))
     """Derivatives used. order + 1 values are kept for every result of a region and every CFG branch."""
 
 
@@ -226,11 +291,11 @@ class LagrangeCalibratorConfig(CalibratorConfig):
     correction does in the integration of differential equations. It costs no evaluation, and one stored value more.
     """
 
-    calibrator_cache_type: str = _setting("output", _choice("residual", "hidden_states", "output"))
+    calibrator_cache_type: str = _setting("output", choice("residual", "hidden_states", "output"))
     """As in every calibrator; here the model's output unless it is given."""
-    lagrange_order: int = _setting(1, _integer(0, "a degree"))
+    lagrange_order: int = _setting(1, integer(0, "a degree"))
     """Degree of the polynomial through the latest computed steps: 0 repeats, 1 continues on a line."""
-    lagrange_variable: str = _setting("timestep", _choice("timestep", "step"))
+    lagrange_variable: str = _setting("timestep", choice("timestep", "step"))
     """What the polynomial runs over; "step" takes all steps to be of one length. Where no timestep is known, or where
     it does not run one way, steps are counted too."""
     deferred_correction: bool = _setting(True, _FLAG)
@@ -238,6 +303,7 @@ class LagrangeCalibratorConfig(CalibratorConfig):
     lagrange_order + 2 values are kept for every result and every CFG branch, without it lagrange_order + 1."""
 
 
+_CACHES: dict[str, type[DBCacheConfig]] = {"dbcache": DBCacheConfig, "dbprune": DBPruneConfig}
 _CALIBRATORS = {
     "taylorseer": TaylorSeerCalibratorConfig,
     "foca": FoCaCalibratorConfig,
@@ -283,7 +349,7 @@ class ParamsModifier:
         object.__setattr__(self, "cache_config", cache_config)
         object.__setattr__(self, "calibrator_config", calibrator)
         object.__setattr__(self, "changes", tuple(sorted(changes.items())))
-        self.config(DBCacheConfig())
+        self.config(DBPruneConfig())
 
     def config(self, shared: DBCacheConfig) -> DBCacheConfig:
         """The loop's config, where all loops share `shared`."""
@@ -310,14 +376,19 @@ class Options:
 
     cache: DBCacheConfig | None = _setting(
         DBCacheConfig(),
-        Rule(lambda value: value is None or isinstance(value, DBCacheConfig), "'dbcache', a DBCacheConfig or None"),
+        Rule(
+            lambda value: value is None or isinstance(value, DBCacheConfig),
+            f"{choice(*_CACHES).words}, a DBCacheConfig, a DBPruneConfig or None",
+            tuple(_CACHES),
+        ),
     )
-    """When to reuse; None = never, the graph is cut and compiled as it is. "dbcache" = `DBCacheConfig()`."""
+    """When to reuse; None = never, the graph is cut and compiled as it is. "dbcache" = `DBCacheConfig()`, which
+    bypasses the middle as a whole; "dbprune" = `DBPruneConfig()`, which prunes single blocks."""
     calibrator: CalibratorConfig | None = _setting(
         None,
         Rule(
             lambda value: value is None or isinstance(value, CalibratorConfig),
-            f"{_choice(*_CALIBRATORS).words}, a mapping with such a name and settings, a calibrator's config such as "
+            f"{choice(*_CALIBRATORS).words}, a mapping with such a name and settings, a calibrator's config such as "
             "TaylorSeerCalibratorConfig(), or None",
             tuple(_CALIBRATORS),
         ),
@@ -338,7 +409,7 @@ class Options:
         "inductor",
         Rule(
             lambda value: callable(value) or value in _BACKENDS,
-            f"{_choice(*_BACKENDS).words}, or a callable",
+            f"{choice(*_BACKENDS).words}, or a callable",
             _BACKENDS,
         ),
         hash=False,
@@ -353,11 +424,11 @@ class Options:
         hash=False,
     )
     """Handed on to the inner backend. None becomes an empty dict."""
-    mode: str | None = _setting(None, _optional(_choice(*_MODES)))
+    mode: str | None = _setting(None, _optional(choice(*_MODES)))
     """Inductor's mode for the pieces; `inner_options`, where given too, are applied on top of it."""
-    granularity: str = _setting("block", _choice("block", "region"))
+    granularity: str = _setting("block", choice("block", "region"))
     """What is compiled as one piece: a block (few distinct ones, fast to compile), or a whole region (more fusion)."""
-    scope: str = _setting(None, _choice("model", "loop"))
+    scope: str = _setting(None, choice("model", "loop"))
     """One bypassed region over the chain of all block loops, or one for each loop. None becomes "model", or "loop" with
     `params_modifiers`."""
     passes: Passes | None = _setting(
@@ -382,8 +453,8 @@ class Options:
     def __post_init__(self) -> None:
         given: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
         passes, loops, inner = given["passes"], given["loops"], given["inner_options"]
-        if given["cache"] == "dbcache":
-            object.__setattr__(self, "cache", DBCacheConfig())
+        if isinstance(given["cache"], str) and given["cache"] in _CACHES:
+            object.__setattr__(self, "cache", _CACHES[given["cache"]]())
         object.__setattr__(self, "calibrator", _calibrator(given["calibrator"]))
         if isinstance(given["params_modifiers"], list):
             object.__setattr__(self, "params_modifiers", tuple(given["params_modifiers"]))
@@ -412,6 +483,11 @@ class Options:
         for config, calibrator in self.policies():
             if calibrator is None or calibrator.calibrator_cache_type != "output":
                 continue
+            if isinstance(config, DBPruneConfig):
+                raise OptionError(
+                    "calibrator_cache_type='output' predicts the model's output, and DBPrune what single blocks add: "
+                    "choose calibrator_cache_type='residual' or 'hidden_states' with it"
+                )
             if self.scope == "loop":
                 raise OptionError(
                     "calibrator_cache_type='output' predicts the output of the whole model, and scope='loop' decides "
@@ -449,16 +525,19 @@ class Options:
 
 
 Policy: TypeAlias = tuple[DBCacheConfig, CalibratorConfig | None]
-Structure: TypeAlias = tuple[Options, bool, tuple[tuple[int, int], ...]]
+Structure: TypeAlias = tuple[Options, bool, tuple[tuple[Any, ...], ...]]
 
-_CACHE_FIELDS = dict.fromkeys((item.name for item in fields(DBCacheConfig)), "cachedit_fx.DBCacheConfig")
+_CACHE_FIELDS = {
+    item.name: f"cachedit_fx.{config.__name__}" for config in (DBPruneConfig, DBCacheConfig) for item in fields(config)
+}
 _KNOWN = dict.fromkeys((item.name for item in fields(Options)), "cachedit_fx.options.Options") | _CACHE_FIELDS
 
 
 def parse_options(options: Mapping[str, Any] | None, *, mode: str | None = None) -> Options:
     """Check what a user passed and fill in the defaults.
 
-    `options` may hold any field of `Options` and, flat, any field of `DBCacheConfig`, applied on top of `cache`.
+    `options` may hold any field of `Options` and, flat, any field of the class of `cache` (`DBCacheConfig` or
+    `DBPruneConfig`), applied on top of it.
     `mode` is the keyword that torch.compile hands to a backend.
     """
     if options is not None and not isinstance(options, Mapping):

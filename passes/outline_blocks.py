@@ -49,7 +49,7 @@ Kind = Literal["prologue", "block", "glue", "region", "epilogue"]
 class Piece:
     """A stretch of body nodes that becomes one module of the outer graph.
 
-    `start` is where it begins in the order of body nodes; what is hoisted out of a region stands just before it.
+    `start` is where it begins in the order of body nodes; -1 for what is hoisted out of a region, and belongs to none.
     """
 
     name: str
@@ -140,7 +140,7 @@ def plan_pieces(
     for start, end in zip(edges, edges[1:], strict=False):
         early = tuple(node for region in regions if region.start == start for node in region.hoisted)
         if early:
-            pieces.append(Piece("hoisted", "glue", start - 1, early))
+            pieces.append(Piece("hoisted", "glue", -1, early))
         name, kind = cuts[start]
         pieces.append(Piece(name, kind, start, tuple(node for node in nodes[start:end] if node not in hoisted)))
     return [piece for piece in pieces if piece.nodes]

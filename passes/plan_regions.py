@@ -15,16 +15,21 @@ H_F - H_in.
 With `to_output` the region is all that follows the head, to the end of the graph, and everything that leaves it is
 stored whole; with F = 0 it is the whole graph.
 
+With `non_prune` every block of the middle but those is a region of its own, and what is compared is what enters it:
+
+    block 0 .. F-1 │ block F │ block F+1 │ ............ │ block N-B-1 │ block N-B .. N-1
+         head      │ region  │ region    │ glue, region │ region      │      tail
+
 Analysis only. Requires `block_loops`; provides `regions` (a tuple of `RegionPlan`).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from torch import fx
 from torch.fx.node import map_arg
@@ -47,6 +52,14 @@ from cachedit_fx.passes.graph_analysis import (
     same_kind,
     tensor_of,
 )
+
+
+class Cut(NamedTuple):
+    """Where a chain, or a loop of it, is cut: F, B, and with DBPrune the blocks that are never pruned."""
+
+    first: int
+    last: int
+    non_prune: Collection[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +93,8 @@ class RegionPlan:
         hoisted: nodes inside [start, end) that must run before the region, whatever is decided.
         hidden_out: H_F, the hidden states behind the head; None where F is 0.
         reference: base of H_F; None where H_F continues nothing (then H_F itself is compared).
+        block: the number of the one block that it is, where blocks are regions of their own; `hidden_out` is then what
+            enters the block, whatever F is, and there is no `reference`.
     """
 
     name: str
@@ -98,6 +113,7 @@ class RegionPlan:
     hidden_out: fx.Node | None = field(repr=False)
     reference: Continuation | None = field(repr=False)
     loop: int | None = None
+    block: int | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -111,6 +127,9 @@ class RegionPlan:
 
     @property
     def middle(self) -> tuple[Block, ...]:
+        """The blocks that it bypasses."""
+        if self.block is not None:
+            return (self.blocks[self.block],)
         return self.blocks[self.first : self.num_blocks - self.last]
 
 
@@ -128,7 +147,9 @@ class PlanRegions(Pass):
     Args:
         first, last: F and B.
         scope: "model" makes one region over the whole chain, "loop" one for each of its loops.
-        of_loops: with scope "loop", (F, B) of the chain's loops in its order; those beyond have the shared ones.
+        non_prune: None bypasses the middle as a whole. Otherwise every block of it is a region of its own but these,
+            numbered as F and B are counted: over the chain, or in each loop.
+        of_loops: with scope "loop", the cuts of the chain's loops in its order; those beyond have the shared one.
         to_output: the region runs to the end of the graph.
     """
 
@@ -141,10 +162,11 @@ class PlanRegions(Pass):
         first: int,
         last: int,
         scope: str = "model",
-        of_loops: Sequence[tuple[int, int]] = (),
+        non_prune: Collection[int] | None = None,
+        of_loops: Sequence[Cut] = (),
         to_output: bool = False,
     ) -> None:
-        self.cut = first, last
+        self.cut = Cut(first, last, non_prune)
         self.scope = scope
         self.of_loops = tuple(of_loops)
         self.to_output = to_output
@@ -161,23 +183,39 @@ class PlanRegions(Pass):
         regions: list[RegionPlan] = []
         refusals: list[str] = []
         for index, segment in enumerate([chain] if self.scope == "model" else [[item] for item in chain]):
-            if not segment:
-                continue
-            name = f"region_{len(regions)}"
             cut = self.of_loops[index] if index < len(self.of_loops) else self.cut
-            try:
-                if self.to_output:
-                    region = _plan_to_output(name, segment, nodes, cut[0])
-                else:
-                    region = _plan(name, segment, nodes, *cut)
-                    if not any(region.continued) and len(segment) > 1:
-                        # Residuals of the bulk are worth more than whole values of everything.
-                        region = _plan(name, [max(segment, key=lambda item: item[0].cost)], nodes, *cut)
-                regions.append(replace(region, loop=index if self.scope == "loop" else None))
-            except RegionRefused as refusal:
-                refusals.append(str(refusal))
-        facts(gm)["regions"] = RegionReport(tuple(regions), tuple(refusals))
+            for block in _parts(segment, cut):
+                try:
+                    region = self._region(f"region_{len(regions)}", segment, nodes, cut, block)
+                    regions.append(replace(region, loop=index if self.scope == "loop" else None))
+                except RegionRefused as refusal:
+                    refusals.append(str(refusal))
+        if chain and not regions and not refusals:
+            refusals.append("non_prune_block_ids names every block that is left; leave out those that may be pruned")
+        facts(gm)["regions"] = RegionReport(tuple(regions), tuple(dict.fromkeys(refusals)))
         return PassResult(gm, len(regions))
+
+    def _region(
+        self, name: str, segment: Sequence[tuple[BlockLoop, int]], nodes: Sequence[fx.Node], cut: Cut, block: int | None
+    ) -> RegionPlan:
+        first, last, _ = cut
+        if self.to_output:
+            return _plan_to_output(name, segment, nodes, first)
+        region = _plan(name, segment, nodes, first, last, block)
+        if block is None and not any(region.continued) and len(segment) > 1:
+            # Residuals of the bulk are worth more than whole values of everything.
+            return _plan(name, [max(segment, key=lambda item: item[0].cost)], nodes, first, last)
+        return region
+
+
+def _parts(segment: Sequence[tuple[BlockLoop, int]], cut: Cut) -> Iterable[int | None]:
+    """What becomes a region: the blocks with these numbers; None stands for the middle as a whole."""
+    if not segment:
+        return []
+    total = sum(loop.num_blocks for loop, _ in segment)
+    if cut.non_prune is None or cut.first + cut.last >= total:
+        return [None]  # of an empty middle it is the whole that is refused
+    return [block for block in range(cut.first, total - cut.last) if block not in cut.non_prune]
 
 
 class RegionRefused(Exception):
@@ -185,12 +223,19 @@ class RegionRefused(Exception):
 
 
 def _plan(
-    name: str, segment: Sequence[tuple[BlockLoop, int]], nodes: Sequence[fx.Node], first: int, last: int
+    name: str,
+    segment: Sequence[tuple[BlockLoop, int]],
+    nodes: Sequence[fx.Node],
+    first: int,
+    last: int,
+    block: int | None = None,
 ) -> RegionPlan:
     loops = [loop for loop, _ in segment]
     where, blocks = _chain_of(segment, first, last)
     start = blocks[first - 1].end if first else blocks[0].start
     end = blocks[len(blocks) - last - 1].end
+    if block is not None:
+        start, end = blocks[block].start, blocks[block].end
     _refuse_side_effects(where, nodes, start, end)
 
     handed_on = _handed_on(segment)
@@ -206,7 +251,12 @@ def _plan(
     _refuse_odd_results(where, outs)
     replay = _Replay(handed_on, position, start, hoisted)
     continued = tuple(replay.add(value) for value in outs)
-    hidden_out, reference = _compared(where, segment, nodes, first)
+    if block is not None and not any(continued):
+        raise RegionRefused(f"{where}: block {block} hands on nothing that enters it: a residual has no base")
+    if block is None:
+        hidden_out, reference = _compared(where, segment, nodes, first)
+    else:
+        hidden_out, reference = _hidden_ahead(segment, block), None
     return RegionPlan(
         name=name,
         loops=tuple(loop.name for loop in loops),
@@ -223,6 +273,7 @@ def _plan(
         hoisted=tuple(node for node in inside if node in hoisted),
         hidden_out=hidden_out,
         reference=reference,
+        block=block,
     )
 
 
@@ -342,6 +393,11 @@ def _hidden_behind(segment: Sequence[tuple[BlockLoop, int]], first: int) -> fx.N
             return loop.carried[slot].outputs[index]
         index -= loop.num_blocks
     return None
+
+
+def _hidden_ahead(segment: Sequence[tuple[BlockLoop, int]], index: int) -> fx.Node:
+    """The hidden states that enter block `index`."""
+    return [value for loop, slot in segment for value in loop.carried[slot].inputs][index]
 
 
 class _Replay:

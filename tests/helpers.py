@@ -94,9 +94,11 @@ def detected(gm: fx.GraphModule, **options: Any) -> Detection:
     return facts(run_passes(gm, Normalize(), DetectBlockLoops(**options)))["block_loops"]
 
 
-def planned(gm: fx.GraphModule, first: int, last: int, scope: Any = "model", **options: Any) -> RegionReport:
+def planned(
+    gm: fx.GraphModule, first: int, last: int, scope: Any = "model", non_prune: Any = None, **options: Any
+) -> RegionReport:
     """Normalize, detect, plan."""
-    passes = (Normalize(), DetectBlockLoops(**options), PlanRegions(first, last, scope))
+    passes = (Normalize(), DetectBlockLoops(**options), PlanRegions(first, last, scope, non_prune))
     return facts(run_passes(gm, *passes))["regions"]
 
 

@@ -82,9 +82,10 @@ def test_rules(settings, step, history, difference, reason):
     assert decision.difference is difference
 
 
-def test_two_reasons_reuse_and_all_explain_themselves():
-    assert {reason for reason in R if reason.action is Action.REUSE} == {R.MASK_REUSES, R.BELOW_THRESHOLD}
-    assert len({reason.explanation for reason in R}) == len({reason.value for reason in R}) == len(R) == 13
+def test_three_reasons_reuse_and_all_explain_themselves():
+    reuse = {reason for reason in R if reason.action is Action.REUSE}
+    assert reuse == {R.MASK_REUSES, R.BELOW_THRESHOLD, R.BELOW_DYNAMIC}
+    assert len({reason.explanation for reason in R}) == len({reason.value for reason in R}) == len(R) == 14
 
 
 ORDER: list[tuple[dict[str, Any], dict[str, Any], Reason]] = [

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from cachedit_fx.kernels.l1_diff import l1_difference, residual
-from cachedit_fx.options import CalibratorConfig, DBCacheConfig
+from cachedit_fx.options import CalibratorConfig, DBCacheConfig, DBPruneConfig
 from cachedit_fx.runtime.calibrators import Moment, coefficients, values_kept
 from cachedit_fx.runtime.policy import Action, Decision, Reason, advance, context_start, decide
+from cachedit_fx.runtime.prune_policy import PruneHistory, decide_block
 from cachedit_fx.runtime.state import ModelCache, RegionKey, Session
 from cachedit_fx.runtime.stopwatch import Stopwatch
 from cachedit_fx.runtime.tracker import Position
@@ -32,7 +33,8 @@ NO_LOOP = "no block loop"
 
 @dataclass(frozen=True)
 class RegionInfo:
-    """What the run time knows of a region: the loops and the number of blocks of its chain, F and B."""
+    """What the run time knows of a region: the loops and the number of blocks of its chain, F and B; and which block it
+    is, where blocks are regions of their own."""
 
     loops: tuple[str, ...]
     num_blocks: int
@@ -40,6 +42,7 @@ class RegionInfo:
     last: int
     loop: int | None = None
     """With a region for each loop, its loop's place in the chain."""
+    block: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Call:
     Attributes:
         session: whose call it is.
         graphs: how many of our graphs ran in it so far.
-        regions: how many regions these had, by the loops that they run through.
+        chains: how many chains with regions these had, by the loops that they run through.
         time: the timestep, or what the caller says in its place; None where nothing is known of it.
         position: generation, step and branch; None until a region asks for it.
         now: the timestep as a number, from then on; None where it is not known.
@@ -92,7 +95,7 @@ class Call:
         self.branch_name = hint.branch
         self.time = hint.time
         self.graphs = 0
-        self.regions: Counter[tuple[str, ...]] = Counter()
+        self.chains: Counter[tuple[str, ...]] = Counter()
         self.position: Position | None = None
         self.now: float | None = None
         self._passed_by: Uncached | None = None
@@ -100,7 +103,7 @@ class Call:
     @property
     def uncached(self) -> Uncached | None:
         """Why nothing could be cached; None where a graph had a region, or caching is off."""
-        if self.regions or self.session.cache.options.cache is None:
+        if self.chains or self.session.cache.options.cache is None:
             return None
         return self._passed_by or Uncached(NOT_CAPTURED, "no caching: the call reached no graph of this backend")
 
@@ -115,10 +118,8 @@ class Call:
     def enter(self, regions: Sequence[RegionInfo], timestep: torch.Tensor | float | None) -> GraphCall:
         """A graph with regions begins."""
         self._count(timestep)
-        keys = []
-        for region in regions:
-            keys.append((region.loops, self.regions[region.loops]))
-            self.regions[region.loops] += 1
+        keys = [((region.loops, self.chains[region.loops]), region.block) for region in regions]
+        self.chains.update({region.loops for region in regions})
         return GraphCall(self, regions, keys)
 
     def pass_by(self, why: Uncached, timestep: torch.Tensor | float | None = None) -> None:
@@ -142,7 +143,7 @@ class GraphCall:
         self.session = call.session
         options = call.session.cache.options
         self.policies = [options.policy(region.loop) for region in regions]
-        self._residuals: dict[int, tuple[torch.Tensor | None, Hashable]] = {}
+        self._measured: dict[int, tuple[torch.Tensor | None, torch.Tensor | None, Hashable]] = {}
 
     def decide(
         self,
@@ -155,7 +156,7 @@ class GraphCall:
 
         Args:
             reference: base of the hidden states behind the first F blocks (H_in in a plain chain).
-            hidden: those hidden states, H_F; None where F is 0.
+            hidden: those hidden states, H_F; None where F is 0. Of a single block: what enters it, without a reference.
             streams: the values that enter the region; what is stored must fit their shapes.
         """
         region, (config, _) = self.keys[number], self.policies[number]
@@ -193,8 +194,11 @@ class GraphCall:
             shared[region, step] = value
             return value
 
-        decision = decide(config, step - start, history, difference)
-        self._residuals[number] = (current, signature)
+        if isinstance(config, DBPruneConfig):
+            decision = decide_block(config, self._prune_history(region, start), history, difference)
+        else:
+            decision = decide(config, step - start, history, difference)
+        self._measured[number] = (hidden, current, signature)
         self._warn(config, decision)
         return decision
 
@@ -221,7 +225,9 @@ class GraphCall:
         else:
             results = compute(*inputs)
             if may_reuse(config):
-                current, signature = self._residuals[number]
+                hidden, current, signature = self._measured[number]
+                if hidden is not None and current is not None and current.is_set_to(hidden):
+                    current = current.clone()  # the caller may write to what is its own
                 if signature != memory.signature:
                     memory.trail = []
                 memory.reference, memory.signature = current, signature
@@ -229,10 +235,20 @@ class GraphCall:
                 dtype = calibrator.calibrator_state_dtype if calibrator is not None else "wider"
                 memory.store(results, found, now, values_kept(calibrator), dtype)
         memory.history = advance(memory.history, decision)
+        chain, block = region
+        if block is not None:
+            history = self._prune_history(region, memory.start).after(decision)
+            self.session.prune_histories[chain, branch, memory.start] = history
         stats = self.session.region_stats(region, self.regions[number])
-        stats.record(branch, step, decision)
+        stats.record(branch, step, decision, block)
         self.session.watches.append((stats, decision.action, watch.stop()))
         return results
+
+    def _prune_history(self, region: RegionKey, start: int) -> PruneHistory:
+        """Of the region's chain, at the present step, which is counted from `start`."""
+        assert self.call.position is not None
+        _, step, branch = self.call.position
+        return self.session.prune_histories.get((region[0], branch, start), PruneHistory()).at(step - start)
 
     def _locate(self, region: RegionKey, current: torch.Tensor | None, signature: Hashable) -> dict[int, float]:
         """Find the call's position; where the timestep is on the device, read it together with the differences against

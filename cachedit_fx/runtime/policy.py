@@ -57,6 +57,7 @@ class Reason(Enum):
     NOT_FINITE = "not finite", Action.COMPUTE, "the difference is infinite or not a number"
     ABOVE_THRESHOLD = "above", Action.COMPUTE, "the difference is not below residual_diff_threshold"
     BELOW_THRESHOLD = "below", Action.REUSE, "the difference is below residual_diff_threshold"
+    BELOW_DYNAMIC = "below dynamic", Action.REUSE, "the difference is below the step's dynamic prune threshold"
 
     def __new__(cls, label: str, action: Action, explanation: str) -> Self:
         reason = object.__new__(cls)

@@ -29,6 +29,7 @@ from cachedit_fx.passes.detect_block_loops import NOTHING_KNOWN
 from cachedit_fx.runtime.calibrators import Moment
 from cachedit_fx.runtime.listener import Hint
 from cachedit_fx.runtime.policy import Action, History
+from cachedit_fx.runtime.prune_policy import PruneHistory
 from cachedit_fx.runtime.stats import CacheStats
 from cachedit_fx.runtime.stopwatch import Stopwatch
 from cachedit_fx.runtime.tracker import Position, Tracker
@@ -42,8 +43,10 @@ logger = logging.getLogger(__name__)
 MAX_SESSIONS = 32
 """Named sessions that a model keeps; the one unused for longest is dropped, and its next call computes."""
 
-RegionKey: TypeAlias = tuple[tuple[str, ...], int]
-"""The loops that a region runs through, and its number among those of a call that run through the same."""
+ChainKey: TypeAlias = tuple[tuple[str, ...], int]
+"""The loops that a chain runs through, and its number among those of a call that run through the same."""
+RegionKey: TypeAlias = tuple[ChainKey, int | None]
+"""The chain that a region was cut from, and its block where it is a single one."""
 
 _session_key: contextvars.ContextVar[Hashable] = contextvars.ContextVar("cachedit_fx_session", default=None)
 
@@ -144,8 +147,10 @@ class Session:
         self.tracker = Tracker(cache.config or DBCacheConfig())
         self.generation = -1
         self.memories: dict[tuple[RegionKey, int], BranchMemory] = {}
-        self.stats: dict[RegionKey, CacheStats] = {}
-        self.configs: dict[RegionKey, DBCacheConfig] = {}
+        self.prune_histories: dict[tuple[ChainKey, int, int], PruneHistory] = {}
+        """By chain, branch and the step that steps are counted from."""
+        self.stats: dict[ChainKey, CacheStats] = {}
+        self.configs: dict[ChainKey, DBCacheConfig] = {}
         self.uncached: Counter[str] = Counter()
         self.watches: list[tuple[CacheStats, Action, Stopwatch]] = []
         self.call: Call | None = None
@@ -163,6 +168,7 @@ class Session:
         self.generation = position.generation
         for memory in self.memories.values():
             memory.forget()
+        self.prune_histories = {}
         self.stats = {}
         self.watches = []
         self.uncached = Counter()
@@ -178,24 +184,35 @@ class Session:
         return self.memories.setdefault((region, branch), BranchMemory())
 
     def region_stats(self, region: RegionKey, info: RegionInfo) -> CacheStats:
-        if region not in self.stats:
-            self.configs[region], _ = self.cache.options.policy(info.loop)
-            name = f"region_{len(self.stats)}"
-            self.stats[region] = CacheStats(name, info.num_blocks, info.first, info.last, uncached_causes=self.uncached)
-        return self.stats[region]
+        """Of a region, or of all regions of a chain whose blocks are pruned one by one."""
+        chain, block = region
+        if chain not in self.stats:
+            self.configs[chain], _ = self.cache.options.policy(info.loop)
+            self.stats[chain] = CacheStats(
+                name=f"{'region' if block is None else 'chain'}_{len(self.stats)}",
+                num_blocks=info.num_blocks,
+                first=info.first,
+                last=info.last,
+                uncached_causes=self.uncached,
+                prunes_blocks=block is not None,
+            )
+        return self.stats[chain]
 
     def record_uncached(self, cause: str) -> None:
         """Count a call on which the policy had no say."""
         self.uncached[cause] += 1
 
     def summary(self) -> list[CacheStats]:
-        """The present generation's statistics, one for each region; one without blocks where no region ever ran."""
+        """The present generation's statistics, one for each region, or each chain with DBPrune; one without blocks
+        where no region ever ran."""
         self._warn_of_inert_thresholds()
         for stats, action, watch in self.watches:
             stats.record_seconds(action, watch.seconds())
         self.watches = []
-        for region, stats in self.stats.items():
-            stats.bytes_held = sum(memory.bytes_held for key, memory in self.memories.items() if key[0] == region)
+        for chain, stats in self.stats.items():
+            stats.bytes_held = sum(
+                memory.bytes_held for (region, _), memory in self.memories.items() if region[0] == chain
+            )
         if not self.stats and self.uncached:
             return [CacheStats("uncached", 0, 0, 0, uncached_causes=self.uncached)]
         return list(self.stats.values())

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from cachedit_fx.options import DBCacheConfig
 from cachedit_fx.runtime.policy import Action, Decision, Reason
+from cachedit_fx.runtime.prune_policy import step_decision
 
 PERCENTILES = {"P00": 0, "P25": 25, "P50": 50, "P75": 75, "P95": 95, "Min": 0, "Max": 100}
 _ONE_COLUMN = 30
@@ -28,12 +29,32 @@ _ONE_COLUMN = 30
 class BranchStats:
     """One CFG branch."""
 
-    decisions: dict[int, Decision] = field(default_factory=dict)
-    """By step."""
+    parts: dict[int, dict[int | None, Decision]] = field(default_factory=dict)
+    """By step: the decisions about it, by block with DBPrune; else there is one, about the middle as a whole (None)."""
+
+    @property
+    def decisions(self) -> dict[int, Decision]:
+        """By step; with DBPrune what `step_decision` makes of those about the step's blocks."""
+        return {step: step_decision(parts.values()) for step, parts in self.parts.items()}
+
+    @property
+    def every_decision(self) -> list[Decision]:
+        return [decision for parts in self.parts.values() for decision in parts.values()]
+
+    @property
+    def differences(self) -> list[float]:
+        """Every finite difference; with DBPrune one for each block that was compared."""
+        found = (decision.difference for decision in self.every_decision)
+        return [value for value in found if value is not None and math.isfinite(value)]
+
+    @property
+    def reused(self) -> list[int]:
+        """For each step, how many of its decisions were to reuse."""
+        return [sum(d.action is Action.REUSE for d in parts.values()) for parts in self.parts.values()]
 
     @property
     def executed_steps(self) -> int:
-        return len(self.decisions)
+        return len(self.parts)
 
     @property
     def cached_steps(self) -> list[int]:
@@ -41,7 +62,7 @@ class BranchStats:
 
     @property
     def residual_diffs(self) -> dict[int, float]:
-        """Finite differences, by the step that measured them."""
+        """Finite differences, by the step that measured them; with DBPrune the mean of those of a step."""
         return {
             step: decision.difference
             for step, decision in self.decisions.items()
@@ -76,12 +97,14 @@ class CacheStats:
     """Measured times of the blocks in the middle where they were computed, storing included."""
     reuse_seconds: list[float] = field(default_factory=list)
     """Measured times of the bypass that took their place."""
+    prunes_blocks: bool = False
+    """Whether every block of the middle is decided about by itself (DBPrune)."""
 
-    def record(self, branch: int, step: int, decision: Decision) -> None:
-        """Take down a decision."""
+    def record(self, branch: int, step: int, decision: Decision, block: int | None = None) -> None:
+        """Take down a decision about the middle, or about one block of it."""
         while len(self.branches) <= branch:
             self.branches.append(BranchStats())
-        self.branches[branch].decisions[step] = decision
+        self.branches[branch].parts.setdefault(step, {})[block] = decision
 
     def record_seconds(self, action: Action, seconds: float) -> None:
         """Take down how long the region took where it was computed or bypassed."""
@@ -120,42 +143,96 @@ class CacheStats:
         return self.branch(1).residual_diffs
 
     @property
+    def pruned_steps(self) -> list[int]:
+        """Steps in which at least one block was pruned; empty without DBPrune, as are the next two."""
+        return self._pruned_steps(0)
+
+    @property
+    def pruned_blocks(self) -> list[int]:
+        """How many blocks each step pruned."""
+        return self._pruned_blocks(0)
+
+    @property
+    def actual_blocks(self) -> list[int]:
+        """Of how many, first and last ones included."""
+        return self._actual_blocks(0)
+
+    @property
+    def pruned_ratio(self) -> float | None:
+        """All pruned blocks over all actual ones; None without DBPrune and before the first call."""
+        return self._pruned_ratio(0)
+
+    @property
+    def cfg_pruned_steps(self) -> list[int]:
+        return self._pruned_steps(1)
+
+    @property
+    def cfg_pruned_blocks(self) -> list[int]:
+        return self._pruned_blocks(1)
+
+    @property
+    def cfg_actual_blocks(self) -> list[int]:
+        return self._actual_blocks(1)
+
+    @property
+    def cfg_pruned_ratio(self) -> float | None:
+        return self._pruned_ratio(1)
+
+    def _pruned_steps(self, branch: int) -> list[int]:
+        return self.branch(branch).cached_steps if self.prunes_blocks else []
+
+    def _pruned_blocks(self, branch: int) -> list[int]:
+        return self.branch(branch).reused if self.prunes_blocks else []
+
+    def _actual_blocks(self, branch: int) -> list[int]:
+        return [self.num_blocks] * self.branch(branch).executed_steps if self.prunes_blocks else []
+
+    def _pruned_ratio(self, branch: int) -> float | None:
+        actual = sum(self._actual_blocks(branch))
+        return sum(self._pruned_blocks(branch)) / actual if actual else None
+
+    @property
     def uncached_calls(self) -> int:
         return self.uncached_causes.total()
 
     @property
     def non_finite(self) -> int:
         """Differences that were infinite or not a number."""
-        return sum(list(branch.reasons.values()).count(Reason.NOT_FINITE) for branch in self.branches)
+        return sum(decision.reason is Reason.NOT_FINITE for decision in self._every_decision)
 
     @property
-    def _cached(self) -> int:
-        return sum(len(branch.cached_steps) for branch in self.branches)
+    def _every_decision(self) -> list[Decision]:
+        return [decision for branch in self.branches for decision in branch.every_decision]
+
+    @property
+    def _reused(self) -> int:
+        """How often the middle, or with DBPrune a block of it, was bypassed."""
+        return sum(sum(branch.reused) for branch in self.branches)
 
     @property
     def work(self) -> float:
         """Block executions over the uncached run's, uncached calls included; 1.0 before the first call."""
         calls = sum(branch.executed_steps for branch in self.branches) + self.uncached_calls
-        bypassed = self._cached * (self.num_blocks - self.first - self.last)
+        bypassed = self._reused * (1 if self.prunes_blocks else self.num_blocks - self.first - self.last)
         return 1.0 - bypassed / (calls * self.num_blocks) if calls and self.num_blocks else 1.0
 
     @property
     def expected_seconds_saved(self) -> float | None:
         """What the bypassed blocks would have taken, had the bypass been free. A median: compiling does not count."""
-        return self._cached * statistics.median(self.compute_seconds) if self.compute_seconds else None
+        return self._reused * statistics.median(self.compute_seconds) if self.compute_seconds else None
 
     @property
     def measured_seconds_saved(self) -> float | None:
         """The same less what the bypass took. None where either was not measured."""
         if not self.compute_seconds or not self.reuse_seconds:
             return None
-        return self._cached * (statistics.median(self.compute_seconds) - statistics.median(self.reuse_seconds))
+        return self._reused * (statistics.median(self.compute_seconds) - statistics.median(self.reuse_seconds))
 
     def inert_threshold_message(self, config: DBCacheConfig) -> str | None:
         """Says so, where the difference was compared with the threshold and never lay below it."""
-        decisions = [decision for branch in self.branches for decision in branch.decisions.values()]
-        above = [d.difference for d in decisions if d.reason is Reason.ABOVE_THRESHOLD and d.difference is not None]
-        if not above or any(decision.reason is Reason.BELOW_THRESHOLD for decision in decisions):
+        found = self._every_decision
+        above = [d.difference for d in found if d.reason is Reason.ABOVE_THRESHOLD and d.difference is not None]
+        if not above or any(d.reason in (Reason.BELOW_THRESHOLD, Reason.BELOW_DYNAMIC) for d in found):
             return None
         return f"inert threshold: smallest difference {min(above):.3g}, threshold {config.residual_diff_threshold:.3g}"
 
@@ -168,7 +245,12 @@ class CacheStats:
     @property
     def _summary(self) -> str:
         cached = " + ".join(f"{len(branch.cached_steps)} of {branch.executed_steps}" for branch in self.branches)
-        return f"{cached or 'no'} steps cached, work {self.work:.0%}{''.join(self._remarks())}"
+        if self.prunes_blocks:
+            pruned = " + ".join(str(sum(branch.reused)) for branch in self.branches)
+            told = f"{cached} steps pruned, {pruned} blocks in all"
+        else:
+            told = f"{cached or 'no'} steps cached"
+        return f"{told}, work {self.work:.0%}{''.join(self._remarks())}"
 
     def _remarks(self) -> Iterable[str]:
         if self.expected_seconds_saved is not None:
@@ -198,7 +280,7 @@ def _rows(region: CacheStats) -> list[tuple[str, ...]]:
     rows = []
     for index, branch in enumerate(region.branches or [BranchStats()]):
         cached = f"{len(branch.cached_steps)}/{branch.executed_steps}"
-        found = percentiles(branch.residual_diffs.values())
+        found = percentiles(branch.differences)
         shared = ("", "") if index else (blocks, f"{region.work:.0%}")
         cells = (f"{found[name]:.3f}" if found else "-" for name in PERCENTILES)
         rows.append((str(index), shared[0], cached, shared[1], *cells))
@@ -238,7 +320,8 @@ def render(stats: Sequence[CacheStats], *, details: bool = False) -> Group:
 
 
 def _step_table(name: str, index: int, branch: BranchStats) -> Table:
-    steps = sorted(branch.decisions)
+    decisions = branch.decisions
+    steps = sorted(decisions)
     height = len(steps) if len(steps) <= _ONE_COLUMN else math.ceil(len(steps) / 2)
     columns = [steps[start : start + height] for start in range(0, len(steps), height)]
     table = Table(title=Text(f"{name}, branch {index}"))
@@ -250,15 +333,20 @@ def _step_table(name: str, index: int, branch: BranchStats) -> Table:
         cells: list[Text] = []
         for column in columns:
             if row < len(column):
-                decision = branch.decisions[column[row]]
+                decision = decisions[column[row]]
                 difference = "" if decision.difference is None else f"{decision.difference:.4f}"
                 style = "green" if decision.action is Action.REUSE else ""
-                texts = (str(column[row]), decision.action.value, decision.reason.value, difference)
+                parts = branch.parts[column[row]]
+                action = decision.action.value
+                if None not in parts and decision.action is Action.REUSE:
+                    pruned = sum(part.action is Action.REUSE for part in parts.values())
+                    action = f"prune {pruned} of {len(parts)}"
+                texts = (str(column[row]), action, decision.reason.value, difference)
                 cells += [Text(text, style=style) for text in texts]
         table.add_row(*cells)
     return table
 
 
 def _legend(stats: Sequence[CacheStats]) -> list[Text]:
-    counts = Counter(reason for region in stats for branch in region.branches for reason in branch.reasons.values())
+    counts = Counter(decision.reason for region in stats for decision in region._every_decision)
     return [Text(f"{counts[reason]:4} x {reason.value}: {reason.explanation}") for reason in Reason if reason in counts]
