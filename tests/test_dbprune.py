@@ -349,15 +349,15 @@ def test_one_entry_of_statistics_for_each_loop():
 
 
 class Lends(models.Toy):
-    """Its second block makes, without the stream, what the blocks behind it use too."""
+    """Its third block makes, without the stream, what the block behind it uses too."""
 
     def forward(self, hidden_states, timestep):
         temb = models.time_embedding(timestep, hidden_states.shape[-1])
         x, lent = self.embed(hidden_states), temb
         for index, block in enumerate(self.blocks):
-            if index == 1:
+            if index == 2:
                 lent = torch.tanh(block.modulation(temb)).mean() + 1
-            x = block(x, temb) * lent if index else block(x, temb)
+            x = block(x, temb) * lent if index >= 2 else block(x, temb)
         return self.project(x)
 
 
