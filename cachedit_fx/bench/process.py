@@ -37,7 +37,7 @@ class Worker:
     def __init__(self, key: str, python: str, setup: Setup) -> None:
         self.key = key
         threads = str(setup.threads)
-        environment = os.environ | {name: threads for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads)
         if (CHECKOUT / "pyproject.toml").is_file():  # the worker's environment need not have cachedit_fx installed
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
         command = [python, "-m", "cachedit_fx.bench.worker", json.dumps(asdict(setup))]

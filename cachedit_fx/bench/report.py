@@ -149,7 +149,7 @@ def explanations(report: Report) -> list[str]:
         "median of alternating rounds. PSNR, SSIM: against the uncached pictures from the same noise, means; "
         "identical pictures are left out of PSNR's. cached: steps of a generation that ran less than the whole model. "
         "right: pictures that show what the prompt says. MiB held: stored values, where the system tells.",
-        "N steps: no cache, as many steps as cost the same work as a cached row. **Bold**: on the Pareto front, no row "
+        "N steps: no cache, as many steps as cost the same work as a cached row. In bold: on the Pareto front, no row "
         "being better at equal or less work.",
         f"{report.machine}; {', '.join(f'{name} {version}' for name, version in report.versions.items())}.",
         f"Made by `{report.command}`.",

@@ -37,12 +37,12 @@ def bench(
     config: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[CONFIG.toml]",
+            metavar="CONFIG.toml",
             help="The configurations. A table is a row, its name the row's, its keys keyword arguments of "
             '[b]cachedit_fx.enable_cache[/b]:  [i]\\["F1 R0.2"]  Fn_compute_blocks = 1  residual_diff_threshold = 0.2  '
             'calibrator = "taylorseer"[/i].  [b]presets = true[/b], above the tables, adds all presets; '
-            '[i]system = "cache-dit"[/i] makes a row a peer\'s.  [dim]\\[default: DBCache at four thresholds, with and '
-            "without TaylorSeer, and the presets][/dim]",
+            '[i]system = "cache-dit"[/i] makes a row a peer\'s.  [dim]\\[default: DBCache at four thresholds, with '
+            "and without TaylorSeer, and the presets][/dim]",
         ),
     ] = None,
     only: Annotated[
@@ -59,8 +59,8 @@ def bench(
         bool,
         typer.Option(
             "--peers",
-            help="Rows of cache-dit 1.5.3 too, and of diffusers' FirstBlockCache, TaylorSeerCache and MagCache, each in "
-            "a process of its own. Needs [b]pip install 'cachedit-fx\\[peers]'[/b], or --peer-python.",
+            help="Rows of cache-dit 1.5.3 too, and of diffusers' FirstBlockCache, TaylorSeerCache and MagCache, each "
+            "in a process of its own. Needs [b]pip install 'cachedit-fx\\[peers]'[/b], or --peer-python.",
             rich_help_panel=_Panel.what,
         ),
     ] = False,
@@ -80,10 +80,10 @@ def bench(
         str | None,
         typer.Option(
             metavar="MODULE:FUNCTION",
-            help="A pipeline of yours in place of the bundled model: a function without arguments, in the current folder "
-            "or installed, that returns a diffusers pipeline, or an object with [b]pipe[/b] and [b]generate(pipe, "
-            "prompts, steps, seed)[/b], which returns float pictures \\[B, 3, H, W] in 0..1, picture i from the noise "
-            "of seed + i.",
+            help="A pipeline of yours in place of the bundled model: a function without arguments, in the current "
+            "folder or installed, that returns a diffusers pipeline, or an object with [b]pipe[/b] and "
+            "[b]generate(pipe, prompts, steps, seed)[/b], which returns float pictures \\[B, 3, H, W] in 0..1, "
+            "picture i from the noise of seed + i.",
             rich_help_panel=_Panel.pictures,
         ),
     ] = None,
@@ -170,18 +170,18 @@ def bench(
         InnerBackend,
         typer.Option(
             case_sensitive=False,
-            help="[b]eager[/b] compiles nothing and will do for work and quality; [b]inductor[/b] for wall times as you "
-            "would have them: uncached is then torch.compile's, and so are peers.",
+            help="[b]eager[/b] compiles nothing and will do for work and quality; [b]inductor[/b] for wall times as "
+            "you would have them: uncached is then torch.compile's, and so are peers.",
             rich_help_panel=_Panel.run,
         ),
     ] = InnerBackend.eager,
 ) -> None:
     """Measure many configurations on the same pictures: work, wall time, PSNR, SSIM, accuracy, memory.
 
-    Each cached row comes with its rival, [bold]as many steps as cost the same work[/bold] with no cache at all, and with
-    [bold]--peers[/bold] those of others join in. Try [bold]cachedit bench --prompts 6 --rounds 1[/bold] for a look, and
-    [bold]cachedit bench --held-out 32 --peers[/bold] for figures. Ctrl-C keeps what is measured, [bold]--resume[/bold]
-    goes on.
+    Each cached row comes with its rival, [bold]as many steps as cost the same work[/bold] with no cache at all, and
+    with [bold]--peers[/bold] those of others join in. Try [bold]cachedit bench --prompts 6 --rounds 1[/bold] for a
+    look, and [bold]cachedit bench --held-out 32 --peers[/bold] for figures. Ctrl-C keeps what is measured,
+    [bold]--resume[/bold] goes on.
 
     [bold]work[/bold] is the FLOPs of the transformer's calls over the uncached run's; [bold]wall[/bold] time over the
     uncached run's, on one thread, compiling left out. PSNR and SSIM (from the extra [bold]metrics[/bold]) are against
@@ -238,6 +238,8 @@ def _rows(
         except BenchmarkError as error:
             notes.append(f"Rows of cache-dit were skipped: {' '.join(str(error).split())}")
             rows = [row for row in rows if row.system != "cache-dit"]
+            if not rows:
+                raise
     return rows, notes
 
 
@@ -248,8 +250,9 @@ def _settings(prompts: str | None, held_out: int | None, prompt_seed: int, **mor
     if prompts is not None and held_out is not None:
         raise typer.BadParameter("--prompts and --held-out are two ways to say what is drawn; give one of them")
     if more["entry"] is not None and more["guidance"] != 1:
-        raise typer.BadParameter("only the bundled model's; in a pipeline of yours, let generate() set it",
-                                 param_hint="--guidance")  # fmt: skip
+        raise typer.BadParameter(
+            "that is the bundled model's; in a pipeline of yours, let generate() set it", param_hint="--guidance"
+        )
     if held_out is not None:
         texts = held_out_prompts(held_out, prompt_seed)
     elif prompts is None or prompts.isdecimal():
@@ -284,7 +287,7 @@ def _lines(path: Path) -> tuple[str, ...]:
 
 def _run(rows: Sequence[Row], settings: Settings, notes: list[str], out: Path, resume: bool, peer_python: str) -> None:
     from cachedit_fx.bench.measure import Bench
-    from cachedit_fx.bench.report import Report, load_rows, save_json
+    from cachedit_fx.bench.report import FILE, Report, load_rows, save_json
     from cachedit_fx.bench.systems import LIBRARIES
     from cachedit_fx.bench.worker import versions
 
@@ -319,8 +322,8 @@ def _run(rows: Sequence[Row], settings: Settings, notes: list[str], out: Path, r
         _finish(report, out)
     if is_interrupted:
         left = sum(report.find(row) is None for row in rows)
-        kept = f"{out / 'bench.json'} has what is measured" if len(report.rows) > 1 else "nothing was measured"
-        errors.print(f"interrupted with {left} of {len(rows)} rows to go; {kept}, --resume goes on")
+        kept = f"{out / FILE} has the others, --resume goes on" if len(report.rows) > 1 else "nothing was measured"
+        errors.print(f"interrupted with {left} of {len(rows)} rows to go; {kept}")
         raise typer.Exit(130)
 
 
@@ -328,6 +331,8 @@ def _measure(
     made: Bench, report: Report, todo: Sequence[Row], more: Callable[[int], None], save: Callable[[], None]
 ) -> None:
     """Measure the rows, each followed by its rival, keeping all of it after each."""
+    from cachedit_fx.bench.process import BenchmarkError
+
     calls = made.settings.calls + made.settings.timed_calls
     # A row that an earlier run was interrupted after may lack its rival.
     for known in [row for row in report.rows if row.system != "uncached"]:
@@ -337,7 +342,12 @@ def _measure(
             report.rows.append(made.measure(rival))
     save()
     for row in todo:
-        measured = made.measure(row)
+        try:
+            measured = made.measure(row)
+        except BenchmarkError as error:  # a peer that this model is too much for; the others go on
+            report.notes.append(f"{row.name} failed: {str(error).splitlines()[0]}")
+            errors.print(f"[yellow]{escape(report.notes[-1])}[/yellow]")
+            continue
         report.rows.append(measured)
         save()
         rival = made.fewer_steps(measured)
@@ -350,10 +360,7 @@ def _measure(
 def _finish(report: Report, out: Path) -> None:
     from cachedit_fx.bench.report import explanations, markdown, save_json
 
-    versions = {name: row.versions.get(name, here) for row in report.rows for name, here in report.versions.items()}
-    del versions
-    if all(row.ssim is None for row in report.rows):
-        report.notes.append("No SSIM: torchmetrics is not installed (pip install 'cachedit-fx[metrics]').")
+    report.notes += _doubts(report)
     with quiet():
         from cachedit_fx.bench.plot import save_plot
     save_json(report, out)
@@ -368,6 +375,19 @@ def _finish(report: Report, out: Path) -> None:
     console.print()
     for name, what in told.items():
         console.print(f"{out / name}  [dim]{what}[/dim]")
+
+
+def _doubts(report: Report) -> list[str]:
+    """What the figures lack, and what makes them hard to compare."""
+    found = {}
+    if all(row.ssim is None for row in report.rows):
+        found["No SSIM: torchmetrics is not installed (pip install 'cachedit-fx[metrics]')."] = None
+    for row in report.rows:
+        for name, here in report.versions.items():
+            there = row.versions.get(name, here)
+            if there != here:
+                found[f"Not a fair comparison: {name} is {here} here and {there} in the peers' environment."] = None
+    return list(found)
 
 
 def _table(report: Report) -> Table:
@@ -393,7 +413,6 @@ def _show(rows: Sequence[Row]) -> None:
     for heading in ("row", "system", "arguments"):
         made.add_column(heading)
     for row in rows:
-        made.add_row(
-            row.name, row.system, escape(", ".join(f"{name}={value!r}" for name, value in row.arguments.items()))
-        )
+        arguments = ", ".join(f"{name}={value!r}" for name, value in row.arguments.items())
+        made.add_row(escape(row.name), row.system, escape(arguments))
     console.print(made)
