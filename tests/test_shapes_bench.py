@@ -20,7 +20,7 @@ def key(scene_or_request):
 @pytest.fixture(scope="module")
 def pictures():
     """For every prompt of ShapesBench two renderings of scenes that fit it: [200, 2, 3, 32, 32] in 0..1."""
-    pool = {}
+    pool: dict[tuple, list] = {}
     for scene in sample_scenes(40_000, torch.Generator().manual_seed(0), two_objects=0.6):
         pool.setdefault(key(scene), []).append(scene)
     found = []

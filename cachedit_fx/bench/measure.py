@@ -156,7 +156,7 @@ class Bench:
         self._tell(UNCACHED, 0)
         drawings = list(self._drawn(self._plain, self.settings.steps))
         self._pictures = torch.cat([drawing.pictures for drawing in drawings])
-        self._flops = [drawing.flops or [] for drawing in drawings]
+        self._flops = [drawing.flops for drawing in drawings]
         measured = self._measured(Row(UNCACHED, UNCACHED), drawings)
         measured.wall_ratios = [1.0]
         return measured
@@ -203,7 +203,7 @@ class Bench:
 
     def _measured(self, row: Row, drawings: Sequence[Drawing]) -> Measured:
         pictures = torch.cat([drawing.pictures for drawing in drawings])
-        flops = [drawing.flops or [] for drawing in drawings]
+        flops = [drawing.flops for drawing in drawings]
         held = [drawing.bytes_held for drawing in drawings if drawing.bytes_held is not None]
         against = psnr(pictures, self._pictures)
         return Measured(
@@ -259,7 +259,7 @@ def ssim(pictures: torch.Tensor, reference: torch.Tensor) -> list[float] | None:
     except ImportError:
         return None
     found = structural_similarity_index_measure(pictures, reference, data_range=1.0, reduction="none")
-    return found.reshape(-1).tolist()  # type: ignore[union-attr]
+    return found.reshape(-1).tolist()
 
 
 def as_settings(settings: Settings) -> dict[str, Any]:

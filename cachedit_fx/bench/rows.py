@@ -72,36 +72,33 @@ def preset_rows(steps: int) -> list[Row]:
     return [Row(f"preset {name}", arguments=arguments) for name, arguments in cachedit_fx.presets(steps).items()]
 
 
-_F1B0 = {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0}
-
-
 def peer_rows() -> list[Row]:
     """cache-dit and diffusers' own caches, over the settings that matter for each."""
     rows = []
-    for threshold in (0.08, 0.12, 0.2, 0.3):
+    for threshold in (0.08, 0.12, 0.2, 0.25, 0.3, 0.4):
         for order in (0, 1, 2):
-            policy = _F1B0 | {"max_warmup_steps": 4, "residual_diff_threshold": threshold}
-            name = f"cache-dit {threshold:g}" + f" TaylorSeer {order}" * bool(order)
-            rows.append(Row(name, "cache-dit", policy | (_taylorseer(order) if order else {})))
-    for policy in ("static", "dynamic"):
-        for mask in ("slow", "medium", "fast", "ultra"):
-            settings = _F1B0 | {"mask_policy": mask, "steps_computation_policy": policy}
-            if policy == "dynamic":
-                settings["residual_diff_threshold"] = 0.2
-            rows.append(Row(f"cache-dit SCM {mask} {policy}", "cache-dit", settings | _taylorseer(1)))
+            rows.append(_cache_dit(f"{threshold:g}", order, max_warmup_steps=4, residual_diff_threshold=threshold))
+    for mask in ("slow", "medium", "fast", "ultra"):
+        for order in (1, 2):
+            rows.append(_cache_dit(f"SCM {mask}", order, mask_policy=mask, steps_computation_policy="static"))
+        dynamic = {"steps_computation_policy": "dynamic", "residual_diff_threshold": 0.2}
+        rows.append(_cache_dit(f"SCM {mask} dynamic", 1, mask_policy=mask, **dynamic))
     for threshold in (0.05, 0.1, 0.2):
         rows.append(_diffusers(f"FirstBlockCache {threshold:g}", threshold=threshold))
     for interval in (2, 3, 4):
-        taylor = {"cache_interval": interval, "max_order": 1}
-        rows.append(_diffusers(f"TaylorSeerCache {interval}", **taylor))
-        rows.append(_diffusers(f"TaylorSeerCache {interval} lite", **taylor, use_lite_mode=True))
+        for name, lite in (("", False), (" lite", True)):
+            rows.append(_diffusers(f"TaylorSeerCache {interval}{name}", cache_interval=interval, use_lite_mode=lite))
     for threshold in (0.06, 0.12, 0.24):
         rows.append(_diffusers(f"MagCache {threshold:g}", threshold=threshold))
     return rows
 
 
-def _taylorseer(order: int) -> dict[str, Any]:
-    return {"calibrator": {"name": "taylorseer", "taylorseer_order": order}}
+def _cache_dit(name: str, order: int, **arguments: Any) -> Row:
+    """F1 B0, with TaylorSeer of an order or, at 0, without."""
+    if order:
+        arguments["calibrator"] = {"name": "taylorseer", "taylorseer_order": order}
+    arguments = {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, **arguments}
+    return Row(f"cache-dit {name}" + f" TaylorSeer {order}" * bool(order), "cache-dit", arguments)
 
 
 def _diffusers(name: str, **arguments: Any) -> Row:

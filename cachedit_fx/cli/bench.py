@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -286,6 +287,7 @@ def _lines(path: Path) -> tuple[str, ...]:
 
 
 def _run(rows: Sequence[Row], settings: Settings, notes: list[str], out: Path, resume: bool, peer_python: str) -> None:
+    from cachedit_fx import CacheWarning
     from cachedit_fx.bench.measure import Bench
     from cachedit_fx.bench.report import FILE, Report, load_rows, save_json
     from cachedit_fx.bench.systems import LIBRARIES
@@ -299,7 +301,8 @@ def _run(rows: Sequence[Row], settings: Settings, notes: list[str], out: Path, r
         errors.print(f"[yellow]{escape(note)}[/yellow]")
     is_interrupted = False
     try:
-        with progress_bar(settings.calls, "calls") as (progress, task):
+        with progress_bar(settings.calls, "calls") as (progress, task), warnings.catch_warnings():
+            warnings.simplefilter("ignore", CacheWarning)  # an inert threshold shows in the figures
 
             def tell(what: str, done: int) -> None:
                 progress.update(task, advance=done, description=what or None)
@@ -379,7 +382,7 @@ def _finish(report: Report, out: Path) -> None:
 
 def _doubts(report: Report) -> list[str]:
     """What the figures lack, and what makes them hard to compare."""
-    found = {}
+    found: dict[str, None] = {}
     if all(row.ssim is None for row in report.rows):
         found["No SSIM: torchmetrics is not installed (pip install 'cachedit-fx[metrics]')."] = None
     for row in report.rows:

@@ -113,7 +113,7 @@ class Row:
         """Take down the untimed request that shows what the system does."""
         self.pictures.append(drawing.pictures.numpy())
         self.cached_steps.append(drawing.cached_steps or [])
-        self.flops.append(sum(drawing.flops or []))
+        self.flops.append(sum(drawing.flops))
 
     def setup(self, peer_compile: str, granularity: str, threads: int) -> Setup:
         """What its process is told."""
