@@ -78,6 +78,9 @@ def peer_rows() -> list[Row]:
     for threshold in (0.08, 0.12, 0.2, 0.25, 0.3, 0.4):
         for order in (0, 1, 2):
             rows.append(_cache_dit(f"{threshold:g}", order, max_warmup_steps=4, residual_diff_threshold=threshold))
+    for threshold in (0.2, 0.25, 0.3):  # fewer warm-up steps: what does best at little work
+        for order in (1, 2):
+            rows.append(_cache_dit(f"{threshold:g} W2", order, max_warmup_steps=2, residual_diff_threshold=threshold))
     for mask in ("slow", "medium", "fast", "ultra"):
         for order in (1, 2):
             rows.append(_cache_dit(f"SCM {mask}", order, mask_policy=mask, steps_computation_policy="static"))
