@@ -13,6 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cachedit_fx.bench.process import BenchmarkError, Worker, check_peer
+from cachedit_fx.bench.systems import Setup
+
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "benchmarks" / "compare_cache_dit.py"
 
 
@@ -85,16 +88,16 @@ def test_files_hold_every_row(bench):
     assert all(f"| {row.name} |" in text for row in comparison.rows)
 
 
-def test_missing_peer_is_said_before_anything_starts(bench, stub):
-    with pytest.raises(bench.BenchmarkError, match=r"cachedit-fx\[peers\]"):
-        bench.check_peer(stub("exit 1"))
-    with pytest.raises(bench.BenchmarkError, match="--peer-python"):
-        bench.check_peer("/no/such/python")
+def test_missing_peer_is_said_before_anything_starts(stub):
+    with pytest.raises(BenchmarkError, match=r"cachedit-fx\[peers\]"):
+        check_peer(stub("exit 1"))
+    with pytest.raises(BenchmarkError, match="--peer-python"):
+        check_peer("/no/such/python")
 
 
-def test_worker_that_dies_is_reported(bench, stub):
-    worker = bench.Worker("dying", stub("exit 3"), [], 1)
-    with pytest.raises(bench.BenchmarkError, match="exit code 3"):
+def test_worker_that_dies_is_reported(stub):
+    worker = Worker("dying", stub("exit 3"), Setup())
+    with pytest.raises(BenchmarkError, match="exit code 3"):
         worker.wait_until_ready()
 
 

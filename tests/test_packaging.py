@@ -22,7 +22,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Where each package's files lie in the checkout, and in the wheel.
 FOLDERS = {"cachedit_fx": "cachedit_fx", "kernels": "cachedit_fx/kernels", "passes": "cachedit_fx/passes"}
-DATA = ["cachedit_fx/py.typed", "cachedit_fx/shapes/MODEL_CARD.md", "cachedit_fx/shapes/weights"]
+DATA = [
+    "cachedit_fx/py.typed",
+    "cachedit_fx/bench/default.toml",
+    "cachedit_fx/shapes/MODEL_CARD.md",
+    "cachedit_fx/shapes/weights",
+]
 
 # Compiles through the entry point alone; the package is imported by torch, when it needs the backend, and not before.
 COMPILE_BY_NAME = """

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from cachedit_fx.cli.bench import bench
 from cachedit_fx.cli.coverage import coverage
 from cachedit_fx.cli.demo import demo
 
@@ -29,7 +30,7 @@ def _unwrapped(command: Callable[..., object]) -> str:
     return "\n\n".join(" ".join(part.split()) for part in (command.__doc__ or "").split("\n\n"))
 
 
-for command in (demo, coverage):
+for command in (demo, bench, coverage):
     app.command(help=_unwrapped(command))(command)
 
 

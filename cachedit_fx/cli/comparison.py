@@ -81,8 +81,7 @@ class Row:
     @property
     def mean_psnr(self) -> float:
         """Over the pictures that differ from the uncached ones; infinite if none does."""
-        finite = [value for value in self.psnr if math.isfinite(value)]
-        return statistics.mean(finite) if finite else math.inf
+        return mean_psnr(self.psnr)
 
     @property
     def ratio(self) -> float:
@@ -93,6 +92,12 @@ def psnr(pictures: torch.Tensor, reference: torch.Tensor) -> list[float]:
     """Peak signal-to-noise ratio of each picture of a batch, values in 0..1, in dB."""
     errors = (pictures.double() - reference.double()).square().flatten(1).mean(1).tolist()
     return [-10 * math.log10(error) if error else math.inf for error in errors]
+
+
+def mean_psnr(values: Sequence[float]) -> float:
+    """The mean over those that are finite; infinite where none is, all pictures being equal."""
+    finite = [value for value in values if math.isfinite(value)]
+    return statistics.mean(finite) if finite else math.inf
 
 
 def compare(settings: Settings, tell: Callable[[str, int], None]) -> list[Row]:

@@ -99,7 +99,7 @@ def demo(
     obstacle = check_folder(out)
     if obstacle:
         raise typer.BadParameter(obstacle, param_hint="--out")
-    _check_compiler(settings.inner_backend)
+    check_compiler(settings.inner_backend)
 
     start = time.perf_counter()
     try:
@@ -157,7 +157,7 @@ def _parsed_thresholds(text: str) -> tuple[float, ...]:
     return numbers
 
 
-def _check_compiler(inner_backend: str) -> None:
+def check_compiler(inner_backend: str) -> None:
     """Looked for beforehand: missing, it would show as a long traceback half a minute later."""
     compiler = os.environ.get("CXX") or "g++"
     if inner_backend == "inductor" and shutil.which(compiler.split()[0]) is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cachedit_fx.shapes.bench import accuracy, bench_prompts, held_out_prompts
 from cachedit_fx.shapes.checker import CheckResult, SceneRequest, check_image, parse_caption
 from cachedit_fx.shapes.dataset import Scene, SceneObject, render, sample_batch, sample_scenes
 from cachedit_fx.shapes.text import VOCABULARY, UnknownWordError, tokenize
@@ -18,9 +19,12 @@ __all__ = [
     "SceneObject",
     "SceneRequest",
     "UnknownWordError",
+    "accuracy",
+    "bench_prompts",
     "check_image",
     "encode_prompts",
     "generate",
+    "held_out_prompts",
     "load_pipeline",
     "parse_caption",
     "render",

@@ -23,7 +23,6 @@ after enable_cache for cache-dit, which is what its README says.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import math
@@ -31,7 +30,6 @@ import os
 import platform
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -48,9 +46,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-WORKER = Path(__file__).resolve().parent / "worker.py"
-CHECKOUT = Path(__file__).resolve().parents[2]
-PEER_VERSION = "1.5.3"
+from cachedit_fx.bench.process import PEER_VERSION, BenchmarkError, Worker, check_peer
+from cachedit_fx.bench.systems import Drawing, Setup
+
+POLICY = {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "max_warmup_steps": 4}
+"""Of every cached row, but for its threshold."""
 STEPS_TOLERANCE = 1
 """Cached steps of a picture may differ from cache-dit's by this many."""
 PSNR_TOLERANCE = 0.5
@@ -90,10 +90,6 @@ class PeerCompile(StrEnum):
     blocks = "blocks"
 
 
-class BenchmarkError(Exception):
-    """Something the user can mend; the message says how."""
-
-
 @dataclass
 class Row:
     """One line of the table: a system with its settings, and what was seen of it."""
@@ -113,12 +109,18 @@ class Row:
     seconds: list[list[float]] = field(default_factory=list)
     cpu_seconds: list[list[float]] = field(default_factory=list)
 
-    def take_first(self, answer: dict[str, Any]) -> None:
+    def take_first(self, drawing: Drawing) -> None:
         """Take down the untimed request that shows what the system does."""
-        picture = np.frombuffer(base64.b64decode(answer["picture"]), np.float32)
-        self.pictures.append(picture)
-        self.cached_steps.append(answer["cached_steps"])
-        self.flops.append(answer["flops"])
+        self.pictures.append(drawing.pictures.numpy())
+        self.cached_steps.append(drawing.cached_steps or [])
+        self.flops.append(sum(drawing.flops))
+
+    def setup(self, peer_compile: str, granularity: str, threads: int) -> Setup:
+        """What its process is told."""
+        arguments = {} if self.threshold is None else POLICY | {"residual_diff_threshold": self.threshold}
+        inner = "inductor" if self.compiled else "eager"
+        shared = {"peer_compile": peer_compile, "granularity": granularity, "threads": threads}
+        return Setup(self.system, arguments, inner_backend=inner, **shared)  # type: ignore[arg-type]
 
     def psnr(self, reference: Row) -> float:
         """Of all pictures taken together, in dB; infinite where they are equal."""
@@ -131,60 +133,6 @@ class Row:
         return sum(self.flops) / sum(reference.flops)
 
 
-class Worker:
-    """A `worker.py` process."""
-
-    def __init__(self, key: str, python: str, arguments: Sequence[str], threads: int) -> None:
-        self.key = key
-        environment = os.environ | {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        if (CHECKOUT / "pyproject.toml").is_file():  # the worker's environment need not have cachedit_fx installed
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
-        command = [python, str(WORKER), *arguments, "--threads", str(threads)]
-        # A session of its own: Ctrl-C reaches the driver alone, and stopping it takes its compile helpers along.
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-            start_new_session=True,
-        )
-        self.versions: dict[str, str] = {}
-
-    def wait_until_ready(self) -> None:
-        self.versions = self._read()["versions"]
-
-    def request(self, **what: Any) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(what) + "\n")
-        self.process.stdin.flush()
-        return self._read()
-
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGTERM)
-            try:
-                self.process.wait(3)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
-
-    def _read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise BenchmarkError(
-                f"the process of {self.key} ended with exit code {self.process.wait()}; see for yourself: "
-                f"{' '.join(map(str, self.process.args))}"  # type: ignore[arg-type]
-            )
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise BenchmarkError(f"{self.key}: {answer['error']}\n\n{answer['traceback']}")
-        return answer
-
-
 @contextlib.contextmanager
 def workers_for(
     rows: Sequence[Row], pythons: dict[str, str], peer_compile: str, granularity: str, threads: int
@@ -194,32 +142,14 @@ def workers_for(
     try:
         for row in rows:
             if row.worker not in started:
-                arguments = ["--system", row.system, "--peer-compile", peer_compile, "--granularity", granularity]
-                arguments += ["--threshold", str(row.threshold)] if row.threshold is not None else []
-                arguments += ["--compiled"] if row.compiled else []
-                started[row.worker] = Worker(row.worker, pythons[row.system], arguments, threads)
+                setup = row.setup(peer_compile, granularity, threads)
+                started[row.worker] = Worker(row.worker, pythons[row.system], setup)
         for worker in started.values():
             worker.wait_until_ready()
         yield started
     finally:
         for worker in started.values():
             worker.stop()
-
-
-def check_peer(python: str) -> None:
-    """Raises `BenchmarkError` where `python` has no cache-dit, before anything slow has begun."""
-    code = "import importlib.metadata as m; print(m.version('cache_dit'))"
-    try:
-        found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    except FileNotFoundError:
-        raise BenchmarkError(f"no such interpreter: {python} (--peer-python)") from None
-    except subprocess.CalledProcessError:
-        raise BenchmarkError(
-            f'cache-dit is not installed in {python}\n  pip install "cachedit-fx[peers]"\n'
-            "or let it live in another environment, and name that one's interpreter with --peer-python"
-        ) from None
-    if found != PEER_VERSION:
-        console.print(f"[yellow]cache-dit is {found}; what follows was written for {PEER_VERSION}[/]")
 
 
 class Comparison:
@@ -252,22 +182,22 @@ class Comparison:
         requests = (len(self.rows) - len(fewer_rows)) * (1 + len(self.prompts)) + len(fewer_rows) * len(self.prompts)
         task = progress.add_task(self.mode, total=requests + rounds * len(self.rows) * len(self.prompts))
 
-        def ask(row: Row, prompt: int, **more: Any) -> dict[str, Any]:
+        def ask(row: Row, prompt: int, count: bool = False) -> Drawing:
             progress.update(task, description=f"{self.mode}: {row.name}")
-            answer = workers[row.worker].request(prompt=self.prompts[prompt], seed=prompt, steps=row.steps, **more)
+            drawing = workers[row.worker].draw([self.prompts[prompt]], row.steps, seed=prompt, count=count)
             progress.advance(task)
-            return answer
+            return drawing
 
         for row in self.rows:
             if row not in fewer_rows:
-                row.first_request_seconds = ask(row, 0)["seconds"]
+                row.first_request_seconds = ask(row, 0).seconds
                 for prompt in range(len(self.prompts)):
-                    row.take_first(ask(row, prompt, count_flops=True))
+                    row.take_first(ask(row, prompt, count=True))
         for _, ours, fewer in self.triples:
             fewer.steps = max(round(self.steps * ours.work(self.plain)), 1)
             fewer.name = f"fewer steps: {fewer.steps}"
             for prompt in range(len(self.prompts)):
-                fewer.take_first(ask(fewer, prompt, count_flops=True))
+                fewer.take_first(ask(fewer, prompt, count=True))
         for number in range(rounds):
             for row in self.rows:
                 row.seconds.append([])
@@ -275,12 +205,12 @@ class Comparison:
             for prompt in range(len(self.prompts)):
                 # Neither of a pair always comes first, nor always after the same neighbour.
                 for row in self.rows if (number + prompt) % 2 == 0 else reversed(self.rows):
-                    answer = ask(row, prompt)
-                    row.seconds[-1].append(answer["seconds"])
-                    row.cpu_seconds[-1].append(answer["cpu_seconds"])
-                    if answer["cached_steps"] != row.cached_steps[prompt]:
+                    drawing = ask(row, prompt)
+                    row.seconds[-1].append(drawing.seconds)
+                    row.cpu_seconds[-1].append(drawing.cpu_seconds)
+                    if drawing.cached_steps != row.cached_steps[prompt]:
                         raise BenchmarkError(
-                            f"{row.name} cached steps {answer['cached_steps']} of {self.prompts[prompt]!r}, "
+                            f"{row.name} cached steps {drawing.cached_steps} of {self.prompts[prompt]!r}, "
                             f"and {row.cached_steps[prompt]} before: it is not deterministic"
                         )
 
@@ -445,7 +375,9 @@ def main(
     comparisons = []
     started = time.time()
     try:
-        check_peer(peer_python)
+        found = check_peer(peer_python)
+        if found != PEER_VERSION:
+            console.print(f"[yellow]cache-dit is {found}; what follows was written for {PEER_VERSION}[/]")
         for compiled in [False, True]:
             if mode.value == ("eager" if compiled else "compiled"):
                 continue

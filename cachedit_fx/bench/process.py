@@ -1,0 +1,117 @@
+"""A `System` in a process of its own, driven from here; see worker.py, which runs over there."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cachedit_fx.bench.systems import Drawing, Setup
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+PEER_VERSION = "1.5.3"
+"""Of cache-dit: what the comparisons were written for."""
+
+
+class BenchmarkError(Exception):
+    """Something the user can mend; the message says how."""
+
+
+class Worker:
+    """A started process; `python` is the interpreter of the environment that it runs in.
+
+    Raises `BenchmarkError` from every method where the process failed or ended.
+    """
+
+    def __init__(self, key: str, python: str, setup: Setup) -> None:
+        self.key = key
+        threads = str(setup.threads)
+        environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads)
+        if (CHECKOUT / "pyproject.toml").is_file():  # the worker's environment need not have cachedit_fx installed
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
+        command = [python, "-m", "cachedit_fx.bench.worker", json.dumps(asdict(setup))]
+        # A session of its own: Ctrl-C reaches the driver alone, and stopping it takes its compile helpers along.
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        self.versions: dict[str, str] = {}
+
+    def wait_until_ready(self) -> None:
+        self.versions = self._read()["versions"]
+
+    def draw(self, prompts: Sequence[str], steps: int, seed: int, count: bool = False) -> Drawing:
+        """As `System.draw`, over there."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # what it said before it ended is there to be read
+            request = {"prompts": list(prompts), "steps": steps, "seed": seed, "count": count}
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+        return unpack(self._read())
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGTERM)
+            try:
+                self.process.wait(3)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise BenchmarkError(
+                f"the process of {self.key} ended with exit code {self.process.wait()}; see for yourself: "
+                f"{' '.join(map(repr, self.process.args))}"  # type: ignore[arg-type]
+            )
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise BenchmarkError(f"{self.key}: {answer['error']}\n\n{answer['traceback']}")
+        return answer
+
+
+def pack(drawing: Drawing) -> dict[str, Any]:
+    """A drawing as JSON's values."""
+    pictures = drawing.pictures.contiguous().numpy()
+    data = {"shape": list(pictures.shape), "data": base64.b64encode(pictures.tobytes()).decode()}
+    return vars(drawing) | {"pictures": data}
+
+
+def unpack(answer: dict[str, Any]) -> Drawing:
+    """The drawing that `pack` packed."""
+    packed = answer["pictures"]
+    values = np.frombuffer(base64.b64decode(packed["data"]), np.float32).reshape(packed["shape"])
+    return Drawing(**(answer | {"pictures": torch.from_numpy(values.copy())}))
+
+
+def check_peer(python: str = sys.executable) -> str:
+    """The version of cache-dit that `python` has; `BenchmarkError` where it has none, before anything slow begins."""
+    code = "import importlib.metadata as m; print(m.version('cache_dit'))"
+    try:
+        return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    except FileNotFoundError:
+        raise BenchmarkError(f"no such interpreter: {python} (--peer-python)") from None
+    except subprocess.CalledProcessError:
+        raise BenchmarkError(
+            f'cache-dit is not installed in {python}\n  pip install "cachedit-fx[peers]"\n'
+            "or let it live in another environment, and name that one's interpreter with --peer-python"
+        ) from None

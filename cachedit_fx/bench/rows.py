@@ -1,0 +1,124 @@
+"""Which configurations are measured: those of a TOML file, the presets, and the peers'."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cachedit_fx
+
+DEFAULT = Path(__file__).with_name("default.toml")
+"""What is measured where the user names no file."""
+
+SYSTEMS = ("cachedit_fx", "cache-dit", "diffusers")
+
+
+class RowError(ValueError):
+    """A file of configurations cannot be used; the message says where and why."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration."""
+
+    name: str
+    system: str = "cachedit_fx"
+    """One of `SYSTEMS`, or "uncached"."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Of the system's cache; see `cachedit_fx.bench.systems.System`."""
+    steps: int | None = None
+    """Denoising steps, where they differ from the run's."""
+
+
+def read_rows(path: Path, steps: int) -> list[Row]:
+    """The rows of a TOML file: each table is one, its name the row's, its keys keyword arguments of `enable_cache`.
+
+    `presets = true` above the tables adds a row for each of `cachedit_fx.presets(steps)`. A table with
+    `system = "cache-dit"` or `"diffusers"` holds that system's arguments instead.
+
+    Raises:
+        RowError: where the file is missing, is no TOML, or holds something else.
+    """
+    try:
+        page = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise RowError(f"{path} cannot be read ({error.strerror})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise RowError(f"{path} is not TOML: {error}") from None
+    with_presets = page.pop("presets", False)
+    rows = []
+    for name, arguments in page.items():
+        if not isinstance(arguments, dict):
+            raise RowError(
+                f"{path}: {name} = {arguments!r} belongs to no row; write it below a table, such as "
+                f'["DBCache 0.2"], or mean `presets = true`'
+            )
+        system = arguments.pop("system", "cachedit_fx")
+        if system not in SYSTEMS:
+            raise RowError(f"{path}, row {name!r}: system={system!r} is not one of {', '.join(SYSTEMS)}")
+        rows.append(Row(name, system, arguments))
+    if with_presets:
+        rows += preset_rows(steps)
+    if not rows:
+        raise RowError(f'{path} has no rows: add a table, such as ["DBCache 0.2"], or `presets = true`')
+    return rows
+
+
+def preset_rows(steps: int) -> list[Row]:
+    """A row for each preset, from careful to fast."""
+    return [Row(f"preset {name}", arguments=arguments) for name, arguments in cachedit_fx.presets(steps).items()]
+
+
+def peer_rows() -> list[Row]:
+    """cache-dit and diffusers' own caches, over the settings that matter for each."""
+    rows = []
+    for threshold in (0.08, 0.12, 0.2, 0.25, 0.3, 0.4):
+        for order in (0, 1, 2):
+            rows.append(_cache_dit(f"{threshold:g}", order, max_warmup_steps=4, residual_diff_threshold=threshold))
+    for threshold in (0.2, 0.25, 0.3):  # fewer warm-up steps: what does best at little work
+        for order in (1, 2):
+            rows.append(_cache_dit(f"{threshold:g} W2", order, max_warmup_steps=2, residual_diff_threshold=threshold))
+    for mask in ("slow", "medium", "fast", "ultra"):
+        for order in (1, 2):
+            rows.append(_cache_dit(f"SCM {mask}", order, mask_policy=mask, steps_computation_policy="static"))
+        dynamic = {"steps_computation_policy": "dynamic", "residual_diff_threshold": 0.2}
+        rows.append(_cache_dit(f"SCM {mask} dynamic", 1, mask_policy=mask, **dynamic))
+    for threshold in (0.05, 0.1, 0.2):
+        rows.append(_diffusers(f"FirstBlockCache {threshold:g}", threshold=threshold))
+    for interval in (2, 3, 4):
+        for name, lite in (("", False), (" lite", True)):
+            rows.append(_diffusers(f"TaylorSeerCache {interval}{name}", cache_interval=interval, use_lite_mode=lite))
+    for threshold in (0.06, 0.12, 0.24):
+        rows.append(_diffusers(f"MagCache {threshold:g}", threshold=threshold))
+    return rows
+
+
+def _cache_dit(name: str, order: int, **arguments: Any) -> Row:
+    """F1 B0, with TaylorSeer of an order or, at 0, without."""
+    if order:
+        arguments["calibrator"] = {"name": "taylorseer", "taylorseer_order": order}
+    arguments = {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, **arguments}
+    return Row(f"cache-dit {name}" + f" TaylorSeer {order}" * bool(order), "cache-dit", arguments)
+
+
+def _diffusers(name: str, **arguments: Any) -> Row:
+    return Row(f"diffusers {name}", "diffusers", {"config": f"{name.split()[0]}Config", **arguments})
+
+
+def select(rows: Sequence[Row], only: Sequence[str]) -> list[Row]:
+    """The rows whose name contains one of the texts; all, where there are none.
+
+    Raises:
+        RowError: if two rows share a name, or none is left.
+    """
+    names = [row.name for row in rows]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise RowError(f"two rows are named {twice[0]!r}: give one of them another name")
+    left = [row for row in rows if not only or any(text.lower() in row.name.lower() for text in only)]
+    if not left:
+        raise RowError(f"no row's name contains {' or '.join(map(repr, only))}; --list shows them all")
+    return left

@@ -1,0 +1,267 @@
+"""A pipeline with one cache switched on in it, or none. Everything but the lines that switch it on is the same for all.
+
+Four systems: `uncached`; `cachedit_fx`; `cache-dit`, which patches the pipeline's class, so that a process can try one
+configuration only; and `diffusers`, the caches that diffusers brings along itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import cachedit_fx
+from cachedit_fx.flops import FlopCounter
+
+Generate = Callable[[Any, Sequence[str], int, int], torch.Tensor]
+"""(pipe, prompts, steps, seed) -> pictures, float [B, 3, H, W] in 0..1; picture i from the noise of seed + i."""
+
+LIBRARIES = ("torch", "diffusers", "transformers")
+"""Whose versions must agree between processes for a fair comparison."""
+
+
+class EntryError(ValueError):
+    """A pipeline's `module:function` cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What one process is told: plain values, so that it travels as JSON."""
+
+    system: str = "uncached"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Of the system's cache, in the system's own words; see `System`."""
+    steps: int = 28
+    """Denoising steps of a cached generation, for caches that must be told."""
+    entry: str | None = None
+    """`module:function` that returns the pipeline; None: the bundled model."""
+    guidance: float = 1.0
+    """`true_cfg_scale` of the bundled model; an entry's `generate` has its own."""
+    inner_backend: str = "eager"
+    """What compiles: "eager" (nothing) or "inductor". Peers are compiled by torch.compile."""
+    granularity: str = "block"
+    """Ours: what is compiled as one piece."""
+    peer_compile: str = "transformer"
+    """How cache-dit is compiled: the transformer, as its README says; "transformer-tuned": after its own
+    `set_compile_configs`; "blocks": diffusers' `compile_repeated_blocks`."""
+    threads: int = 1
+    calibration: Sequence[str] = ()
+    """Prompts, not among those drawn, for caches that are calibrated first (MagCache)."""
+
+
+@dataclass
+class Drawing:
+    """What one call of the pipeline gave."""
+
+    pictures: torch.Tensor
+    """float32 [B, 3, H, W] in 0..1."""
+    seconds: float
+    """Wall time from the prompts to the finished pictures."""
+    cpu_seconds: float
+    flops: list[int]
+    """Of each call of a transformer; empty where they were not counted."""
+    cached_steps: list[int] | None
+    """As the system itself tells them; None where it does not."""
+    bytes_held: int | None
+    """Of stored values, as the system itself tells it."""
+
+
+class System:
+    """The pipeline of a `Setup`, ready to draw.
+
+    The arguments of `cachedit_fx` are those of `cachedit_fx.enable_cache`. Those of `cache-dit` are the fields of its
+    `DBCacheConfig`; `mask_policy`, for `steps_mask`; and `calibrator`, a name or a mapping of a name and the fields of
+    that calibrator's config. Those of `diffusers` are `config`, the name of a class such as `FirstBlockCacheConfig`,
+    and its fields.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        torch.set_num_threads(setup.threads)
+        self.setup = setup
+        self.pipe, self._generate = load_entry(setup.entry, setup.guidance)
+        self._read: Callable[[], tuple[list[int] | None, int | None]] = lambda: ([], 0)
+        self.enable(setup.arguments)
+
+    def enable(self, arguments: Mapping[str, Any]) -> None:
+        """Switch the cache on. Again, with other arguments: ours alone.
+
+        Raises:
+            cachedit_fx.OptionError: for arguments that ours does not take; nothing is compiled before.
+        """
+        switch = {
+            "uncached": self._enable_nothing,
+            "cachedit_fx": self._enable_cachedit_fx,
+            "cache-dit": self._enable_cache_dit,
+            "diffusers": self._enable_diffusers,
+        }[self.setup.system]
+        switch(dict(arguments))
+
+    def draw(self, prompts: Sequence[str], steps: int, seed: int, count: bool = False) -> Drawing:
+        """Draw a picture for each prompt; `count` the FLOPs of the transformers' calls too, which takes time."""
+        calls: list[int] = []
+        with _counted(self.pipe, calls) if count else contextlib.nullcontext():
+            wall, cpu = time.perf_counter(), time.process_time()
+            pictures = self._generate(self.pipe, prompts, steps, seed)
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        return Drawing(pictures.detach().float().cpu(), wall, cpu, calls, *self._read())
+
+    def _enable_nothing(self, arguments: dict[str, Any]) -> None:
+        if self.setup.inner_backend != "eager":
+            for module in _transformers(self.pipe):
+                module.compile(backend=self.setup.inner_backend, dynamic=False)
+
+    def _enable_cachedit_fx(self, arguments: dict[str, Any]) -> None:
+        backend, granularity = self.setup.inner_backend, self.setup.granularity
+        options: dict[str, Any] = {"inner_backend": backend, "granularity": granularity, "dynamic": False}
+        cachedit_fx.enable_cache(self.pipe, **(options | arguments))
+
+        def read() -> tuple[list[int], int]:
+            stats = cachedit_fx.summary(self.pipe)
+            return (stats[0].cached_steps if stats else []), sum(region.bytes_held for region in stats)
+
+        self._read = read
+
+    def _enable_cache_dit(self, arguments: dict[str, Any]) -> None:
+        import cache_dit
+
+        calibrator = arguments.pop("calibrator", None)
+        if "mask_policy" in arguments:
+            policy = arguments.pop("mask_policy")
+            arguments["steps_computation_mask"] = cache_dit.steps_mask(mask_policy=policy, total_steps=self.setup.steps)
+        if calibrator is not None:
+            fields = {"name": calibrator} if isinstance(calibrator, str) else dict(calibrator)
+            kinds = {"taylorseer": "TaylorSeer", "foca": "FoCa", "dmd": "DMD"}
+            made = getattr(cache_dit, f"{kinds[fields.pop('name')]}CalibratorConfig")
+            calibrator = made(**fields)
+        if self.setup.guidance > 1:  # the bundled model is called twice a step, which cache-dit must be told
+            arguments.setdefault("enable_separate_cfg", True)
+        config = cache_dit.DBCacheConfig(**arguments)
+        cache_dit.enable_cache(self.pipe, cache_config=config, calibrator_config=calibrator)
+        cached = self.pipe.transformer
+        if self.setup.inner_backend != "eager":
+            if self.setup.peer_compile == "transformer-tuned":
+                cache_dit.set_compile_configs()
+            else:
+                # The limits that its README names: its graph breaks compile some functions many times over.
+                torch._dynamo.config.recompile_limit = 96
+                torch._dynamo.config.accumulated_recompile_limit = 2048
+            if self.setup.peer_compile == "blocks":
+                self.pipe.transformer.compile_repeated_blocks(dynamic=False)
+            else:
+                self.pipe.transformer = torch.compile(self.pipe.transformer, dynamic=False)
+        self._read = lambda: (list(cache_dit.summary(cached, logging=False)[0].cached_steps), None)
+
+    def _enable_diffusers(self, arguments: dict[str, Any]) -> None:
+        from diffusers import hooks
+
+        make = getattr(hooks, arguments.pop("config"))
+        if make is hooks.MagCacheConfig:
+            arguments |= {"num_inference_steps": self.setup.steps, "mag_ratios": self._magnitude_ratios(make)}
+        if make is hooks.TaylorSeerCacheConfig:
+            arguments.setdefault("taylor_factors_dtype", torch.float32)
+        for module in _transformers(self.pipe):
+            module.enable_cache(make(**arguments))
+            if self.setup.inner_backend != "eager":
+                module.compile(backend=self.setup.inner_backend, dynamic=False)
+        self._read = lambda: (None, None)
+
+    def _magnitude_ratios(self, make: Callable[..., Any]) -> list[float]:
+        """MagCache's ratios by its own calibration mode, the mean over `Setup.calibration`; it prints them."""
+        printed = io.StringIO()
+        for seed, prompt in enumerate(self.setup.calibration):
+            for module in _transformers(self.pipe):
+                module.enable_cache(make(calibrate=True, num_inference_steps=self.setup.steps))
+            with contextlib.redirect_stdout(printed):
+                self._generate(self.pipe, [prompt], self.setup.steps, CALIBRATION_SEED + seed)
+            for module in _transformers(self.pipe):
+                module.disable_cache()
+        found = [json.loads(line) for line in printed.getvalue().splitlines() if line.startswith("[1.0")]
+        return [sum(step) / len(step) for step in zip(*found, strict=True)]
+
+
+CALIBRATION_SEED = 1_000_000
+"""Of the noise that peers are calibrated on: never that of a picture that counts."""
+
+
+def load_entry(entry: str | None, guidance: float = 1.0) -> tuple[Any, Generate]:
+    """The pipeline that `module:function` returns, and how it draws; for None the bundled model.
+
+    The function returns a pipeline, or an object with `pipe` and `generate` (see `Generate`). A pipeline by itself is
+    called as `pipe(prompt=..., num_inference_steps=..., generator=[...], output_type="pt").images`.
+
+    Raises:
+        EntryError: if there is no such module or function, or it returned something else.
+    """
+    if entry is None:
+        from cachedit_fx.shapes import generate, load_pipeline
+
+        def draw(pipe: Any, prompts: Sequence[str], steps: int, seed: int) -> torch.Tensor:
+            return generate(pipe, prompts, steps, seed, true_cfg_scale=guidance)
+
+        return load_pipeline(), draw
+    module, _, name = entry.partition(":")
+    if os.getcwd() not in sys.path:  # as it is under `python -m`
+        sys.path.insert(0, os.getcwd())
+    try:
+        made = getattr(importlib.import_module(module), name)()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise EntryError(
+            f"{entry!r} gives no pipeline ({error}): name a function as MODULE:FUNCTION, in the current folder or "
+            "installed, that takes no arguments and returns a pipeline"
+        ) from error
+    if hasattr(made, "pipe") and callable(getattr(made, "generate", None)):
+        return made.pipe, made.generate
+    if hasattr(made, "components") and callable(made):
+        return made, _call_pipeline
+    raise EntryError(
+        f"{entry!r} returned a {type(made).__name__}: return a diffusers pipeline, or an object with `pipe` and "
+        "`generate(pipe, prompts, steps, seed)`, which returns float pictures [B, 3, H, W] in 0..1"
+    )
+
+
+def _call_pipeline(pipe: Any, prompts: Sequence[str], steps: int, seed: int) -> torch.Tensor:
+    noises = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
+    pictures: torch.Tensor = pipe(
+        prompt=list(prompts), num_inference_steps=steps, generator=noises, output_type="pt"
+    ).images
+    return pictures
+
+
+def _transformers(pipe: Any) -> list[Any]:
+    from cachedit_fx.api import transformers_of
+
+    return transformers_of(pipe)
+
+
+@contextlib.contextmanager
+def _counted(pipe: Any, calls: list[int]) -> Iterator[None]:
+    """Append the FLOPs of every call of the pipeline's transformers; what runs around them is not counted."""
+    modules = _transformers(pipe)
+    before = [module._compiled_call_impl for module in modules]
+
+    def counting(call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with FlopCounter() as counter:
+                result = call(*args, **kwargs)
+            calls.append(counter.flops)
+            return result
+
+        return run
+
+    # The one place that `Module.__call__` looks at first, whatever hooks or patched forwards come behind it.
+    for module in modules:
+        module._compiled_call_impl = counting(module._compiled_call_impl or module._call_impl)
+    try:
+        yield
+    finally:
+        for module, call in zip(modules, before, strict=True):
+            module._compiled_call_impl = call
