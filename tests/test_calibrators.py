@@ -291,7 +291,7 @@ def test_weights_of_every_trail_sum_to_one(tail: str, order: int, corrects: bool
     assert sum(weights) == pytest.approx(1, abs=1e-6 * sum(map(abs, weights)))
 
 
-SPARSE = DBCacheConfig(Fn_compute_blocks=0, steps_computation_mask="1010010101", steps_computation_policy="static")
+SPARSE = DBCacheConfig(0, steps_computation_policy="static", steps_computation_mask=[1, 0, 1, 0, 0, 1, 0, 1, 0, 1])
 
 
 @pytest.mark.parametrize("granularity", ["block", "region"])

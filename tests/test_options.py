@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachedit_fx.options import DBCacheConfig, OptionError, Options, parse_options
+from cachedit_fx.options import DBCacheConfig, OptionError, Options, ParamsModifier, parse_options
 
 
 def test_defaults_are_the_published_ones():
@@ -211,6 +211,8 @@ OTHER_POLICY = {
     "num_inference_steps": 2,
     "steps_computation_mask": "10",
     "steps_computation_policy": "static",
+    "force_refresh_step_hint": 3,
+    "force_refresh_step_policy": "repeat",
     "calibrator": "taylorseer",
 }
 OTHER_STRUCTURE = {
@@ -225,6 +227,7 @@ OTHER_STRUCTURE = {
     "passes": {"a": False},
     "timestep": "t",
     "loops": ["blocks"],
+    "params_modifiers": [ParamsModifier()],
 }
 
 
@@ -249,3 +252,10 @@ def test_policy_leaves_the_structure(names):
 @pytest.mark.parametrize("name", OTHER_STRUCTURE)
 def test_structure_tells_structural_settings_apart(name):
     assert parse_options({name: OTHER_STRUCTURE[name]}).structure() != Options().structure()
+
+
+def test_predicting_the_output_is_structure():
+    other = parse_options({"calibrator": "lagrange"})
+    assert other.structure() != Options().structure()
+    residual = {"name": "lagrange", "calibrator_cache_type": "residual"}
+    assert parse_options({"calibrator": residual}).structure() == Options().structure()

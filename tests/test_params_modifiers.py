@@ -124,7 +124,7 @@ def test_more_modifiers_than_loops_are_refused():
         (lambda: parse_options({"params_modifiers": [BASE]}), "a list of ParamsModifier"),
         (lambda: ParamsModifier(max_cached_step=1), "nearest known one is 'max_cached_steps'"),
         (lambda: ParamsModifier(max_cached_steps=-2), "an integer >= -1"),
-        (lambda: ParamsModifier(TaylorSeerCalibratorConfig()), "must be a DBCacheConfig"),
+        (lambda: ParamsModifier(TaylorSeerCalibratorConfig()), "must be a DBCacheConfig"),  # type: ignore[arg-type]
         (lambda: parse_options({"params_modifiers": [ParamsModifier(calibrator_config=LagrangeCalibratorConfig())]}),
          "scope='loop' decides"),
     ],
