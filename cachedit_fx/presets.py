@@ -1,7 +1,7 @@
 """Recommended configurations, from careful to fast: one rule in the number of steps.
 
 Each computes a share of the steps whole and predicts the model's output at the others, which run nothing of the model:
-`LagrangeCalibratorConfig()` with a static mask. What they cost and give is in docs/choosing.md, by `cachedit bench`.
+`LagrangeCalibratorConfig()` with a static mask. What they cost and give: examples/choosing.md, by `cachedit bench`.
 """
 
 from __future__ import annotations

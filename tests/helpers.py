@@ -95,10 +95,17 @@ def detected(gm: fx.GraphModule, **options: Any) -> Detection:
 
 
 def planned(
-    gm: fx.GraphModule, first: int, last: int, scope: Any = "model", non_prune: Any = None, **options: Any
+    gm: fx.GraphModule,
+    first: int,
+    last: int,
+    scope: Any = "model",
+    non_prune: Any = None,
+    to_output: bool = False,
+    **options: Any,
 ) -> RegionReport:
     """Normalize, detect, plan."""
-    passes = (Normalize(), DetectBlockLoops(**options), PlanRegions(first, last, scope, non_prune))
+    plan = PlanRegions(first, last, scope, non_prune, to_output=to_output)
+    passes = (Normalize(), DetectBlockLoops(**options), plan)
     return facts(run_passes(gm, *passes))["regions"]
 
 

@@ -87,3 +87,10 @@ def test_another_number_of_steps_than_the_preset_s_is_told():
     denoise(model)
     with pytest.warns(cachedit_fx.CacheWarning, match="has 12 digits, and a generation had 10 steps"):
         denoise(model)
+
+
+def test_warnings_name_the_user_s_line():
+    model = cachedit_fx.enable_cache(make(), preset="balanced", steps=8, inner_backend="eager")
+    with pytest.warns(cachedit_fx.CacheWarning, match="past its end") as caught:
+        denoise(model)
+    assert caught[0].filename.endswith("toys.py")

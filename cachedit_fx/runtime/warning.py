@@ -18,6 +18,11 @@ def warn(message: str) -> None:
     """Warn as `CacheWarning`, at the nearest frame that is neither ours nor torch's."""
     level = 1
     frame: FrameType | None = sys._getframe()
-    while frame is not None and (str(frame.f_globals.get("__name__")) + ".").startswith(_INSIDE):
+    while frame is not None and _is_inside(frame):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, CacheWarning, stacklevel=level if frame is not None else 2)
+
+
+def _is_inside(frame: FrameType) -> bool:
+    generated = frame.f_code.co_filename.startswith("<eval_with_key>")  # a graph module's
+    return generated or (str(frame.f_globals.get("__name__")) + ".").startswith(_INSIDE)
