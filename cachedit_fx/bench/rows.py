@@ -72,7 +72,7 @@ def read_rows(path: Path, steps: int) -> list[Row]:
 
 def preset_rows(steps: int) -> list[Row]:
     """A row for each preset, from careful to fast."""
-    return [Row(f"preset {name}", arguments=arguments) for name, arguments in cachedit_fx.presets(steps).items()]
+    return [Row(f"preset {name}", arguments={"preset": name, "steps": steps}) for name in cachedit_fx.presets(steps)]
 
 
 def peer_rows() -> list[Row]:
