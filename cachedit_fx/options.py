@@ -288,7 +288,7 @@ class LagrangeCalibratorConfig(CalibratorConfig):
     A sampler sums up what the model puts out. At a computed step it turns out by how much the predictions since the
     computed step before it were wrong: the interpolation between the two minus what was predicted, each weighted with
     the length of its step. The first prediction behind the computed step makes up for this error, as deferred
-    correction does in the integration of differential equations. It costs no evaluation, and one stored value more.
+    correction does in the integration of differential equations. It costs no evaluation, and two stored values more.
     """
 
     calibrator_cache_type: str = _setting("output", choice("residual", "hidden_states", "output"))
@@ -300,7 +300,7 @@ class LagrangeCalibratorConfig(CalibratorConfig):
     it does not run one way, steps are counted too."""
     deferred_correction: bool = _setting(True, _FLAG)
     """Whether the first prediction behind a computed step makes up for the error of those before. With it
-    lagrange_order + 2 values are kept for every result and every CFG branch, without it lagrange_order + 1."""
+    lagrange_order + 3 values are kept for every result and every CFG branch, without it lagrange_order + 1."""
 
 
 _CACHES: dict[str, type[DBCacheConfig]] = {"dbcache": DBCacheConfig, "dbprune": DBPruneConfig}

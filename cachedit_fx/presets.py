@@ -12,9 +12,7 @@ from typing import Any
 
 from cachedit_fx.options import DBCacheConfig, LagrangeCalibratorConfig, OptionError, nearest
 
-SHARES: Mapping[str, float] = MappingProxyType(
-    {"careful": 0.75, "balanced": 0.5, "fast": 0.43, "faster": 0.33, "fastest": 0.25}
-)
+SHARES: Mapping[str, float] = MappingProxyType({"careful": 0.5, "balanced": 0.43, "fast": 0.33, "fastest": 0.25})
 """Preset -> the share of the steps that is computed, rounded down to whole steps."""
 
 MIN_STEPS = 8
@@ -66,15 +64,15 @@ def _settings(steps: int, share: float) -> dict[str, Any]:
 def spread_mask(steps: int, computed: int) -> list[int]:
     """A mask of `steps` digits, `computed` of them ones, spread evenly, the first and the last among them.
 
-    The second step is computed too, and the others are spread behind it, where that leaves them at most 2.5 steps
-    apart: the first prediction has a slope then. With fewer ones an even spacing is worth more. The last step is
-    computed since nothing would make up for an error there.
+    Where that leaves the others at most 2.5 steps apart, the second and the second to last are computed too: then the
+    first prediction has a slope, and the last gap, whose errors nothing makes up for, is bounded by better ones. With
+    fewer ones an even spacing is worth more.
 
     Args:
         steps: at least 2.
         computed: 2 to `steps`.
     """
-    start = int(computed > 2 and steps - 2 <= 2.5 * (computed - 2))
-    last = computed - 1 - start
-    ones = {0} | {round(start + index * (steps - 1 - start) / last) for index in range(last + 1)}
+    edge = int(computed > 4 and steps - 3 <= 2.5 * (computed - 3))
+    first, last, inner = edge, steps - 1 - edge, computed - 2 * edge
+    ones = {0, steps - 1} | {round(first + index * (last - first) / (inner - 1)) for index in range(inner)}
     return [int(step in ones) for step in range(steps)]

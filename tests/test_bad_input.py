@@ -213,14 +213,15 @@ def test_steps_past_the_masks_end_compute_and_one_warning_says_so(policy):
     assert [region.reasons[step] for step in (2, 3)] == [Reason.MASK_ENDED] * 2
 
 
-def test_a_mask_that_is_too_long_is_cut_off_in_silence_by_the_next_generation():
+def test_a_mask_that_is_too_long_is_followed_and_told_once_by_the_next_generation():
     plain, model, steps = pair(models.Toy, num_blocks=5)
     cachedit_fx.compile(model, **REUSE | {"steps_computation_mask": "100000", "steps_computation_policy": "static"})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", CacheWarning)
-        for inputs in (*steps, *steps):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CacheWarning)
+        for inputs in (*steps, *steps, *steps):
             equal = torch.equal(call(model, inputs), call(plain, inputs))
             assert equal is (inputs is steps[0])
+    assert ["has 6 digits, and a generation had 3 steps" in str(item.message) for item in caught] == [True]
     (region,) = cachedit_fx.summary(model)
     assert (region.executed_steps, region.cached_steps) == (3, [1, 2])
 

@@ -283,14 +283,14 @@ def test_list_shows_rows_and_draws_nothing(config, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_presets_are_rows(tmp_path, monkeypatch):
-    def presets(steps):
-        return {"careful": {"steps_computation_mask": [1] * steps}}
-
-    monkeypatch.setattr(cachedit_fx, "presets", presets, raising=False)
+def test_presets_are_rows(tmp_path):
     path = tmp_path / "rows.toml"
     path.write_text(f"presets = true\n{ROWS}")
-    assert read_rows(path, 3)[-1] == Row("preset careful", arguments={"steps_computation_mask": [1, 1, 1]})
+    names = list(cachedit_fx.presets(20))
+    found = read_rows(path, 20)[-len(names) :]
+    assert found == [Row(f"preset {name}", arguments={"preset": name, "steps": 20}) for name in names]
+    with pytest.raises(RowError, match="leave out `presets = true`"):
+        read_rows(path, 4)
 
 
 def test_peers_that_are_not_installed_are_skipped_with_the_reason(config, tmp_path):

@@ -20,7 +20,7 @@ from cachedit_fx import (
 )
 from cachedit_fx.flops import FlopCounter
 from cachedit_fx.options import parse_options
-from cachedit_fx.runtime.calibrators import Moment, coefficients, values_kept
+from cachedit_fx.runtime.calibrators import CORRECTED_RUN, Moment, coefficients, values_kept
 from cachedit_fx.runtime.state import BranchMemory
 
 
@@ -248,17 +248,22 @@ def sampled(mask: str, values: list[float], times: list[float], config: Lagrange
     return given
 
 
-@given(st.integers(0, 3), st.lists(st.floats(-5, 5), min_size=9, max_size=9))
-def test_correction_brings_the_sampler_where_interpolation_would_have(gap: int, values: list[float]) -> None:
-    """Over steps of one length the sum of all outputs is that of the interpolated ones, once the correction is made."""
-    mask = "11" + "0" * gap + "1" + "0"
+@given(st.integers(0, 3), st.integers(1, 4), st.lists(st.floats(-5, 5), min_size=10, max_size=10))
+def test_correction_brings_the_sampler_where_interpolation_would_have(gap: int, run: int, values: list[float]) -> None:
+    """Over steps of one length the sum of all outputs is that of the interpolated ones, once the correction is made;
+    behind a longer run of computed steps it is not."""
+    mask = "11" + "0" * gap + "1" * run + "0"
     steps = len(mask)
     values, times = values[:steps], [float(-step) for step in range(steps)]
-    found = sampled(mask, values, times, LagrangeCalibratorConfig())
-    last, first = values[2 + gap], values[1]
+    corrected, plain = (sampled(mask, values, times, config) for config in (LagrangeCalibratorConfig(), NO_CORRECTION))
+    first, last = values[1], values[2 + gap]
     between = [first + (last - first) * index / (gap + 1) for index in range(1, gap + 1)]
-    slope = (last - first) / (gap + 1)
-    assert sum(found) == pytest.approx(values[0] + first + sum(between) + last + last + slope, abs=1e-9)
+    assert corrected[:-1] == plain[:-1]
+    if run <= CORRECTED_RUN:
+        missing = sum(between) - sum(plain[2 : 2 + gap])
+        assert sum(corrected) == pytest.approx(sum(plain) + missing, abs=1e-9)
+    else:
+        assert corrected == pytest.approx(plain)
 
 
 def test_correction_is_made_once_and_weighs_the_lengths_of_steps() -> None:
@@ -273,13 +278,11 @@ def test_correction_is_made_once_and_weighs_the_lengths_of_steps() -> None:
     assert found[4:] == pytest.approx([line[0] + missing, line[1]])
 
 
-def test_nothing_is_corrected_where_the_last_gap_was_computed_or_is_forgotten() -> None:
-    for trail in (moments("111"), moments("10011"), [Moment(4), Moment(3, None, False)]):
-        kept = [m for m in trail if m.computed]
-        config = LagrangeCalibratorConfig()
-        plain = coefficients(NO_CORRECTION, trail, Moment(trail[0].step + 1))
-        assert coefficients(config, trail, Moment(trail[0].step + 1)) == pytest.approx(plain)
-        assert len(plain) == len(kept)
+@pytest.mark.parametrize("mask", ["111", "1", "110110", "10"])
+def test_nothing_is_corrected_twice_or_where_nothing_was_predicted(mask: str) -> None:
+    trail = moments(mask)
+    now = Moment(len(mask))
+    assert coefficients(LagrangeCalibratorConfig(), trail, now) == coefficients(NO_CORRECTION, trail, now)
 
 
 @given(st.text("01", min_size=1, max_size=12), st.integers(0, 2), st.booleans())
@@ -347,7 +350,7 @@ def test_stored_values_have_the_dtype_asked_for(kind: str, size: int) -> None:
     model = cachedit_fx.enable_cache(make(), SPARSE, calibrator, inner_backend="eager")
     result = denoise(model)
     (region,) = cachedit_fx.summary(model)
-    assert region.bytes_held == 3 * result.numel() * size
+    assert region.bytes_held == 4 * result.numel() * size
 
 
 def test_memory_is_order_plus_one_times_results_times_branches() -> None:

@@ -5,8 +5,8 @@
               then in rounds, by turns with uncached ─► wall time
               then, once for each number of steps: uncached, with as many steps as cost the same work
 
-A row is measured to its end before the next begins, so that an interrupted run keeps what it has, and so that at most
-one peer's process lives at a time.
+A row is measured to its end before the next begins, so that an interrupted run keeps what it has, and so that few
+processes live at a time: a peer's, and one without a cache to time it by.
 """
 
 from __future__ import annotations
@@ -164,9 +164,9 @@ class Bench:
     def measure(self, row: Row) -> Measured:
         """Draw and time one row."""
         self._tell(row.name, 0)
-        with self._started(row) as system:
+        with self._started(row) as (system, plain):
             measured = self._measured(row, list(self._drawn(system, row.steps or self.settings.steps)))
-            self._time(system, measured)
+            self._time(system, plain, measured)
             if isinstance(system, Worker):
                 measured.versions = system.versions
         return measured
@@ -176,18 +176,26 @@ class Bench:
         return fewer_steps(max(1, round(measured.work * self.settings.steps)))
 
     @contextmanager
-    def _started(self, row: Row) -> Iterator[System | Worker]:
+    def _started(self, row: Row) -> Iterator[tuple[System, System] | tuple[Worker, Worker]]:
+        """The row's system, and beside it one without a cache; both in this process, or each in one of its own."""
         if row.system == UNCACHED:
-            yield self._plain
+            yield self._plain, self._plain
         elif row.system == "cachedit_fx":
-            yield self._switched_on(row)
+            yield self._switched_on(row), self._plain
         else:
-            worker = Worker(row.name, self._peer_python, self.settings.setup(row.system, row.arguments))
+            workers: list[Worker] = []
             try:
-                worker.wait_until_ready()
-                yield worker
+                for name, setup in (
+                    (row.name, self.settings.setup(row.system, row.arguments)),
+                    (UNCACHED, self.settings.setup(UNCACHED, {})),
+                ):
+                    workers.append(Worker(name, self._peer_python, setup))
+                for worker in workers:
+                    worker.wait_until_ready()
+                yield workers[0], workers[1]
             finally:
-                worker.stop()
+                for worker in workers:
+                    worker.stop()
 
     def _switched_on(self, row: Row) -> System:
         if self._ours is None:
@@ -234,14 +242,14 @@ class Bench:
         except ValueError:  # prompts that the model reads and the checker does not, such as ""
             return None
 
-    def _time(self, system: System | Worker, measured: Measured) -> None:
+    def _time(self, system: System | Worker, plain: System | Worker, measured: Measured) -> None:
         """Time the row and uncached by turns; every other round the other way round."""
         batches = list(self.settings.batches())[:TIMED]
         for number in range(self.settings.rounds):
             taken = {True: 0.0, False: 0.0}
             for seed, prompts in batches:
                 for is_row in (True, False) if number % 2 else (False, True):
-                    one, steps = (system, measured.steps) if is_row else (self._plain, self.settings.steps)
+                    one, steps = (system, measured.steps) if is_row else (plain, self.settings.steps)
                     taken[is_row] += one.draw(prompts, steps, seed).seconds
                     self._tell("", 1)
             measured.seconds.append(taken[True])

@@ -23,6 +23,9 @@ from cachedit_fx.options import (
     TaylorSeerCalibratorConfig,
 )
 
+CORRECTED_RUN = 2
+"""Computed steps in a row behind which a gap is still corrected. Each is one stored value more."""
+
 
 class Moment(NamedTuple):
     """One step of one CFG branch."""
@@ -40,7 +43,7 @@ def values_kept(config: CalibratorConfig | None) -> int:
     if isinstance(config, TaylorSeerCalibratorConfig):
         return config.taylorseer_order + 1
     if isinstance(config, LagrangeCalibratorConfig):
-        return config.lagrange_order + 1 + config.deferred_correction
+        return config.lagrange_order + 1 + CORRECTED_RUN * config.deferred_correction
     return 3 if isinstance(config, FoCaCalibratorConfig) else 1
 
 
@@ -91,27 +94,35 @@ def taylor_coefficients(computed: Sequence[int], step: int) -> tuple[float, ...]
 def lagrange_coefficients(config: LagrangeCalibratorConfig, trail: Sequence[Moment], now: Moment) -> tuple[float, ...]:
     """Lagrange's polynomial through the latest `lagrange_order` + 1 computed steps, and deferred correction.
 
-    A sampler moves by the output times the length of a step, `h`. Once the computed step 0 is known, the outputs
-    `P_j` that were predicted between it and the computed step 1 are known to have been wrong by about `I_j - P_j`, with
-    `I_j` on the polynomial through steps 0, 1, .... The first prediction behind step 0 is
+    A sampler moves by the output times the length of a step, `h`. Once the step behind a gap is computed, the outputs
+    `P_j` that were predicted in the gap are known to have been wrong by about `I_j - P_j`, with `I_j` on the polynomial
+    through the steps on the gap's two sides. The first prediction behind the gap is
 
         sum_j l_j(now) Y_j + sum_j h_j (I_j - P_j) / h_now
 
     so that the sampler is, from then on, where interpolated outputs would have brought it. `P_j` counts without
     corrections of its own: those are owed to the predictions before. `h_now` is not known yet, and taken to be the
     length of the step before. Source: deferred (defect) correction, Pereyra 1966; Dutt, Greengard, Rokhlin 2000.
+
+    Nothing is corrected where more than `CORRECTED_RUN` computed steps stand behind the gap, since what its predictions
+    were made of is no longer stored.
     """
-    places = _places(config, [now, *trail])
-    at = dict(zip([now, *trail], places, strict=True))
-    computed = [moment for moment in trail if moment.computed]
-    nodes = [at[moment] for moment in computed]
     points = config.lagrange_order + 1
-    weights = _lagrange(nodes[:points], at[now], len(computed))
-    gap = _gap_behind(trail) if config.deferred_correction else []
-    for moment, after in gap:
-        ratio = (at[after] - at[moment]) / (at[now] - at[trail[0]])
-        better = _lagrange(nodes[:points], at[moment], len(computed))
-        used = (0.0, *_lagrange(nodes[1 : 1 + points], at[moment], len(computed) - 1))
+    places = _places(config, [now, *trail])
+    here, behind = places[0], places[1]
+    nodes = [place for place, moment in zip(places[1:], trail, strict=True) if moment.computed]
+    weights = _lagrange(nodes, 0, points, here)
+    run = next((count for count, moment in enumerate(trail) if not moment.computed), 0)
+    is_cut_off = len(nodes) == values_kept(config) and run + points > len(nodes)
+    if not config.deferred_correction or not run or is_cut_off:
+        return tuple(weights)
+    # trail[0] is places[1], and the step after trail[index] has places[index]
+    for index in range(run, len(trail)):
+        if trail[index].computed:
+            break
+        place, after = places[index + 1], places[index]
+        ratio = (after - place) / (here - behind)
+        better, used = _lagrange(nodes, run - 1, points, place), _lagrange(nodes, run, points, place)
         weights = [w + ratio * (b - u) for w, b, u in zip(weights, better, used, strict=True)]
     return tuple(weights)
 
@@ -127,23 +138,14 @@ def _places(config: LagrangeCalibratorConfig, moments: Sequence[Moment]) -> list
     return [float(moment.step) for moment in moments]
 
 
-def _lagrange(nodes: Sequence[float], place: float, count: int) -> list[float]:
-    """Weights of the values at `nodes` in the polynomial through them at `place`, zeros added up to `count`."""
-    weights = [math.prod((place - other) / (node - other) for other in nodes if other != node) for node in nodes]
-    return weights + [0.0] * (count - len(nodes))
-
-
-def _gap_behind(trail: Sequence[Moment]) -> list[tuple[Moment, Moment]]:
-    """The reused steps between the latest computed step and the one before, each with the step after it; none where
-    the latest step was reused itself: then the correction has been made."""
-    if not trail[0].computed:
-        return []
-    gap: list[tuple[Moment, Moment]] = []
-    for moment, after in zip(trail[1:], trail, strict=False):
-        if moment.computed:
-            return gap
-        gap.append((moment, after))
-    return []  # the step before the gap is not stored: what was predicted there cannot be told
+def _lagrange(nodes: Sequence[float], first: int, points: int, place: float) -> list[float]:
+    """Weights of the values at all `nodes` in the polynomial through `points` of them, from `first` on, at `place`."""
+    weights = [0.0] * len(nodes)
+    chosen = range(first, min(first + points, len(nodes)))
+    for index in chosen:
+        others = (nodes[other] for other in chosen if other != index)
+        weights[index] = math.prod((place - other) / (nodes[index] - other) for other in others)
+    return weights
 
 
 def foca_coefficients(trail: Sequence[Moment], step: int) -> tuple[float, ...]:
