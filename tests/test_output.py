@@ -1,5 +1,8 @@
 """The model's output as what is predicted: the region runs to the end of the graph, or is the whole of it."""
 
+from collections.abc import Callable
+from typing import Any
+
 import models
 import pytest
 import torch
@@ -11,11 +14,11 @@ import cachedit_fx
 from cachedit_fx import DBCacheConfig, LagrangeCalibratorConfig, enable_cache, summary
 from cachedit_fx.flops import FlopCounter
 
-EAGER = {"inner_backend": "eager"}
+EAGER: dict[str, Any] = {"inner_backend": "eager"}
 MASK = DBCacheConfig(0, steps_computation_mask=(1, 0, 0), steps_computation_policy="static")
 """One computed step, then nothing of the model."""
 
-REAL = {
+REAL: dict[str, Callable[[], models.Case]] = {
     "flux": models.flux,
     "sd3": models.sd3,
     "qwen_image": models.qwen_image,
@@ -122,6 +125,7 @@ def test_writes_to_what_was_made_outside_are_refused_with_the_reason():
         def __init__(self):
             super().__init__()
             self.inner = make(Timeless)
+            self.calls: torch.Tensor
             self.register_buffer("calls", torch.zeros(1))
 
         def forward(self, hidden_states, encoder_hidden_states):
