@@ -425,3 +425,13 @@ def test_help_teaches_and_imports_little():
     helped = plain(invoke("--help").output)
     for told in ("--peers", "--resume", "generate(pipe, prompts, steps, seed)", "as many steps as cost the same work"):
         assert told in helped
+
+
+def test_a_mask_policy_stands_for_the_mask_of_the_run_s_steps(tmp_path):
+    path = tmp_path / "rows.toml"
+    path.write_text('[one]\nmask_policy = "fast"\nsteps_computation_policy = "static"\nFn_compute_blocks = 1\n')
+    (row,) = read_rows(path, 6)
+    settings = Settings(prompts=("a red circle",), steps=6, rounds=0)
+    made = Bench(settings, lambda what, done: None, sys.executable)
+    made.draw_reference()
+    assert made.measure(row).cached_steps == cachedit_fx.steps_mask("fast", 6).count(0)

@@ -78,10 +78,10 @@ class Drawing:
 class System:
     """The pipeline of a `Setup`, ready to draw.
 
-    The arguments of `cachedit_fx` are those of `cachedit_fx.enable_cache`. Those of `cache-dit` are the fields of its
-    `DBCacheConfig`; `mask_policy`, for `steps_mask`; and `calibrator`, a name or a mapping of a name and the fields of
-    that calibrator's config. Those of `diffusers` are `config`, the name of a class such as `FirstBlockCacheConfig`,
-    and its fields.
+    The arguments of `cachedit_fx` are those of `cachedit_fx.enable_cache`, and `mask_policy`, for `steps_mask`. Those
+    of `cache-dit` are the fields of its `DBCacheConfig`; `mask_policy` too; and `calibrator`, a name or a mapping of a
+    name and the fields of that calibrator's config. Those of `diffusers` are `config`, the name of a class such as
+    `FirstBlockCacheConfig`, and its fields.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -122,6 +122,9 @@ class System:
     def _enable_cachedit_fx(self, arguments: dict[str, Any]) -> None:
         backend, granularity = self.setup.inner_backend, self.setup.granularity
         options: dict[str, Any] = {"inner_backend": backend, "granularity": granularity, "dynamic": False}
+        if "mask_policy" in arguments:
+            mask = cachedit_fx.steps_mask(arguments.pop("mask_policy"), self.setup.steps)
+            options["steps_computation_mask"] = mask
         cachedit_fx.enable_cache(self.pipe, **(options | arguments))
 
         def read() -> tuple[list[int], int]:
