@@ -107,6 +107,8 @@ def test_interrupt_stops_the_workers(stub, tmp_path):
     code = (
         f"import sys; sys.executable = {python!r}; sys.argv = ['bench', '--peer-python', {python!r}, '--mode', 'eager']"
     )
+    # A background job of a shell without job control is born with the signal ignored.
+    code += "; import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     run = f"{code}; import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     driver = subprocess.Popen([sys.executable, "-c", run], stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
