@@ -62,17 +62,17 @@ def _settings(steps: int, share: float) -> dict[str, Any]:
 
 
 def spread_mask(steps: int, computed: int) -> list[int]:
-    """A mask of `steps` digits, `computed` of them ones, spread evenly, the first and the last among them.
+    """A mask of `steps` digits, `computed` of them ones: a run at the start, then evenly spread to the last step.
 
-    Where that leaves the others at most 2.5 steps apart, the second and the second to last are computed too: then the
-    first prediction has a slope, and the last gap, whose errors nothing makes up for, is bounded by better ones. With
-    fewer ones an even spacing is worth more.
+    The run is a third of the computed steps, or as many as leave the others at most 3 steps apart: early steps move
+    least smoothly under guidance, and a prediction needs values to start from. Where that leaves no run, all are spread
+    evenly.
 
     Args:
         steps: at least 2.
         computed: 2 to `steps`.
     """
-    edge = int(computed > 4 and steps - 3 <= 2.5 * (computed - 3))
-    first, last, inner = edge, steps - 1 - edge, computed - 2 * edge
-    ones = {0, steps - 1} | {round(first + index * (last - first) / (inner - 1)) for index in range(inner)}
-    return [int(step in ones) for step in range(steps)]
+    run = max(1, min(computed // 3, (3 * computed - steps) // 2))
+    spread = computed - run
+    ones = {run - 1 + round((steps - run) * index / spread) for index in range(1, spread + 1)}
+    return [int(step < run or step in ones) for step in range(steps)]
