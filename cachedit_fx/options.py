@@ -289,6 +289,18 @@ class LagrangeCalibratorConfig(CalibratorConfig):
     computed step before it were wrong: the interpolation between the two minus what was predicted, each weighted with
     the length of its step. The first prediction behind the computed step makes up for this error, as deferred
     correction does in the integration of differential equations. It costs no evaluation, and two stored values more.
+
+    Why these defaults: PSNR on the bundled model, 12 of 28 steps computed, 16 prompts (`cachedit bench
+    examples/benchmarks/calibrators.toml --held-out 16 --prompt-seed 5`; 12 steps without a cache have 47.4 dB):
+
+        order                        0      1      2    FoCa   TaylorSeer 2
+        output, corrected          49.4   62.8   61.9
+        output, not corrected             55.4   57.8   57.3       56.0
+        residual, corrected               58.7
+        residual, not corrected           54.9          57.0
+        hidden states, corrected          58.4
+
+    Over the step number in place of the timestep the figures were the same within 0.1 dB, on a schedule with shift 3.
     """
 
     calibrator_cache_type: str = _setting("output", choice("residual", "hidden_states", "output"))
