@@ -84,7 +84,7 @@ def compile_graph(
 
 def pipeline(options: Options, numbers: Mapping[str, Any], module: ModuleFacts = NOTHING_KNOWN) -> list[Pass]:
     """The passes in order, options bound. See `rewrite`."""
-    shared, *of_loops = [Cut(*config.structure()) for config, _ in options.policies()] or [Cut(0, 0)]
+    shared, *of_loops = [Cut(*config.structure()) for config, _ in options.policies] or [Cut(0, 0)]
     return [
         Normalize(),
         FindTimestep(options.timestep, numbers),

@@ -13,6 +13,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self, TypeAlias
 
@@ -492,7 +493,7 @@ class Options:
                 f"params_modifiers set the policy of each block loop by itself: they need scope='loop' and a cache, "
                 f"not scope={self.scope!r}, cache={self.cache!r}"
             )
-        for config, calibrator in self.policies():
+        for config, calibrator in self.policies:
             if calibrator is None or calibrator.calibrator_cache_type != "output":
                 continue
             if isinstance(config, DBPruneConfig):
@@ -513,17 +514,19 @@ class Options:
 
     def policy(self, loop: int | None = None) -> "Policy":
         """What decides and what predicts: for the whole chain, or for its loop of this number (from 0)."""
-        assert self.cache is not None
         if loop is None or loop >= len(self.params_modifiers):
-            return self.cache, self.calibrator
-        modifier = self.params_modifiers[loop]
-        return modifier.config(self.cache), modifier.calibrator_config or self.calibrator
+            return self.policies[0]
+        return self.policies[loop + 1]
 
+    @cached_property
     def policies(self) -> "list[Policy]":
-        """The policy that is shared, and each loop's that has one of its own; none without a cache."""
+        """The policy that is shared, and each loop's that has one of its own; none without a cache. Made once: every
+        call asks for them."""
         if self.cache is None:
             return []
-        return [self.policy(), *(self.policy(loop) for loop in range(len(self.params_modifiers)))]
+        shared = self.cache
+        own = [(item.config(shared), item.calibrator_config or self.calibrator) for item in self.params_modifiers]
+        return [(shared, self.calibrator), *own]
 
     @property
     def predicts_output(self) -> bool:
@@ -533,7 +536,7 @@ class Options:
     def structure(self) -> "Structure":
         """A hashable key: options with equal structure share their compiled graphs, whatever their policy."""
         bare = replace(self, cache=None, calibrator=None, params_modifiers=())
-        return bare, self.predicts_output, tuple(config.structure() for config, _ in self.policies())
+        return bare, self.predicts_output, tuple(config.structure() for config, _ in self.policies)
 
 
 Policy: TypeAlias = tuple[DBCacheConfig, CalibratorConfig | None]
