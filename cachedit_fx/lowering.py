@@ -4,6 +4,9 @@
     blocks_1 ─┼─ one key ──► inner compiler ──► one callable, called with each block's own weights
     blocks_2 ─┘
 
+Blocks are compiled, refiners' too; prologue, glue and epilogue run as they were captured, since they cost more to compile
+than they save, unless `compiled_pieces="all"` asks for them.
+
 The key is a piece's structure: targets, constants, wiring, and of its inputs the shapes, strides, dtypes, devices and
 tensor-subclass metadata. Weights are inputs, so two blocks of a model have one key, and a model of 57 blocks has a
 handful of distinct pieces. Anything that cannot be keyed is compiled by itself.
@@ -22,6 +25,7 @@ from torch._subclasses import FakeTensorMode
 
 from cachedit_fx.options import Options
 from cachedit_fx.passes.graph_analysis import target_key, value_of
+from cachedit_fx.passes.outline_blocks import KIND
 
 logger = logging.getLogger(__name__)
 
@@ -42,20 +46,25 @@ def lower(gm: fx.GraphModule, options: Options) -> int:
     Returns the number of distinct pieces. With `inner_backend="eager"` a piece is its own compiled form.
     """
     compiler = inner_compiler(options)
-    lowered: dict[Hashable, torch.nn.Module] = {}
+    lowered: dict[tuple[Hashable, bool], torch.nn.Module] = {}
     for holder in (gm, *_branches(gm)):
         for node in holder.graph.nodes:
             if node.op != "call_module":
                 continue
             piece = holder.get_submodule(str(node.target))
             assert isinstance(piece, fx.GraphModule)
-            key = structure_key(piece)
+            key = structure_key(piece), _is_compiled(node.meta[KIND], options)
             if key not in lowered:
-                eager = options.inner_backend == "eager"
-                lowered[key] = piece if eager else Lowered(compile_piece(piece, compiler))
-                logger.info("%s: compiled", node.target)
+                lowered[key] = Lowered(compile_piece(piece, compiler)) if key[1] else piece
+                logger.info("%s: %s", node.target, "compiled" if key[1] else "as captured")
             setattr(holder, str(node.target), lowered[key])
     return len(lowered)
+
+
+def _is_compiled(kind: str, options: Options) -> bool:
+    if options.inner_backend == "eager":
+        return False
+    return options.compiled_pieces == "all" or kind in ("block", "region")
 
 
 def _branches(gm: fx.GraphModule) -> list[fx.GraphModule]:

@@ -441,6 +441,10 @@ class Options:
     """Inductor's mode for the pieces; `inner_options`, where given too, are applied on top of it."""
     granularity: str = _setting("block", choice("block", "region"))
     """What is compiled as one piece: a block (few distinct ones, fast to compile), or a whole region (more fusion)."""
+    compiled_pieces: str = _setting("blocks", choice("blocks", "all"))
+    """What the inner backend compiles: blocks, which are most of the work and alike; or prologue, glue and epilogue too,
+    which cost more to compile than they save in thousands of steps, but for a server that is no matter. A "region" is
+    always compiled with all that is in it."""
     scope: str = _setting(None, choice("model", "loop"))
     """One bypassed region over the chain of all block loops, or one for each loop. None becomes "model", or "loop" with
     `params_modifiers`."""

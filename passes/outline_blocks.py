@@ -5,7 +5,7 @@
     ... 130 nodes ...               blocks_1 = self.blocks_1(hidden_1, text_1, temb, weight_1, ...)
 
 Alike blocks become alike modules (inputs in the order of first use, outputs in the order they are made), so that the
-lowering compiles one of them for all. With `granularity="block"` every block of the chain is a piece; with "region"
+lowering compiles one of them for all. With `granularity="block"` every block is a piece, refiners' too; with "region"
 the pieces are head, region and tail. Glue that only moves data stays in the outer graph.
 
 With `canonical_layout`, carried values and a region's results leave their pieces contiguous: a block that hands on a
@@ -50,6 +50,7 @@ class Piece:
     """A stretch of body nodes that becomes one module of the outer graph.
 
     `start` is where it begins in the order of body nodes; -1 for what is hoisted out of a region, and belongs to none.
+    `kind` is "block" or "region" exactly where it holds one block or a stretch of them.
     """
 
     name: str
@@ -85,7 +86,7 @@ class OutlineBlocks(Pass):
         pieces = plan_pieces(nodes, detection, regions, self.granularity)
         streams = {
             value
-            for loop in detection.chain_loops
+            for loop in detection.loops
             for carried in loop.carried
             for value in (*carried.inputs, *carried.outputs)
             if value is not None
@@ -115,7 +116,7 @@ def plan_pieces(
     cuts: dict[int, tuple[str, Kind]] = {}
     end_of_last = 0
     if granularity == "block":
-        for loop in detection.chain_loops:
+        for loop in detection.loops:
             for index, block in enumerate(loop.blocks):
                 cuts[block.start] = (f"{_identifier(loop.name)}_{index}", "block")
                 cuts.setdefault(block.end, ("glue", "glue"))
@@ -128,7 +129,7 @@ def plan_pieces(
         elif region.start:
             cuts.setdefault(region.start, ("glue", "glue"))
     if not cuts:
-        return [Piece("model", "prologue", 0, tuple(nodes))]
+        return [Piece("model", "region", 0, tuple(nodes))]
     cuts[end_of_last] = ("epilogue", "epilogue")
     for low, high in open_contexts(nodes):
         cuts = {at: label for at, label in cuts.items() if not low < at <= high}
@@ -142,6 +143,8 @@ def plan_pieces(
         if early:
             pieces.append(Piece("hoisted", "glue", -1, early))
         name, kind = cuts[start]
+        if kind != "block" and any(start <= block.start < end for loop in detection.loops for block in loop.blocks):
+            kind = "region"
         pieces.append(Piece(name, kind, start, tuple(node for node in nodes[start:end] if node not in hoisted)))
     return [piece for piece in pieces if piece.nodes]
 

@@ -222,7 +222,7 @@ def test_the_branch_changes_nothing_under_inductor():
 def test_alike_blocks_are_compiled_once():
     inner = CountingBackend()
     denoise(compiled(make(blocks=12), OPTIONS | {"inner_backend": inner}))
-    assert inner.pieces == 3  # prologue, block, epilogue
+    assert inner.pieces == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ def test_two_models_of_one_class_share_a_graph_but_no_state():
         for timestep in FALLING:
             for index, model in enumerate(fast):
                 hidden[index] = hidden[index] - 0.05 * model(hidden[index], torch.tensor([timestep]), TEXT)
-    assert inner.pieces - before == 3, "not one graph"
+    assert inner.pieces - before == 1, "not one graph"
     for index, model in enumerate(fast):
         assert torch.equal(hidden[index], expected[index][0])
         assert decisions(model) == expected[index][1]
@@ -414,7 +414,7 @@ def test_no_cache_wanted():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(denoise(fast), denoise(model))
-    assert inner.pieces == 3 and summary(fast) == []
+    assert inner.pieces == 1 and summary(fast) == []
 
 
 def test_frozen_weights_under_grad_mode_are_cached():

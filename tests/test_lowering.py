@@ -152,23 +152,26 @@ def test_submodules_are_never_shared():
 
 
 @pytest.mark.parametrize(
-    "module, extra, distinct",
+    "module, extra, blocks, distinct",
     [
-        (models.Toy, (), 3),
-        (lambda: models.Toy(9), (), 3),
-        (models.TwoLoops, (text(),), 4),
-        (models.LastDiffers, (text(),), 3),
+        (models.Toy, (), 1, 3),
+        (lambda: models.Toy(9), (), 1, 3),
+        (models.TwoLoops, (text(),), 2, 4),
+        (models.LastDiffers, (text(),), 2, 3),
     ],
 )
-def test_twins_are_compiled_once(module, extra, distinct):
+@pytest.mark.parametrize("pieces", ["blocks", "all"])
+def test_twins_are_compiled_once(module, extra, blocks, distinct, pieces):
+    """And of what is no block, nothing is compiled that was not asked for."""
     graph, inner = capture(module(), *models.inputs(), *extra), Counting()
-    gm, count = lowered(graph, inner)
-    assert count == len(inner.pieces) == distinct
+    gm, count = lowered(graph, inner, compiled_pieces=pieces)
+    expected = distinct if pieces == "all" else blocks
+    assert count == distinct and len(inner.pieces) == expected
     assert graph.same(gm, Computes())
     cache = Restores()
     assert graph.same(gm, cache) and graph.same(gm, cache)
     held = [m for m in gm.modules() if isinstance(m, Lowered)]
-    assert len({id(m) for m in held}) == distinct
+    assert len({id(m) for m in held}) == expected
 
 
 def test_a_different_constant_is_compiled_by_itself():
@@ -228,7 +231,7 @@ def test_flux_has_five_pieces_at_any_length():
             inputs = models.flux_inputs(*shape)
             assert torch.equal(fast(**inputs)[0], model(**inputs)[0])
             counts.append(len(inner.pieces))
-    assert counts == [5, 10, 10, 10]
+    assert counts == [3, 6, 6, 6]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,7 +248,7 @@ def test_aot_eager():
 
 @pytest.mark.slow
 def test_inductor_at_three_resolutions(monkeypatch):
-    """Two and three blocks: prologue, two kinds of block, epilogue, once for all sizes."""
+    """Two and three blocks: two kinds of block, once for all sizes."""
     module = models.TwoLoops(2, 3).eval()
     found, original = [], compile_fx.compile_fx
 
@@ -263,4 +266,4 @@ def test_inductor_at_three_resolutions(monkeypatch):
                 torch._dynamo.mark_dynamic(tensor, dims)
             torch.testing.assert_close(fast(*inputs), module(*inputs), rtol=1e-4, atol=1e-5)
             counts.append(len(found))
-    assert counts == [4, 4, 4]
+    assert counts == [2, 2, 2]

@@ -223,6 +223,7 @@ OTHER_STRUCTURE = {
     "inner_options": {"a": 1},
     "mode": "lite",
     "granularity": "region",
+    "compiled_pieces": "all",
     "scope": "loop",
     "passes": {"a": False},
     "timestep": "t",
