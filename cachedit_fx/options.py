@@ -442,9 +442,8 @@ class Options:
     granularity: str = _setting("block", choice("block", "region"))
     """What is compiled as one piece: a block (few distinct ones, fast to compile), or a whole region (more fusion)."""
     compiled_pieces: str = _setting("blocks", choice("blocks", "all"))
-    """What the inner backend compiles: blocks, which are most of the work and alike; or prologue, glue and epilogue too,
-    which cost more to compile than they save in thousands of steps, but for a server that is no matter. A "region" is
-    always compiled with all that is in it."""
+    """What the inner backend compiles: blocks, which are most of the work and alike; or prologue, glue and epilogue
+    too, which cost more to compile than they save in thousands of steps. A "region" is always compiled as a whole."""
     scope: str = _setting(None, choice("model", "loop"))
     """One bypassed region over the chain of all block loops, or one for each loop. None becomes "model", or "loop" with
     `params_modifiers`."""
