@@ -4,8 +4,8 @@
     blocks_1 ─┼─ one key ──► inner compiler ──► one callable, called with each block's own weights
     blocks_2 ─┘
 
-Blocks are compiled, refiners' too; prologue, glue and epilogue run as they were captured, since they cost more to
-compile than they save, unless `compiled_pieces="all"` asks for them.
+Pieces that hold blocks are compiled, refiners too; prologue, glue and epilogue run as they were captured, since they
+cost more to compile than they save, unless `compiled_pieces="all"` asks for them.
 
 The key is a piece's structure: targets, constants, wiring, and of its inputs the shapes, strides, dtypes, devices and
 tensor-subclass metadata. Weights are inputs, so two blocks of a model have one key, and a model of 57 blocks has a

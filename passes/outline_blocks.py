@@ -5,7 +5,7 @@
     ... 130 nodes ...               blocks_1 = self.blocks_1(hidden_1, text_1, temb, weight_1, ...)
 
 Alike blocks become alike modules (inputs in the order of first use, outputs in the order they are made), so that the
-lowering compiles one of them for all. With `granularity="block"` every block is a piece, refiners' too; with "region"
+lowering compiles one of them for all. With `granularity="block"` every block of the chain is a piece; with "region"
 the pieces are head, region and tail. Glue that only moves data stays in the outer graph.
 
 With `canonical_layout`, carried values and a region's results leave their pieces contiguous: a block that hands on a
@@ -86,7 +86,7 @@ class OutlineBlocks(Pass):
         pieces = plan_pieces(nodes, detection, regions, self.granularity)
         streams = {
             value
-            for loop in detection.loops
+            for loop in detection.chain_loops
             for carried in loop.carried
             for value in (*carried.inputs, *carried.outputs)
             if value is not None
@@ -116,7 +116,7 @@ def plan_pieces(
     cuts: dict[int, tuple[str, Kind]] = {}
     end_of_last = 0
     if granularity == "block":
-        for loop in detection.loops:
+        for loop in detection.chain_loops:
             for index, block in enumerate(loop.blocks):
                 cuts[block.start] = (f"{_identifier(loop.name)}_{index}", "block")
                 cuts.setdefault(block.end, ("glue", "glue"))
