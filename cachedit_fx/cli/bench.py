@@ -15,6 +15,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from cachedit_fx.cli import timings
 from cachedit_fx.cli.demo import InnerBackend, check_compiler
 from cachedit_fx.cli.terminal import check_folder, console, errors, machine, progress_bar, quiet, whole_files
 
@@ -74,6 +75,36 @@ def bench(
             show_default="this one",
         ),
     ] = sys.executable,
+    cold: Annotated[
+        bool,
+        typer.Option(
+            "--cold",
+            help="In place of all that: seconds to the first steps of a random FLUX, by ours and by others, from an "
+            "empty cache folder and from a full one; written to [b]cold.md[/b]. --only picks ways by name.",
+            rich_help_panel=_Panel.what,
+        ),
+    ] = False,
+    overhead: Annotated[
+        bool,
+        typer.Option(
+            "--overhead",
+            help="In place of all that: what a cached and a computed step of a random FLUX cost over the compiled "
+            "pieces, the uncached graph, torch.compile and eager; written to [b]overhead.md[/b]. Takes --rounds (of "
+            "one call each; some 30) and --inner-backend.",
+            rich_help_panel=_Panel.what,
+        ),
+    ] = False,
+    blocks: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--blocks",
+            metavar="N",
+            min=3,
+            max=1000,
+            help="Of the random FLUX; may be repeated.  [dim]\\[default: 18 and 57][/dim]",
+            rich_help_panel=_Panel.what,
+        ),
+    ] = None,
     list_rows: Annotated[
         bool, typer.Option("--list", help="Show the rows, and exit.", rich_help_panel=_Panel.what)
     ] = False,
@@ -195,6 +226,9 @@ def bench(
     from cachedit_fx.bench.systems import EntryError
 
     try:
+        if cold or overhead:
+            _time(cold, overhead, blocks or list(timings.DEPTHS), only or [], rounds, inner_backend.value, out)
+            return
         rows, notes = _rows(config, steps, peers, peer_python, only or [])
         if list_rows:
             _show(rows)
@@ -222,6 +256,22 @@ def bench(
     except (BenchmarkError, OSError) as error:
         errors.print(f"[bold red]error:[/bold red] {escape(str(error))}")
         raise typer.Exit(1) from None
+
+
+def _time(
+    cold: bool, overhead: bool, blocks: Sequence[int], only: Sequence[str], rounds: int, inner: str, out: Path
+) -> None:
+    """`--cold`, `--overhead`, or both."""
+    obstacle = check_folder(out)
+    if obstacle:
+        raise typer.BadParameter(obstacle, param_hint="--out")
+    check_compiler("inductor" if cold else inner)
+    if overhead and not rounds:
+        raise typer.BadParameter("nothing is timed in 0 rounds; some 30 give steady medians", param_hint="--rounds")
+    if cold:
+        timings.cold(blocks, only, out)
+    if overhead:
+        timings.overhead(blocks, rounds, 1, inner, out)
 
 
 def _rows(

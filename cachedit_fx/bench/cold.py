@@ -1,0 +1,146 @@
+"""How long a model takes from `compile` to its first computed and first cached step, in a process of its own.
+
+    for each depth, for each way to compile:
+        cold   a new process, an empty folder for inductor's caches
+        warm   another process, the same folder
+        sizes  three resolutions in the warm process's place, dynamic shapes: seconds of the first call at each
+
+`capture` is dynamo alone (`backend="eager"`): it is linear in depth, part of every way but `compile_repeated_blocks`,
+and not the compiler's to change, so the table has times with and without it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cachedit_fx.bench.flux import Size, inputs, make, size_of
+from cachedit_fx.bench.process import BenchmarkError
+
+CAPTURE, OURS, REPEATED = "capture", "cachedit_fx", "compile_repeated_blocks"
+
+WAYS: dict[str, Callable[[Any], None]] = {
+    CAPTURE: lambda module: module.compile(backend="eager"),
+    REPEATED: lambda module: module.compile_repeated_blocks(),
+    OURS: lambda module: _cachedit(module),
+    f"{OURS}, all pieces": lambda module: _cachedit(module, compiled_pieces="all"),
+    f"{OURS}, region": lambda module: _cachedit(module, granularity="region"),
+    "torch.compile": lambda module: module.compile(),
+    "cache-dit": lambda module: _cache_dit(module),
+}
+"""How a module is compiled, by name."""
+
+CALLS = 4
+"""Of the model: two of ours are computed, two cached."""
+SIDES = (12, 14, 16)
+"""Resolutions, in tokens a side, of the run with several."""
+
+
+def _cachedit(module: Any, **options: Any) -> None:
+    import cachedit_fx
+
+    cachedit_fx.compile(
+        module, steps_computation_mask="10" * CALLS, steps_computation_policy="static", Fn_compute_blocks=1, **options
+    )
+
+
+def _cache_dit(module: Any) -> None:
+    import cache_dit
+    from cache_dit import BlockAdapter, ForwardPattern
+
+    patterns = [ForwardPattern.Pattern_1, ForwardPattern.Pattern_1]
+    adapter = BlockAdapter(
+        transformer=module,
+        blocks=[module.transformer_blocks, module.single_transformer_blocks],
+        forward_pattern=patterns,
+    )
+    config = cache_dit.DBCacheConfig(
+        Fn_compute_blocks=1, max_warmup_steps=1, residual_diff_threshold=10.0, num_inference_steps=CALLS
+    )
+    cache_dit.enable_cache(adapter, cache_config=config)
+    module.compile()
+
+
+@dataclass(frozen=True)
+class Start:
+    """One process's figures, in seconds."""
+
+    way: str
+    blocks: int
+    warm: bool
+    calls: tuple[float, ...]
+    """Of each call; the first has the compilation in it."""
+    sizes: tuple[float, ...] = ()
+    """Of the first call at each of `SIDES`."""
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.calls)
+
+
+def measure(
+    depths: Sequence[int], ways: Sequence[str], tell: Callable[[str], None], failed: Callable[[str], None]
+) -> Iterator[Start]:
+    """Run all processes, one after the other, and give their figures as they come. A way that does not work here, such
+    as a peer that is not installed, is told to `failed`, and left out."""
+    for blocks in depths:
+        for way in ways:
+            with tempfile.TemporaryDirectory(prefix="cachedit-cold-") as folder:
+                for warm in (False, True):
+                    tell(f"{way}, {blocks} blocks, {'warm' if warm else 'cold'}")
+                    try:
+                        yield _run(way, blocks, warm, folder)
+                    except BenchmarkError as error:
+                        failed(str(error))
+                        break
+
+
+def _run(way: str, blocks: int, warm: bool, folder: str) -> Start:
+    request = json.dumps({"way": way, "blocks": blocks, "warm": warm})
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-m", "cachedit_fx.bench.cold", request]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise BenchmarkError(f"{way} with {blocks} blocks failed: {last}")
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return Start(**answer | {name: tuple(answer[name]) for name in ("calls", "sizes")})
+
+
+def start(way: str, blocks: int, warm: bool) -> Start:
+    """In the process itself: compile, and call until a computed and a cached step have run."""
+    import torch
+
+    torch.set_num_threads(1)
+    size = size_of(blocks)
+    module = make(size)
+    given = [inputs(size, step) for step in range(CALLS)]
+    calls: list[float] = []
+    with torch.no_grad():
+        begun = time.perf_counter()
+        WAYS[way](module)
+        for arguments in given:
+            module(**arguments)
+            now = time.perf_counter()
+            calls.append(now - begun)
+            begun = now
+        sizes = [_first_call(module, size._replace(side=side)) for side in SIDES] if warm else []
+    return Start(way, blocks, warm, tuple(calls), tuple(sizes))
+
+
+def _first_call(module: Any, size: Size) -> float:
+    arguments = inputs(size)
+    begun = time.perf_counter()
+    module(**arguments)
+    return time.perf_counter() - begun
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(start(**json.loads(sys.argv[1])))))

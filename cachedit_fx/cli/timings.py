@@ -1,0 +1,122 @@
+"""`cachedit bench --cold` and `--overhead`: what start-up costs, and what a step costs beyond the pieces it runs."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from cachedit_fx.cli.terminal import console, errors, machine, progress_bar, quiet, whole_files
+
+if TYPE_CHECKING:
+    from cachedit_fx.bench.cold import Start
+    from cachedit_fx.bench.overhead import Overhead
+
+DEPTHS = (18, 57)
+Cells = list[list[str]]
+
+
+def cold(depths: Sequence[int], ways: Sequence[str], out: Path) -> None:
+    """Measure start-up at each depth, show the table, and write `cold.md`. Ctrl-C keeps what is measured."""
+    from cachedit_fx.bench.cold import CAPTURE, WAYS, measure
+
+    chosen = [way for way in WAYS if way == CAPTURE or not ways or any(text in way for text in ways)]
+    found: list[Start] = []
+    with progress_bar(2 * len(depths) * len(chosen), "processes") as (progress, task):
+
+        def tell(what: str) -> None:
+            progress.update(task, description=what)
+
+        def told(failure: str) -> None:
+            errors.print(f"[yellow]{escape(failure)}[/yellow]")
+
+        try:
+            for start in measure(depths, chosen, tell, told):
+                found.append(start)
+                progress.update(task, advance=1)
+        except KeyboardInterrupt:
+            errors.print("interrupted: what follows is what was measured")
+    _finish("cold", "Start-up", cold_cells(found), out, _COLD)
+
+
+def overhead(depths: Sequence[int], rounds: int, first: int, inner: str, out: Path) -> None:
+    """Measure steps at each depth, show the table, and write `overhead.md`."""
+    with quiet():
+        from cachedit_fx.bench.flux import size_of
+        from cachedit_fx.bench.overhead import measure
+
+    found: list[Overhead] = []
+    with progress_bar(len(depths), "models") as (progress, task):
+        for blocks in depths:
+
+            def tell(what: str) -> None:
+                progress.update(task, description=what)
+
+            found.append(measure(size_of(blocks), rounds, first, tell, inner_backend=inner))
+            progress.update(task, advance=1)
+    _finish("overhead", f"Steps, F = {first}, inner backend {inner}", overhead_cells(found), out, _OVERHEAD)
+
+
+_COLD = (
+    "Seconds from the call of `compile` to the end of four steps (ours: two computed, two cached), one thread, in a "
+    "new process; cold: an empty folder for inductor's caches, warm: the same folder in another process. `- capture`: "
+    'less the time of `backend="eager"`, dynamo\'s own. `sizes`: the first call at three resolutions, warm.'
+)
+_OVERHEAD = "Medians over calls by turns, one thread, batch 1; `pieces alone`: the compiled pieces of a cached step."
+
+
+def cold_cells(found: Sequence[Start]) -> Cells:
+    """The table of start-up, a row for each way and depth, headings first."""
+    from cachedit_fx.bench.cold import CAPTURE, REPEATED
+
+    by = {(start.way, start.blocks, start.warm): start for start in found}
+    cells = [["blocks", "compiled by", "cold", "- capture", "over repeated", "warm", "- capture", "sizes"]]
+    for way, blocks in dict.fromkeys((start.way, start.blocks) for start in found):
+        row = [str(blocks), way]
+        capture, repeated = by.get((CAPTURE, blocks, False)), by.get((REPEATED, blocks, False))
+        for warm in (False, True):
+            start = by.get((way, blocks, warm))
+            own = start and capture and way not in (CAPTURE, REPEATED) and start.seconds - capture.seconds
+            row += [f"{start.seconds:.1f}" if start else "", f"{own:.1f}" if own else ""]
+            if not warm:
+                row.append(f"{own / repeated.seconds:.2f}" if own and repeated else "")
+        last = by.get((way, blocks, True))
+        cells.append([*row, ", ".join(f"{size:.1f}" for size in last.sizes) if last else ""])
+    return cells
+
+
+def overhead_cells(found: Sequence[Overhead]) -> Cells:
+    """The table of steps: every kind's milliseconds, then ratios; headings first."""
+    from cachedit_fx.bench.overhead import RATIOS
+
+    cells = [["blocks", "step", "ms", "over", "ratio", "extra ms"]]
+    for item in found:
+        for name, seconds in item.seconds.items():
+            cells.append([str(item.blocks), name, f"{1e3 * median(seconds):.2f}", "", "", ""])
+        for above, below in RATIOS:
+            ratio, extra = item.ratio(above, below), 1e3 * item.extra(above, below)
+            cells.append([str(item.blocks), above, "", below, f"{ratio:.3f}", f"{extra:+.2f}"])
+    return cells
+
+
+def _finish(name: str, title: str, cells: Cells, out: Path, explanation: str) -> None:
+    headings, *rows = cells
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if index == 1 else "right")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+    command = shlex.join(["cachedit", *sys.argv[1:]])
+    lines = [f"# {title}", "", f"`{command}`, on {machine()}.", "", explanation, ""]
+    lines += [f"| {' | '.join(row)} |" for row in (headings, ["---"] * len(headings), *rows)]
+    with whole_files(out) as folder:
+        (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
+    console.print(f"written: {out / f'{name}.md'}")
