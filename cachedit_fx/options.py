@@ -121,6 +121,8 @@ class DBCacheConfig:
     """Last blocks, computed at every step; they smooth out what the bypass approximates."""
     residual_diff_threshold: float = _setting(0.08, Rule(_is_number, "a number (a ratio; 0 or less = never reuse)"))
     """The middle is bypassed where the relative L1 difference lies below this. A ratio, without unit."""
+    downsample_factor: int = _setting(1, integer(1, "a number of tokens"))
+    """Of the hidden states' tokens every n-th is compared; the others are not read. 1 = all."""
     max_accumulated_residual_diff_threshold: float | None = _setting(
         None, _optional(Rule(lambda value: _is_number(value) and value >= 0, "a number >= 0 (a sum of ratios)"))
     )

@@ -2,23 +2,256 @@
 
     r = H_F - H_in                      d = sum|r_prev - r| / (sum|r_prev| + eps)
 
-Reduced in float32 whatever the model's dtype; with bfloat16 sums, as elsewhere in use, neighbouring steps become equal.
+One pass: reads H_F, H_in and r_prev, writes r, and reduces both sums in float32 whatever the model's dtype; with
+bfloat16 sums, as elsewhere in use, neighbouring steps become equal. Two stages, each in a fixed order, so that the same
+inputs give the same d to the bit: partial sums of each tile, then their total. Several r_prev (the CFG branches that a
+call may turn out to be) are compared in the same pass.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Sequence
+
 import torch
+
+from cachedit_fx.kernels.base import (
+    NUM_WARPS,
+    TILE,
+    TYPES,
+    Layout,
+    Variant,
+    blocks,
+    elements_of_tile,
+    jit,
+    layout,
+    library,
+    runs_on_triton,
+    tl,
+)
 
 EPSILON = 1e-30
 """Keeps 0/0 apart from a number: two zero residuals have difference 0."""
+MAX_PREVIOUS = 2
+"""Residuals that one launch compares with."""
+FINISH_BLOCK, FINISH_WARPS = 4096, 16
 
 
-def residual(hidden: torch.Tensor, reference: torch.Tensor | None) -> torch.Tensor:
-    """r = hidden - reference in float32, shape of `hidden`; float32 `hidden` itself where there is no reference."""
+@jit
+def _partial_sums(
+    hidden_ptr,
+    base_ptr,
+    previous_ptrs,
+    out_ptr,
+    partial_ptr,
+    n_rows,
+    n_cols,
+    hidden_sample_stride,
+    hidden_row_stride,
+    base_sample_stride,
+    base_row_stride,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """r of one tile, and for each of `previous_ptrs` the tile's two sums, at [2k, program] and [2k + 1, program]."""
+    program = tl.program_id(0)
+    sample, rows, cols, mask = elements_of_tile(program, n_rows, n_cols, BLOCK_ROWS, BLOCK_COLS)
+    at = sample * hidden_sample_stride + rows * hidden_row_stride + cols
+    r = tl.load(hidden_ptr + at, mask, other=0.0).to(tl.float32)
+    if base_ptr is not None:
+        at = sample * base_sample_stride + rows * base_row_stride + cols
+        r -= tl.load(base_ptr + at, mask, other=0.0).to(tl.float32)
+    at = (sample * n_rows + rows) * n_cols + cols
+    if out_ptr is not None:
+        tl.store(out_ptr + at, r, mask)
+    for k in tl.static_range(len(previous_ptrs)):
+        previous = tl.load(previous_ptrs[k] + at, mask, other=0.0)
+        row = partial_ptr + 2 * k * tl.num_programs(0) + program
+        tl.store(row, tl.sum(tl.abs(previous - r)))
+        tl.store(row + tl.num_programs(0), tl.sum(tl.abs(previous)))
+
+
+@jit
+def _finish(partial_ptr, out_ptr, n_partials, eps, BLOCK_SIZE: tl.constexpr):
+    """d of sample program_id(0) against r_prev number program_id(1), from `n_partials` tiles a sample."""
+    sample, k = tl.program_id(0), tl.program_id(1)
+    change_ptr = partial_ptr + (2 * k * tl.num_programs(0) + sample).to(tl.int64) * n_partials
+    size_ptr = change_ptr + tl.num_programs(0).to(tl.int64) * n_partials
+    change = tl.zeros((BLOCK_SIZE,), tl.float32)
+    size = tl.zeros((BLOCK_SIZE,), tl.float32)
+    for start in range(0, n_partials, BLOCK_SIZE):
+        at = start + tl.arange(0, BLOCK_SIZE)
+        change += tl.load(change_ptr + at, at < n_partials, other=0.0)
+        size += tl.load(size_ptr + at, at < n_partials, other=0.0)
+    difference = tl.sum(change) / (tl.sum(size) + eps)
+    tl.store(out_ptr + sample * tl.num_programs(1) + k, difference)
+
+
+def launch(
+    hidden: torch.Tensor,
+    base: torch.Tensor | None,
+    previous: Sequence[torch.Tensor],
+    out: torch.Tensor | None,
+    per_sample: bool = False,
+) -> torch.Tensor:
+    """As `l1_diff`, by the kernels above: one launch for the pass, one for the total.
+
+    Raises:
+        ValueError: with more than `MAX_PREVIOUS` residuals to compare with.
+    """
+    if len(previous) > MAX_PREVIOUS:
+        raise ValueError(f"{len(previous)} residuals to compare with; one launch takes {MAX_PREVIOUS}")
+    seen = layout((hidden, base), per_sample)
+    if seen is None:
+        hidden, base = hidden.contiguous(), None if base is None else base.contiguous()
+        seen = layout((hidden, base), per_sample)
+    assert isinstance(seen, Layout)
+    groups = hidden.shape[0] if per_sample else 1
+    differences = torch.zeros((groups, len(previous)), dtype=torch.float32, device=hidden.device)
+    if not hidden.numel():
+        return differences if per_sample else differences[0]
+    programs = seen.samples * seen.tiles
+    partial = torch.empty((2 * len(previous), programs), dtype=torch.float32, device=hidden.device)
+    _partial_sums[(programs,)](
+        hidden,
+        base,
+        tuple(previous),
+        out,
+        partial,
+        seen.rows,
+        seen.cols,
+        *seen.strides(hidden),
+        *seen.strides(base),
+        *seen.tile,
+        num_warps=NUM_WARPS,
+    )
+    if previous:
+        _finish[(groups, len(previous))](
+            partial, differences, programs // groups, EPSILON, FINISH_BLOCK, num_warps=FINISH_WARPS
+        )
+    return differences if per_sample else differences[0]
+
+
+def variants() -> Iterator[Variant]:
+    """Every specialisation that `launch` can choose."""
+    strides = ("hidden_sample_stride", "hidden_row_stride", "base_sample_stride", "base_row_stride")
+    choices = itertools.product(
+        (torch.bfloat16, torch.float16, torch.float32), range(MAX_PREVIOUS + 1), (True, False), (True, False), (1, 2)
+    )
+    for dtype, count, has_base, aligned, rows in choices:
+        if not count and not has_base:
+            continue
+        pointer = f"*{TYPES[dtype]}"
+        block_rows, block_cols = Layout(1, rows, 1).tile
+        yield Variant(
+            _partial_sums,
+            f"l1_diff {TYPES[dtype]}, {count} previous{'' if has_base else ', no base'}, "
+            f"{'row' if rows == 1 else 'rows'}{'' if aligned else ', unaligned'}",
+            {
+                "hidden_ptr": pointer,
+                "base_ptr": pointer if has_base else None,
+                "previous_ptrs": ("*fp32",) * count,
+                "out_ptr": "*fp32" if has_base else None,
+                "partial_ptr": "*fp32",
+                "n_rows": "i32",
+                "n_cols": "i32",
+                **dict.fromkeys(strides, "i32"),
+                "BLOCK_ROWS": "constexpr",
+                "BLOCK_COLS": "constexpr",
+            },
+            {"BLOCK_ROWS": block_rows, "BLOCK_COLS": block_cols},
+            read_bytes=TILE * (dtype.itemsize * (1 + has_base) + 4 * count),
+            written_bytes=TILE * 4 * has_base,
+            written_once=8 * count,
+            aligned=aligned,
+            multiples=frozenset({"n_cols", *strides}),
+        )
+    for aligned in (True, False):
+        yield Variant(
+            _finish,
+            f"l1_diff, total{'' if aligned else ', unaligned'}",
+            {"partial_ptr": "*fp32", "out_ptr": "*fp32", "n_partials": "i32", "eps": "fp32", "BLOCK_SIZE": "constexpr"},
+            {"BLOCK_SIZE": FINISH_BLOCK},
+            read_bytes=8 * FINISH_BLOCK,
+            written_once=4,
+            num_warps=FINISH_WARPS,
+            aligned=aligned,
+            multiples=frozenset({"n_partials"}),
+        )
+
+
+def l1_diff(
+    hidden: torch.Tensor,
+    base: torch.Tensor | None,
+    previous: Sequence[torch.Tensor],
+    out: torch.Tensor | None,
+    per_sample: bool = False,
+) -> torch.Tensor:
+    """Write r = hidden - base to `out`, and return d against each of `previous`.
+
+    Args:
+        hidden, base: one shape and dtype, any strides. Without a base r is `hidden` itself, and nothing is written.
+        previous: earlier r, at most `MAX_PREVIOUS`, of the same shape; float32, contiguous.
+        out: like one of `previous`, and none of them; None exactly where there is no base.
+        per_sample: a d for each index of the first dimension.
+
+    Returns:
+        float32, [len(previous)] or [samples, len(previous)], on the inputs' device. Not finite where an input is not.
+
+    Raises:
+        ValueError: where only one of `base` and `out` is given, or with too many of `previous`.
+    """
+    if (base is None) is not (out is None):
+        raise ValueError("l1_diff: out goes with base, since without a base r is hidden itself")
+    if runs_on_triton(hidden, base, *previous, out) and hidden.dtype in (torch.bfloat16, torch.float16, torch.float32):
+        return launch(hidden, base, previous, out, per_sample)
+    return _in_blocks(hidden, base, previous, out, per_sample)
+
+
+def _in_blocks(
+    hidden: torch.Tensor,
+    base: torch.Tensor | None,
+    previous: Sequence[torch.Tensor],
+    out: torch.Tensor | None,
+    per_sample: bool,
+) -> torch.Tensor:
+    """As `l1_diff`, by torch's ops, on parts that stay in a CPU's cache. Sums of parts are added in float64."""
+    if per_sample:
+        found = []
+        for i in range(hidden.shape[0]):
+            part, part_base, part_out = (None if x is None else x[i] for x in (hidden, base, out))
+            assert part is not None
+            found.append(_in_blocks(part, part_base, [earlier[i] for earlier in previous], part_out, False))
+        return torch.stack(found) if found else hidden.new_empty((0, len(previous)), dtype=torch.float32)
+    norm = torch.linalg.vector_norm
+    sums: list[list[torch.Tensor]] = []
+    for part, part_base, part_out, *earlier in blocks(hidden, base, out, *previous):
+        if part_out is not None:
+            part = part_out.copy_(part).sub_(part_base)
+        sums.append([norm(x, 1) for before in earlier for x in (before - part, before)])
+    if not previous:
+        return hidden.new_empty((0,), dtype=torch.float32)
+    totals = [torch.stack(parts).double().sum() if len(parts) > 1 else parts[0] for parts in zip(*sums, strict=True)]
+    pairs = zip(totals[::2], totals[1::2], strict=True)
+    return torch.stack([(change / (size + EPSILON)).float() for change, size in pairs])
+
+
+library.define("l1_diff(Tensor hidden, Tensor? base, Tensor[] previous, Tensor(a!)? out, bool per_sample) -> Tensor")
+library.impl("l1_diff", l1_diff, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("cachedit_fx::l1_diff")
+def _(hidden, base, previous, out, per_sample):
+    shape = (hidden.shape[0], len(previous)) if per_sample else (len(previous),)
+    return hidden.new_empty(shape, dtype=torch.float32)
+
+
+def residual(hidden: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
+    """The reference: r = hidden - base in float32, shape of `hidden`; `hidden` in float32 where there is no base."""
     hidden = hidden.detach().to(torch.float32)
-    return hidden if reference is None else hidden - reference.detach()
+    return hidden if base is None else hidden - base.detach()
 
 
 def l1_difference(previous: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
-    """d as a 0-d float32 tensor on the inputs' device. Inputs: float32, one shape. Not finite where an input is not."""
+    """The reference: d as a 0-d float32 tensor. Inputs: float32, one shape. Not finite where an input is not."""
     return (previous - current).abs().sum() / (previous.abs().sum() + EPSILON)

@@ -1,66 +1,222 @@
-"""Storing what a region adds to the values that run through it, and adding it again where the region is bypassed.
+"""Bypassing a region: the values that run through it, and what it is predicted to add to them.
 
-    store:   residual = result - base            apply:   result = base + sum_j c_j residual_j
+    result = base + sum_j c_j residual_j
 
-One residual of weight 1 repeats the latest computed step; more of them, with a calibrator's weights, predict.
+One residual of weight 1 repeats the latest computed step; more of them, with a calibrator's weights, predict. One pass
+whatever the number of residuals: reads the base and each residual, writes the result. All results of a region are
+written by one launch; a program finds its result by its number.
 
-Residuals are kept one precision up (float32 for 16-bit values, float64 for float32 ones): base + (result - base) in the
-values' own precision is not `result`, and reuse on identical inputs must reproduce it to the bit. It does while the
-result is not smaller than its base by a factor of 2^12 (float16), 2^15 (bfloat16) or 2^28 (float32); beyond, the error
-is a rounding of the base.
+Summed in float32, in float64 where a residual is float64; the weights are float32. One residual of weight 1 gives
+back, to the bit, the result that `residual_store` took it from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import torch
 
-_WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
+from cachedit_fx.kernels.base import (
+    NUM_WARPS,
+    TILE,
+    TYPES,
+    Layout,
+    Variant,
+    blocks,
+    elements_of_tile,
+    jit,
+    launch_groups,
+    library,
+    runs_on_triton,
+    tl,
+)
+
+MAX_RESULTS = 2
+"""Results that one launch writes: the hidden states and the text, as a rule."""
+MAX_TERMS = 6
+"""Residuals of each that one launch adds up: those of the fifth order."""
 
 
-def residual_dtype(value: torch.Tensor, kind: str = "wider") -> torch.dtype:
-    """The dtype that the residual of `value` is kept in: "wider" than its own, "float32", or its own ("model"). Whole
-    numbers stay what they are. Metal has no float64: there, float32 stays float32."""
-    if kind == "model" or not value.is_floating_point():
-        return value.dtype
-    wider = torch.float32 if kind == "float32" else _WIDER.get(value.dtype, value.dtype)
-    return torch.float32 if wider is torch.float64 and value.device.type == "mps" else wider
+@jit
+def _apply_tile(
+    out_ptr,
+    base_ptr,
+    stored_ptrs,
+    weights,
+    n_rows,
+    n_cols,
+    base_sample_stride,
+    base_row_stride,
+    tile,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    sample, rows, cols, mask = elements_of_tile(tile, n_rows, n_cols, BLOCK_ROWS, BLOCK_COLS)
+    at = (sample * n_rows + rows) * n_cols + cols
+    dtype: tl.constexpr = tl.float64 if stored_ptrs[0].dtype.element_ty == tl.float64 else tl.float32
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype)
+    if base_ptr is not None:
+        total += tl.load(base_ptr + sample * base_sample_stride + rows * base_row_stride + cols, mask).to(dtype)
+    for j in tl.static_range(len(stored_ptrs)):
+        total += tl.load(stored_ptrs[j] + at, mask).to(dtype) * weights[j]
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask)
 
 
-def residual_like(result: torch.Tensor, kind: str = "wider") -> torch.Tensor:
-    """An empty, contiguous buffer for the residual of `result`, usable with and without inference mode."""
-    with torch.inference_mode(False):
-        return torch.empty(result.shape, dtype=residual_dtype(result, kind), device=result.device)
+@jit
+def _apply(
+    out_ptrs,
+    base_ptrs,
+    stored_ptrs,
+    weights,
+    starts,
+    n_rows,
+    n_cols,
+    base_sample_strides,
+    base_row_strides,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """Programs from `starts[i]` on work on result i."""
+    program = tl.program_id(0)
+    for i in tl.static_range(len(out_ptrs)):
+        if (program >= starts[i]) & (program < starts[i + 1]):
+            _apply_tile(
+                out_ptrs[i],
+                base_ptrs[i],
+                stored_ptrs[i],
+                weights,
+                n_rows[i],
+                n_cols[i],
+                base_sample_strides[i],
+                base_row_strides[i],
+                program - starts[i],
+                BLOCK_ROWS,
+                BLOCK_COLS,
+            )
 
 
-def laid_out(value: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
-    """`value` with `strides`, copied where it has others: matrix products round differently on another layout. Where
-    elements would share memory (an expanded dimension) it stays as it is."""
-    if value.stride() == tuple(strides) or 0 in strides:
-        return value
-    return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
+def launch(
+    bases: Sequence[torch.Tensor | None],
+    stored: Sequence[Sequence[torch.Tensor]],
+    weights: Sequence[float],
+    outs: Sequence[torch.Tensor],
+) -> None:
+    """As `residual_apply`, by the kernel above: results that are seen alike share a launch, `MAX_RESULTS` at a time.
 
-
-def store_residual(result: torch.Tensor, base: torch.Tensor | None, out: torch.Tensor) -> None:
-    """out = result - base; out = result where there is no base. Any shape; `out` from `residual_like(result)`."""
-    out.copy_(result.detach())
-    if base is not None:
-        out.sub_(base.detach())
-
-
-def apply_residual(
-    base: torch.Tensor | None, stored: Sequence[torch.Tensor], weights: Sequence[float], dtype: torch.dtype
-) -> torch.Tensor:
-    """base + sum_j weights[j] * stored[j] in `dtype`, summed in the precision of `stored`; no base counts as zero.
-
-    A new tensor of the stored ones' shape. One value of weight 1 gives back exactly the result that it was stored from.
+    Raises:
+        ValueError: with more than `MAX_TERMS` residuals of a result.
     """
-    terms = [(value, weight) for value, weight in zip(stored, weights, strict=True) if weight]
-    (value, weight), *others = terms
-    if base is None and weight == 1 and not others:
-        return value.to(dtype, copy=True)
-    total = value * weight if base is None else torch.add(base, value, alpha=weight)
-    for value, weight in others:
+    if len(weights) > MAX_TERMS:
+        raise ValueError(f"{len(weights)} residuals of each result; one launch adds up {MAX_TERMS}")
+    for group in launch_groups(outs, [(base,) for base in bases], MAX_RESULTS):
+        _apply[(group.starts[-1],)](
+            tuple(outs[i] for i in group.members),
+            tuple(base for (base,) in group.operands),
+            tuple(tuple(stored[i]) for i in group.members),
+            tuple(map(float, weights)),
+            group.starts,
+            *group.geometry,
+            *group.tile,
+            num_warps=NUM_WARPS,
+        )
+
+
+def variants() -> Iterator[Variant]:
+    """Every specialisation that `launch` can choose."""
+    kept = [(x, s) for x in (torch.bfloat16, torch.float16) for s in (torch.float32, x)]
+    kept += [(torch.float32, torch.float64), (torch.float32, torch.float32)]
+    looks = [(base, aligned, rows) for base, rows in ((True, 1), (True, 2), (False, 1)) for aligned in (True, False)]
+    strides = ("base_sample_strides", "base_row_strides")
+    counts = itertools.product(range(1, MAX_RESULTS + 1), range(1, MAX_TERMS + 1))
+    for (dtype, state), (results, terms), (has_base, aligned, rows) in itertools.product(kept, counts, looks):
+        block_rows, block_cols = Layout(1, rows, 1).tile
+        yield Variant(
+            _apply,
+            f"residual_apply {TYPES[dtype]}, {results} x {terms} {TYPES[state]}{'' if has_base else ', no base'}, "
+            f"{'row' if rows == 1 else 'rows'}{'' if aligned else ', unaligned'}",
+            {
+                "out_ptrs": (f"*{TYPES[dtype]}",) * results,
+                "base_ptrs": ((f"*{TYPES[dtype]}" if has_base else None),) * results,
+                "stored_ptrs": ((f"*{TYPES[state]}",) * terms,) * results,
+                "weights": ("fp32",) * terms,
+                "starts": ("i32",) * (results + 1),
+                **dict.fromkeys(("n_rows", "n_cols", *strides), ("i32",) * results),
+                "BLOCK_ROWS": "constexpr",
+                "BLOCK_COLS": "constexpr",
+            },
+            {"BLOCK_ROWS": block_rows, "BLOCK_COLS": block_cols},
+            read_bytes=results * TILE * (dtype.itemsize * has_base + state.itemsize * terms),
+            written_bytes=results * TILE * dtype.itemsize,
+            aligned=aligned,
+            multiples=frozenset({"n_cols", *strides}),
+        )
+
+
+def residual_apply(
+    bases: Sequence[torch.Tensor | None],
+    stored: Sequence[Sequence[torch.Tensor]],
+    weights: Sequence[float],
+    outs: Sequence[torch.Tensor],
+) -> None:
+    """Write base + sum_j weights[j] * residual[j] to each of `outs`.
+
+    Args:
+        bases: for each result the value that goes on, of its shape and dtype, any strides; no base counts as zero.
+        stored: for each result the residuals, one for each weight, of its shape, contiguous; see `residual_dtype`.
+        weights: not zero, one at least, the same for all results.
+        outs: written; any strides. None of the other tensors.
+    """
+    tensors = [*bases, *itertools.chain.from_iterable(stored), *outs]
+    if runs_on_triton(*tensors) and len(weights) <= MAX_TERMS and all(map(_has_kernel, outs, (t[0] for t in stored))):
+        launch(bases, stored, weights, outs)
+        return
+    for base, residuals, out in zip(bases, stored, outs, strict=True):
+        _in_blocks(base, residuals, weights, out)
+
+
+def _has_kernel(out: torch.Tensor, residual: torch.Tensor) -> bool:
+    return out.is_contiguous() and {out.dtype, residual.dtype} <= set(TYPES) and out.dtype is not torch.float64
+
+
+def _in_blocks(
+    base: torch.Tensor | None, residuals: Sequence[torch.Tensor], weights: Sequence[float], out: torch.Tensor
+) -> None:
+    """One result, by torch's ops, on parts that stay in a CPU's cache; `weights` count in full."""
+    for part_out, part_base, *terms in blocks(out, base, *residuals):
+        part_out.copy_(weighted_sum(part_base, terms, weights))
+
+
+def weighted_sum(
+    base: torch.Tensor | None, residuals: Sequence[torch.Tensor], weights: Sequence[float]
+) -> torch.Tensor:
+    """The reference: base + sum_j weights[j] * residuals[j], in float32 where the residuals are of 16 bits, else in
+    their own precision."""
+    if base is None and len(weights) == 1 and weights[0] == 1:
+        return residuals[0]
+    if residuals[0].is_floating_point() and residuals[0].itemsize < 4:
+        residuals = [residual.float() for residual in residuals]
+    (first, *others), (weight, *more) = residuals, weights
+    total = first * weight if base is None else torch.add(base, first, alpha=weight)
+    for value, weight in zip(others, more, strict=True):
         total.add_(value, alpha=weight)
-    return total.to(dtype)
+    return total
+
+
+def _op(
+    bases: Sequence[torch.Tensor | None],
+    stored: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    outs: Sequence[torch.Tensor],
+) -> None:
+    terms = len(weights)
+    residual_apply(bases, [stored[i * terms : (i + 1) * terms] for i in range(len(outs))], weights, outs)
+
+
+library.define("residual_apply(Tensor?[] bases, Tensor[] stored, float[] weights, Tensor(a!)[] outs) -> ()")
+library.impl("residual_apply", _op, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("cachedit_fx::residual_apply")
+def _(bases, stored, weights, outs):
+    return None

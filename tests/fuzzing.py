@@ -216,6 +216,7 @@ def _draw_policy(choose: Choose, first: int) -> tuple[tuple[str, Any], ...]:
     for name, values in (
         ("max_warmup_steps", (1, 0, 2, 8)),
         ("warmup_interval", (1, 2)),
+        ("downsample_factor", (1, 1, 2)),
         ("max_cached_steps", (-1, 0, 1, 2)),
         ("max_continuous_cached_steps", (-1, 0, 1, 2)),
         ("max_accumulated_residual_diff_threshold", (None, 0.0, 0.1)),

@@ -61,8 +61,14 @@ def test_uncached_models_must_say_so():
 
 
 def test_a_wrong_bypass_is_caught(monkeypatch):
-    right = state.apply_residual
-    monkeypatch.setattr(state, "apply_residual", lambda base, *rest: right(base, *rest) + 1e-3)
+    right = state.residual_apply
+
+    def wrong(bases, stored, weights, outs):
+        right(bases, stored, weights, outs)
+        for out in outs:
+            out.add_(1e-3)
+
+    monkeypatch.setattr(state, "residual_apply", wrong)
     with pytest.raises(AssertionError, match="reused on identical inputs"):
         check(Spec())
 

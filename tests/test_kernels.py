@@ -1,4 +1,7 @@
-"""Kernels against float64, and the promise that what was stored comes back to the bit."""
+"""The ops on a CPU against float64, and the promise that what was stored comes back to the bit.
+
+The Triton kernels behind them: test_kernels_interpreted.py.
+"""
 
 import math
 
@@ -8,26 +11,107 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cachedit_fx.kernels.l1_diff import l1_difference, residual
-from cachedit_fx.kernels.residual_apply import apply_residual, residual_dtype, residual_like, store_residual
+from cachedit_fx.kernels import base as kernels_base
+from cachedit_fx.kernels.l1_diff import MAX_PREVIOUS, l1_diff, l1_difference, residual
+from cachedit_fx.kernels.l1_diff import launch as launch_l1_diff
+from cachedit_fx.kernels.quant_fp8 import _collapsed, dequant_fp8, dequantized, quant_fp8, quantized
+from cachedit_fx.kernels.residual_apply import MAX_TERMS, residual_apply, weighted_sum
+from cachedit_fx.kernels.residual_apply import launch as launch_residual_apply
+from cachedit_fx.kernels.residual_store import difference, residual_dtype, residual_like, residual_store
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1,), (1, 1, 1), (2, 7, 5), (1, 33, 129))
 
 
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """So small that every tensor below is cut."""
+    monkeypatch.setattr(kernels_base, "CPU_BLOCK", 7)
+
+
+def sliced(values, extra=3):
+    """`values` as a part of a longer stream; NaN lies around it."""
+    dim = max(values.ndim - 2, 0)
+    whole = [size + 2 * extra * (d == dim) for d, size in enumerate(values.shape)]
+    around = torch.full(whole, math.nan, dtype=values.dtype)
+    return around.narrow(dim, extra, values.shape[dim]).copy_(values)
+
+
+LOOKS = {
+    "contiguous": lambda values: values,
+    "sliced": sliced,
+    "chunk": lambda values: torch.cat([values, values * math.nan], -1).split(values.shape[-1], -1)[0],
+    "transposed": lambda values: values.transpose(0, -1).contiguous().transpose(0, -1),
+}
+
+
+def normal(shape, dtype=torch.float32, look="contiguous"):
+    return LOOKS[look](torch.randn(shape).to(dtype))
+
+
+# l1_diff
+
+
+def expected_difference(hidden, base, previous):
+    """In float64, of residuals rounded to float32: inputs in 16 bits are taken as they are."""
+    r = residual(hidden, base).double()
+    return (previous.double() - r).abs().sum() / previous.double().abs().sum()
+
+
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("look", LOOKS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_difference_agrees_with_float64(shape, dtype):
-    """Inputs in 16 bits are taken as they are: no sum is rounded to their precision."""
-    hidden, before, base = (torch.randn(shape).to(dtype) for _ in range(3))
+def test_difference_agrees_with_float64(dtype, look, shape):
+    hidden, before, base = (normal(shape, dtype, look) for _ in range(3))
     previous, current = residual(before, base), residual(hidden, base)
     assert previous.dtype is current.dtype is torch.float32
-    r_previous = (before.double() - base.double()).float().double()
-    r_current = (hidden.double() - base.double()).float().double()
-    expected = (r_previous - r_current).abs().sum() / r_previous.abs().sum()
-    found = l1_difference(previous, current)
-    assert found.dtype is torch.float32 and found.shape == ()
-    assert math.isclose(found.item(), expected.item(), rel_tol=1e-5)
+    assert torch.equal(current.double(), (hidden.double() - base.double()).float().double())
+    out = torch.empty(shape)
+    found = l1_diff(hidden, base, [previous.contiguous()], out)
+    assert found.dtype is torch.float32 and found.shape == (1,)
+    assert torch.equal(out, current)
+    expected = expected_difference(hidden, base, previous).item()
+    assert math.isclose(found.item(), expected, rel_tol=1e-5)
+    reference = l1_difference(previous, current)
+    assert reference.shape == () and math.isclose(reference.item(), expected, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("look", LOOKS)
+def test_difference_of_small_blocks(small_blocks, look, per_sample):
+    hidden, base = normal((2, 9, 5), torch.bfloat16, look), normal((2, 9, 5), torch.bfloat16)
+    previous, out = torch.randn(2, 2, 9, 5), torch.empty(2, 9, 5)
+    found = l1_diff(hidden, base, list(previous), out, per_sample)
+    assert torch.equal(out, residual(hidden, base))
+    each = [
+        [expected_difference(hidden[i], base[i], before[i]) for before in previous]
+        if per_sample
+        else [expected_difference(hidden, base, before) for before in previous]
+        for i in range(2 if per_sample else 1)
+    ]
+    torch.testing.assert_close(found.view(len(each), 2).double(), torch.tensor(each).double(), rtol=1e-5, atol=0)
+    assert found.shape == ((2, 2) if per_sample else (2,))
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_difference_against_none_only_stores_the_residual(per_sample):
+    hidden, base, out = torch.randn(3, 4, 5), torch.randn(3, 4, 5), torch.empty(3, 4, 5)
+    assert l1_diff(hidden, base, [], out, per_sample).shape == ((3, 0) if per_sample else (0,))
+    assert torch.equal(out, hidden - base)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4, 4), (2, 0, 4)])
+def test_difference_of_nothing_is_zero(shape):
+    x = torch.empty(shape)
+    assert l1_diff(x, x, [x], x.clone()).tolist() == [0]
+    assert l1_diff(x, x, [x], x.clone(), per_sample=True).tolist() == [[0]] * shape[0]
+
+
+def compared(previous, current):
+    """d by the op, with `current` as hidden states and no base; the reference gives the same."""
+    (found,) = l1_diff(current, None, [previous], None)
+    assert torch.equal(found, l1_difference(previous, current.float())) or found.isnan()
+    return found.item()
 
 
 def test_neighbouring_bfloat16_steps_do_not_become_equal():
@@ -35,13 +119,15 @@ def test_neighbouring_bfloat16_steps_do_not_become_equal():
     before = torch.ones(1, 64, 64, dtype=torch.bfloat16)
     now = before.clone()
     now[0, 0, 0] = 2
-    found = l1_difference(residual(before, torch.zeros_like(before)), residual(now, torch.zeros_like(now)))
+    zeros = torch.zeros_like(now)
+    found = l1_diff(now, zeros, [residual(before, zeros)], residual_like(now))
     assert math.isclose(found.item(), 1 / 4096, rel_tol=1e-6)
 
 
-def test_residual_without_reference_is_the_value_itself_in_float32():
+def test_residual_without_base_is_the_value_itself_in_float32():
     hidden = torch.randn(3, dtype=torch.bfloat16)
     assert torch.equal(residual(hidden, None), hidden.float())
+    assert l1_diff(hidden, None, [hidden.float()], None).item() == 0
 
 
 @pytest.mark.parametrize(
@@ -49,18 +135,30 @@ def test_residual_without_reference_is_the_value_itself_in_float32():
     [(0.0, 0.0, 0.0), (1.0, 1.0, 0.0), (1.0, 0.0, 1.0), (1.0, 4.0, 3.0), (-1.0, 1.0, 2.0)],
 )
 def test_difference_of_constants(previous, current, expected):
-    assert l1_difference(torch.full((5,), previous), torch.full((5,), current)).item() == expected
+    assert compared(torch.full((5,), previous), torch.full((5,), current)) == expected
 
 
 @pytest.mark.parametrize(("previous", "current"), [(math.nan, 1), (1, math.nan), (math.inf, math.inf), (1, math.inf)])
 def test_difference_is_not_finite_where_an_input_is_not(previous, current):
     first, second = torch.ones(4), torch.ones(4)
     first[2], second[2] = previous, current
-    assert not math.isfinite(l1_difference(first, second).item())
+    assert not math.isfinite(compared(first, second))
 
 
 def test_change_from_zero_is_a_large_difference_not_a_small_one():
-    assert l1_difference(torch.zeros(4), torch.full((4,), 1e-3)).item() > 1e6
+    assert compared(torch.zeros(4), torch.full((4,), 1e-3)) > 1e6
+
+
+def test_difference_refuses_a_base_without_out_and_too_many_previous():
+    x = torch.ones(3)
+    for base, out in ((x, None), (None, x)):
+        with pytest.raises(ValueError, match="out goes with base"):
+            l1_diff(x, base, [x], out)
+    with pytest.raises(ValueError, match="residuals to compare with"):
+        launch_l1_diff(x, None, [x] * (MAX_PREVIOUS + 1), None)
+
+
+# residual_store and residual_apply
 
 
 @pytest.mark.parametrize(
@@ -77,12 +175,15 @@ def test_residuals_are_kept_one_precision_up(dtype, wider):
     value = torch.zeros(2, 3, dtype=dtype)
     assert residual_dtype(value) is wider
     assert residual_like(value).dtype is wider
+    assert residual_dtype(value, "model") is dtype
+    assert residual_dtype(value, "float32") is (torch.float32 if dtype.is_floating_point else dtype)
 
 
-def restored(result, base):
-    out = residual_like(result)
-    store_residual(result, base, out)
-    return apply_residual(base, [out], [1.0], result.dtype)
+def restored(result, base, kind="wider"):
+    out, again = residual_like(result, kind), torch.empty_like(result)
+    residual_store([result], [base], [out])
+    residual_apply([base], [[out]], [1.0], [again])
+    return again
 
 
 # Bits that the wider dtype has to spare over the two operands' own: how far below the base a result may lie.
@@ -116,17 +217,45 @@ def test_beyond_that_the_error_is_a_rounding_of_the_base(dtype, data):
     assert (error <= base.double().abs() * wider_eps + result.double().abs() * torch.finfo(dtype).eps).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64, torch.uint8, torch.int64])
 def test_without_a_base_the_value_itself_is_stored(dtype):
-    result = torch.randn(3, 5).to(dtype)
+    result = (100 * torch.randn(3, 5)).to(dtype)
     assert torch.equal(restored(result, None), result)
+
+
+@pytest.mark.parametrize("kind", ["wider", "model", "float32"])
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_of_a_region_in_small_blocks(small_blocks, dtype, look, kind):
+    """Several results of different shapes, one without a base, one empty; every number of residuals."""
+    shapes = ((2, 9, 5), (2, 1, 5), (3, 4), (11,), (2, 0, 4))
+    results, bases = ([normal(shape, dtype, look) for shape in shapes] for _ in range(2))
+    bases[2] = None
+    for n_terms in (1, 2, MAX_TERMS, MAX_TERMS + 1):
+        stored = [[residual_like(result, kind) for _ in range(n_terms)] for result in results]
+        for j in range(n_terms):
+            later = [result * (j + 1) for result in results]
+            residual_store(later, bases, [residuals[j] for residuals in stored])
+            for result, base, residuals in zip(later, bases, stored, strict=True):
+                assert torch.equal(residuals[j], difference(result, base, residuals[j].dtype))
+        weights = torch.randn(n_terms).tolist()
+        outs = [torch.empty_like(result) for result in results]
+        residual_apply(bases, stored, weights, outs)
+        for base, residuals, out in zip(bases, stored, outs, strict=True):
+            if residuals[0].dtype.itemsize > 2:  # torch's sums in 16 bits depend on where a tensor ends
+                assert torch.equal(out, weighted_sum(base, residuals, weights).to(dtype))
+            terms = [weight * r.double() for weight, r in zip(weights, residuals, strict=True)]
+            terms += [] if base is None else [base.double()]
+            summed = torch.finfo(residuals[0].dtype).eps * sum(term.abs() for term in terms) * n_terms
+            error = (out.double() - sum(terms)).abs()
+            assert (error <= summed + sum(terms).abs() * torch.finfo(dtype).eps).all()
 
 
 def test_restored_values_are_copies():
     """What the graph does to a restored value must not reach the store, nor later stores reach the value."""
-    result, stored = torch.randn(4, dtype=torch.float64), torch.empty(4, dtype=torch.float64)
-    store_residual(result, None, stored)
-    found = apply_residual(None, [stored], [1.0], torch.float64)
+    result, stored, found = torch.randn(4, dtype=torch.float64), *torch.empty(2, 4, dtype=torch.float64)
+    residual_store([result], [None], [stored])
+    residual_apply([None], [[stored]], [1.0], [found])
     found.zero_()
     assert torch.equal(stored, result)
 
@@ -134,10 +263,159 @@ def test_restored_values_are_copies():
 def test_buffers_made_under_inference_mode_can_be_written_outside_it():
     with torch.inference_mode():
         buffer = residual_like(torch.zeros(3))
-    store_residual(torch.ones(3), torch.zeros(3), buffer)
+    residual_store([torch.ones(3)], [torch.zeros(3)], [buffer])
     assert buffer.sum() == 3
 
 
-def test_transposed_results_and_broadcast_bases():
+def test_transposed_results():
     result = torch.randn(4, 6).t()
     assert torch.equal(restored(result, torch.randn(6, 4)), result)
+
+
+def test_bases_and_residuals_stay_as_they_are():
+    base, stored = torch.randn(5), [torch.randn(5), torch.randn(5)]
+    before = [x.clone() for x in (base, *stored)]
+    residual_apply([base], [stored], [2.0, -1.0], [torch.empty(5)])
+    residual_apply([None], [stored], [1.0, 2.0], [torch.empty(5)])
+    assert all(map(torch.equal, (base, *stored), before))
+
+
+def test_a_launch_refuses_more_residuals_than_it_adds():
+    x, n_terms = torch.ones(3), MAX_TERMS + 1
+    with pytest.raises(ValueError, match="residuals of each result"):
+        launch_residual_apply([x], [[x] * n_terms], [1.0] * n_terms, [torch.empty(3)])
+
+
+# quant_fp8
+
+
+def near(found, x):
+    """Within half a step of x: a 16th of its size, and 2^-10 of a scale where it is small."""
+    scale = x.double().abs().amax(-1, keepdim=True) / 448
+    return ((found.double() - x.double()).abs() <= (x.double().abs() / 16).maximum(scale * 2**-10) * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 4, 16), (4, 8), (7, 1, 128), (3, 5, 3, 5), (6, 1, 1), (2, 0, 4, 8)])
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_values_are_near_and_those_of_the_reference(monkeypatch, dtype, look, shape):
+    """Whole, and in small blocks; heads * head_dim need not be a multiple of four."""
+    x = normal(shape, dtype, look)
+    packed = quant_fp8(x)
+    *leading, heads, head_dim = shape
+    assert packed.is_contiguous() and packed.dtype is torch.uint8
+    assert packed.shape == (*leading, heads * (head_dim + 4))
+    found = dequant_fp8(packed, heads, torch.float32)
+    assert found.is_contiguous() and found.shape == shape
+    values, scales = quantized(x)
+    assert torch.equal(packed[..., : heads * head_dim], values.view(torch.uint8).flatten(-2))
+    assert torch.equal(packed[..., heads * head_dim :], scales.view(torch.uint8).flatten(-2))
+    assert torch.equal(found, dequantized(values, scales)) and near(found, x)
+    assert torch.equal(dequant_fp8(packed, heads, dtype), found.to(dtype))
+    monkeypatch.setattr(kernels_base, "CPU_BLOCK", 7)
+    assert torch.equal(quant_fp8(x), packed)
+    assert torch.equal(dequant_fp8(packed, heads, torch.float32), found)
+
+
+def test_what_a_permuted_view_packs_is_read_back_permuted():
+    """As the all-to-all sends it: [world, batch, sequence, heads / world, head_dim], and back."""
+    x = torch.randn(2, 6, 4, 16)
+    packed = quant_fp8(x.view(2, 6, 2, 2, 16).permute(2, 0, 1, 3, 4))
+    found = dequant_fp8(packed.permute(1, 2, 0, 3), 2, torch.float32).view(x.shape)
+    assert torch.equal(found, dequant_fp8(quant_fp8(x), 4, torch.float32)) and near(found, x)
+
+
+def test_packed_rows_may_begin_anywhere():
+    packed = quant_fp8(torch.randn(3, 4, 16))
+    lying = torch.zeros(3, packed.shape[-1] + 1, dtype=torch.uint8)[:, 1:].copy_(packed)
+    assert torch.equal(dequant_fp8(lying, 4, torch.float32), dequant_fp8(packed, 4, torch.float32))
+
+
+def test_all_codes_come_back():
+    codes = torch.arange(256, dtype=torch.uint8).view(2, 128)
+    packed = torch.cat([codes, torch.ones(2, 1).view(torch.uint8)], 1)
+    found = dequant_fp8(packed, 1, torch.float32)
+    assert torch.equal(found[:, 0].nan_to_num(nan=1e9), codes.view(torch.float8_e4m3fn).float().nan_to_num(nan=1e9))
+    assert torch.equal(quant_fp8(found), packed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zeros_stay_zeros_and_what_is_not_finite_does_not_reach_the_scale(dtype):
+    x = torch.zeros(4, 1, 8, dtype=dtype)
+    x[1, 0, :4] = torch.tensor([math.inf, -math.inf, math.nan, 448.0])
+    x[2] = math.nan
+    x[3] = torch.finfo(dtype).max
+    found = dequant_fp8(quant_fp8(x), 1, dtype)[:, 0]
+    assert not found[0].any() and found[2].isnan().all() and torch.equal(found[3], x[3, 0])
+    assert found[1].nan_to_num(nan=7).tolist() == [448, -448, 7, 448, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(17.0, 16.0), (19.0, 20.0), (2.0**-10, 0.0), (3 * 2.0**-10, 2.0**-8), (2.0**-9, 2.0**-9), (-0.0, -0.0)],
+)
+def test_ties_go_to_the_even_code(value, expected):
+    """Beside 448 the scale is 1."""
+    found = dequant_fp8(quant_fp8(torch.tensor([[448.0, value]])), 1, torch.float32)[0, 1].item()
+    assert found == expected and math.copysign(1, found) == math.copysign(1, expected)
+
+
+def test_the_views_of_an_all_to_all_are_read_without_a_copy():
+    x = torch.empty(2, 6, 4, 16)
+    view = x.view(2, 6, 2, 2, 16).permute(2, 0, 1, 3, 4)
+    assert _collapsed(view, 3) == ([1, 2, 12], [0, 32, 64])
+    heads_first = torch.empty(2, 4, 6, 16).view(2, 2, 2, 6, 16).permute(1, 0, 3, 2, 4)
+    assert _collapsed(heads_first, 3) == ([2, 2, 6], [2 * 6 * 16, 4 * 6 * 16, 16])
+    assert _collapsed(x, 2) == ([1, 1, 12], [0, 0, 64])
+    assert _collapsed(x[0, 0], 0) == ([1, 1, 1], [0, 0, 0])
+    assert _collapsed(x[:1].expand(3, -1, -1, -1), 2) == ([1, 3, 6], [0, 0, 64])
+    assert _collapsed(torch.empty(3, 3, 3, 3, 4, 16)[:2, :2, :2, :2], 4) is None
+
+
+def test_quant_refuses_what_it_cannot_pack():
+    others = (torch.ones(2, 3, dtype=dtype) for dtype in (torch.float64, torch.int32))
+    for x in (torch.ones(3), torch.ones(2, 0), *others):
+        with pytest.raises(ValueError, match="quant_fp8 takes"):
+            quant_fp8(x)
+
+
+@pytest.mark.parametrize("heads", [0, 3, 10, 20])
+def test_dequant_refuses_rows_of_other_sizes(heads):
+    with pytest.raises(ValueError, match="no row of"):
+        dequant_fp8(torch.zeros(2, 40, dtype=torch.uint8), heads, torch.float32)
+
+
+def test_dequant_refuses_other_dtypes():
+    for packed, dtype in ((torch.zeros(2, 40), torch.float32), (torch.zeros(2, 40, dtype=torch.uint8), torch.int32)):
+        with pytest.raises(ValueError, match="dequant_fp8 takes"):
+            dequant_fp8(packed, 4, dtype)
+
+
+# All of them as ops
+
+
+def op_calls():
+    x, y, r = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    joint = torch.randn(2, 8, 4)[:, 2:5]
+    yield "l1_diff", (x, y, [r, r + 1], torch.empty(2, 3, 4), False)
+    yield "l1_diff", (joint, y, [r], torch.empty(2, 3, 4), True)
+    yield "l1_diff", (x, None, [r], None, False)
+    yield "residual_store", ([x, y], [joint, None], [residual_like(x), residual_like(y)])
+    yield "residual_apply", ([joint, None], [r, x, y, r], [2.0, -1.0], [torch.empty(2, 3, 4), torch.empty(2, 3, 4)])
+    yield "quant_fp8", (torch.randn(2, 5, 2, 4, 8, dtype=torch.bfloat16).permute(2, 0, 1, 3, 4),)
+    yield "dequant_fp8", (quant_fp8(torch.randn(2, 5, 4, 8)), 4, torch.bfloat16)
+
+
+@pytest.mark.parametrize("index", range(7))
+def test_ops_are_registered_rightly(index):
+    """Schema (what is written, what is an alias), fake implementation, tracing with symbolic sizes."""
+    name, args = list(op_calls())[index]
+    torch.library.opcheck(getattr(torch.ops.cachedit_fx, name).default, args)
+
+
+def test_the_op_of_residual_apply_deals_residuals_out_to_results():
+    bases, stored = [torch.randn(3), None], [torch.randn(3) for _ in range(4)]
+    outs = list(torch.empty(2, 3))
+    torch.ops.cachedit_fx.residual_apply(bases, stored, [2.0, -1.0], outs)
+    for base, residuals, out in zip(bases, (stored[:2], stored[2:]), outs, strict=True):
+        assert torch.equal(out, weighted_sum(base, residuals, [2.0, -1.0]))

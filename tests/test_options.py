@@ -18,6 +18,7 @@ def test_defaults_are_the_published_ones():
         "Fn_compute_blocks": 8,
         "Bn_compute_blocks": 0,
         "residual_diff_threshold": 0.08,
+        "downsample_factor": 1,
         "max_accumulated_residual_diff_threshold": None,
         "max_warmup_steps": 8,
         "warmup_interval": 1,
@@ -201,6 +202,7 @@ def test_options_can_be_copied_and_pickled():
 
 OTHER_POLICY = {
     "residual_diff_threshold": 0.5,
+    "downsample_factor": 2,
     "max_accumulated_residual_diff_threshold": 1.0,
     "max_warmup_steps": 1,
     "warmup_interval": 2,

@@ -51,7 +51,7 @@ def coefficients(config: CalibratorConfig | None, trail: Sequence[Moment], now: 
     """The weights of the stored values in the prediction for `now`.
 
     Args:
-        config: None repeats the latest value.
+        config: None repeats the latest value, the only one that is kept.
         trail: steps so far, the latest first, reused ones among them; those that are computed are those whose values
             are stored, and there is at least one.
         now: the present step.
@@ -59,14 +59,13 @@ def coefficients(config: CalibratorConfig | None, trail: Sequence[Moment], now: 
     Returns:
         One weight for each computed step of the trail, in its order; they sum to 1.
     """
-    steps = [moment.step for moment in trail if moment.computed]
     if isinstance(config, TaylorSeerCalibratorConfig):
-        return taylor_coefficients(steps, now.step)
+        return taylor_coefficients([moment.step for moment in trail if moment.computed], now.step)
     if isinstance(config, FoCaCalibratorConfig):
         return foca_coefficients(trail, now.step)
     if isinstance(config, LagrangeCalibratorConfig):
         return lagrange_coefficients(config, trail, now)
-    return (1.0, *(0.0 for _ in steps[1:]))
+    return (1.0,)
 
 
 def taylor_coefficients(computed: Sequence[int], step: int) -> tuple[float, ...]:

@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 
-from cachedit_fx.kernels.l1_diff import l1_difference, residual
 from cachedit_fx.options import CalibratorConfig, DBCacheConfig, DBPruneConfig
 from cachedit_fx.runtime.calibrators import Moment, coefficients, values_kept
 from cachedit_fx.runtime.policy import Action, Decision, Reason, advance, context_start, decide
 from cachedit_fx.runtime.prune_policy import PruneHistory, decide_block
+from cachedit_fx.runtime.residual import Residual
 from cachedit_fx.runtime.state import ModelCache, RegionKey, Session
 from cachedit_fx.runtime.stopwatch import Stopwatch
 from cachedit_fx.runtime.tracker import Position
+from cachedit_fx.shortcut import Ran
 
 NOT_CAPTURED = "not captured"
 """The cause of an uncached call that reached none of our graphs."""
@@ -51,6 +52,10 @@ class Uncached:
 
     cause: str
     explanation: str
+
+
+class NewGeneration(Exception):
+    """A call that went past dynamo's guards turns out to begin a generation, which has to pass them."""
 
 
 @contextmanager
@@ -98,7 +103,17 @@ class Call:
         self.chains: Counter[tuple[str, ...]] = Counter()
         self.position: Position | None = None
         self.now: float | None = None
+        self.is_guarded = True
+        """False while the call goes past dynamo."""
+        self.ran: list[Ran] | None = None
+        """Of each graph with regions what it was given and what it gave; None where nobody asks."""
         self._passed_by: Uncached | None = None
+
+    def restart(self) -> None:
+        """Run the graphs again from the first; where the call stands in its generation is known by now."""
+        self.is_guarded = True
+        self.graphs = 0
+        self.chains.clear()
 
     @property
     def uncached(self) -> Uncached | None:
@@ -143,7 +158,8 @@ class GraphCall:
         self.session = call.session
         options = call.session.cache.options
         self.policies = [options.policy(region.loop) for region in regions]
-        self._measured: dict[int, tuple[torch.Tensor | None, torch.Tensor | None, Hashable]] = {}
+        self._entered: dict[int, tuple[Residual | None, Hashable]] = {}
+        """Of each region: r, where it may be compared, and the signature of what entered."""
 
     def decide(
         self,
@@ -166,7 +182,9 @@ class GraphCall:
         current = None
         if hidden is not None and _may_measure(config):
             fits = reference is not None and reference.shape == hidden.shape
-            current = residual(hidden, reference if fits else None)
+            every = config.downsample_factor
+            base = _thinned(reference, every) if reference is not None and fits else None
+            current = Residual(_thinned(hidden, every), base, self.session.spares.pop(region, None))
         measured: dict[int, float] = {}
         if self.call.position is None:
             measured = self._locate(region, current, signature)
@@ -177,11 +195,9 @@ class GraphCall:
         if start != memory.start:
             memory.forget(start)
             measured = {}
-        history = replace(
-            memory.history,
-            stored=memory.history.stored and memory.signature is not None,
-            shapes_match=memory.signature == signature,
-        )
+        history = memory.history
+        if memory.signature != signature:
+            history = replace(history, stored=history.stored and memory.signature is not None, shapes_match=False)
 
         def difference() -> float:
             shared = self.session.shared_differences
@@ -190,7 +206,7 @@ class GraphCall:
             value = measured.get(branch)
             if value is None:
                 assert memory.reference is not None and current is not None
-                (value,) = read_back([l1_difference(memory.reference, current)])
+                (value,) = read_back([current.differences([memory.reference])])
             shared[region, step] = value
             return value
 
@@ -198,7 +214,7 @@ class GraphCall:
             decision = decide_block(config, self._prune_history(region, start), history, difference)
         else:
             decision = decide(config, step - start, history, difference)
-        self._measured[number] = (hidden, current, signature)
+        self._entered[number] = (current, signature)
         self._warn(config, decision)
         return decision
 
@@ -207,33 +223,38 @@ class GraphCall:
         number: int,
         decision: Decision,
         compute: Callable[..., tuple[Any, ...]],
-        bases: Callable[..., tuple[Any, ...]],
         inputs: Sequence[Any],
+        bases: Callable[..., tuple[Any, ...]],
+        continued: Sequence[Any],
     ) -> tuple[Any, ...]:
-        """Carry the decision out: the region's results, computed and stored, or restored."""
+        """Carry the decision out: the region's results, computed from `inputs` and stored, or restored from what is
+        stored and from `bases(*continued)`."""
         assert self.call.position is not None
         region, (config, calibrator) = self.keys[number], self.policies[number]
         _, step, branch = self.call.position
         now = Moment(step, self.call.now, decision.action is Action.COMPUTE)
         memory = self.session.memory(region, branch)
         watch = Stopwatch(inputs)
+        current, signature = self._entered[number]
+        spare = current.spare if current is not None else None
         if decision.action is Action.REUSE:
             weights = coefficients(calibrator, memory.trail, now)
             shapes = [buffers[0].shape for buffers in memory.stored]
-            results = memory.restore(_bases(calibrator, bases, inputs, shapes), weights)
+            results = memory.restore(_bases(calibrator, bases, continued, shapes), weights)
             memory.trail.insert(0, now)
         else:
             results = compute(*inputs)
             if may_reuse(config):
-                hidden, current, signature = self._measured[number]
-                if hidden is not None and current is not None and current.is_set_to(hidden):
-                    current = current.clone()  # the caller may write to what is its own
                 if signature != memory.signature:
                     memory.trail = []
-                memory.reference, memory.signature = current, signature
-                found = _bases(calibrator, bases, inputs, [result.shape for result in results])
+                memory.signature = signature
+                if current is not None:
+                    memory.reference, spare = current.keep(memory.reference)
+                found = _bases(calibrator, bases, continued, [result.shape for result in results])
                 dtype = calibrator.calibrator_state_dtype if calibrator is not None else "wider"
                 memory.store(results, found, now, values_kept(calibrator), dtype)
+        if spare is not None:
+            self.session.spares[region] = spare
         memory.history = advance(memory.history, decision)
         chain, block = region
         if block is not None:
@@ -250,27 +271,29 @@ class GraphCall:
         _, step, branch = self.call.position
         return self.session.prune_histories.get((region[0], branch, start), PruneHistory()).at(step - start)
 
-    def _locate(self, region: RegionKey, current: torch.Tensor | None, signature: Hashable) -> dict[int, float]:
+    def _locate(self, region: RegionKey, current: Residual | None, signature: Hashable) -> dict[int, float]:
         """Find the call's position; where the timestep is on the device, read it together with the differences against
         every branch that the call may turn out to be."""
         call, tracker = self.call, self.session.tracker
         time_now, name = call.time, call.branch_name
         measured: dict[int, float] = {}
         if isinstance(time_now, torch.Tensor):
-            branches = []
-            values = [time_now.detach().amax()]
+            known = {}
             if current is not None and not on_host(time_now):
-                for branch in tracker.candidates(name):
-                    memory = self.session.memories.get((region, branch))
-                    if memory and memory.reference is not None and memory.signature == signature:
-                        branches.append(branch)
-                        values.append(l1_difference(memory.reference, current).to(time_now.device))
+                memories = {branch: self.session.memories.get((region, branch)) for branch in tracker.candidates(name)}
+                known = {b: m.reference for b, m in memories.items() if m and m.signature == signature}
+            previous = {branch: reference for branch, reference in known.items() if reference is not None}
+            values = [time_now.amax() if time_now.numel() > 1 else time_now]
+            if current is not None and previous:
+                values.append(current.differences(list(previous.values())))
             time_now, *differences = read_back(values)
-            measured = dict(zip(branches, differences, strict=True))
+            measured = dict(zip(previous, differences, strict=True))
         call.position, call.now = tracker.observe(time_now, name, signature), time_now
         if call.position.generation != self.session.generation:
             measured = {}
-        self.session.begin(call.position)
+            self.session.begin(call.position)
+            if not call.is_guarded:
+                raise NewGeneration
         return measured
 
     def _warn(self, config: DBCacheConfig, decision: Decision) -> None:
@@ -285,29 +308,38 @@ class GraphCall:
 def _bases(
     calibrator: CalibratorConfig | None,
     bases: Callable[..., tuple[torch.Tensor | None, ...]],
-    inputs: Sequence[Any],
+    continued: Sequence[Any],
     shapes: Sequence[torch.Size],
 ) -> tuple[torch.Tensor | None, ...]:
     """What the stored residuals of results of these shapes are relative to; nothing where whole values are predicted,
     or where a length that depends on data has turned out another."""
     if calibrator is not None and calibrator.calibrator_cache_type != "residual":
         return (None,) * len(shapes)
-    found = zip(bases(*inputs), shapes, strict=True)
+    found = zip(bases(*continued), shapes, strict=True)
     return tuple(base if base is None or base.shape == shape else None for base, shape in found)
 
 
 def read_back(values: Sequence[torch.Tensor]) -> list[float]:
-    """The 0-d `values` as numbers, in one transfer: the only place where the host waits for the device."""
-    if all(on_host(value) for value in values):
-        return [float(value) for value in values]
-    exact = torch.float32 if values[0].device.type == "mps" else torch.float64  # Metal has no float64
-    numbers: list[float] = torch.stack([value.detach().to(exact) for value in values]).tolist()
-    return numbers
+    """All elements of `values` as numbers, in one transfer: the only place where the host waits for the device.
+
+    They meet in the widest of their dtypes: whole numbers beside float32 are exact up to 2^24.
+    """
+    if len(values) == 1:
+        numbers: list[float] = values[0].detach().reshape(-1).tolist()
+    else:
+        device = values[0].device
+        numbers = torch.cat([value.detach().reshape(-1).to(device) for value in values]).tolist()
+    return [float(number) for number in numbers]
 
 
 def on_host(tensor: torch.Tensor) -> bool:
     """Whether reading the tensor does not make the host wait for a device."""
     return tensor.device.type == "cpu"
+
+
+def _thinned(hidden: torch.Tensor, every: int) -> torch.Tensor:
+    """Every n-th of the tokens, which are the dimension before the last; a view."""
+    return hidden if every == 1 or hidden.ndim < 2 else hidden[..., ::every, :]
 
 
 def _may_measure(config: DBCacheConfig) -> bool:

@@ -24,7 +24,7 @@ before measuring.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from typing import Self
 
@@ -154,4 +154,4 @@ def advance(history: History, decision: Decision) -> History:
     if decision.action is Action.COMPUTE:
         return History(cached=history.cached, stored=True)
     accumulated = history.accumulated + (decision.difference or 0.0)
-    return replace(history, cached=history.cached + 1, run=history.run + 1, accumulated=accumulated)
+    return History(history.cached + 1, history.run + 1, accumulated, history.stored)

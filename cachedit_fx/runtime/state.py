@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from cachedit_fx.kernels.residual_apply import apply_residual, laid_out, residual_dtype, residual_like, store_residual
+from cachedit_fx.kernels.residual_apply import residual_apply
+from cachedit_fx.kernels.residual_store import residual_dtype, residual_like, residual_store
 from cachedit_fx.options import DBCacheConfig, Options
 from cachedit_fx.passes.detect_block_loops import NOTHING_KNOWN
 from cachedit_fx.runtime.calibrators import Moment
@@ -37,6 +38,7 @@ from cachedit_fx.runtime.warning import warn
 
 if TYPE_CHECKING:
     from cachedit_fx.runtime.call import Call, RegionInfo
+    from cachedit_fx.shortcut import Shortcut
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +77,7 @@ class BranchMemory:
     signature: Hashable = None
     """Shapes and dtypes of the streams that entered when it was stored."""
     reference: torch.Tensor | None = None
-    """r of the last computed step, float32."""
+    """r of the last computed step, float32. Without a signature, a buffer for it."""
     start: int = 0
     """The step from which the history counts (`policy.context_start`)."""
     trail: list[Moment] = field(default_factory=list)
@@ -91,7 +93,7 @@ class BranchMemory:
         """Begin anew at step `start`: keep the buffers, not their meaning."""
         self.history = History()
         self.start = start
-        self.signature = self.reference = None
+        self.signature = None
         self.trail = []
 
     def store(
@@ -108,19 +110,26 @@ class BranchMemory:
             self.stored = [[] for _ in results]
         self.trail = _since_computed([now, *self.trail], kept)
         self.dtypes = [result.dtype for result in results]
-        self.strides = [result.stride() for result in results]
-        for buffers, result, base in zip(self.stored, results, bases, strict=True):
+        self.strides = [_strides(result) for result in results]
+        oldest = []
+        for buffers, result in zip(self.stored, results, strict=True):
             buffers[:] = [buffer for buffer in buffers if _fits(buffer, result, dtype)][:kept]
-            oldest = buffers.pop() if len(buffers) == kept else residual_like(result, dtype)
-            store_residual(result, base, oldest)
-            buffers.insert(0, oldest)
+            oldest.append(buffers.pop() if len(buffers) == kept else residual_like(result, dtype))
+        residual_store(results, bases, oldest)
+        for buffers, buffer in zip(self.stored, oldest, strict=True):
+            buffers.insert(0, buffer)
 
     def restore(self, bases: Sequence[torch.Tensor | None], weights: Sequence[float]) -> tuple[torch.Tensor, ...]:
-        """The region's results from the bases of the present step and the weights of the stored values."""
-        return tuple(
-            laid_out(apply_residual(base, buffers[: len(weights)], weights, dtype), strides)
-            for base, buffers, dtype, strides in zip(bases, self.stored, self.dtypes, self.strides, strict=True)
+        """The region's results from the bases of the present step and the weights of the stored values. They have the
+        computed ones' strides: matrix products round differently on another layout."""
+        used = [index for index, weight in enumerate(weights) if weight]
+        outs = tuple(
+            torch.empty_strided(buffers[0].shape, strides, dtype=dtype, device=buffers[0].device)
+            for buffers, dtype, strides in zip(self.stored, self.dtypes, self.strides, strict=True)
         )
+        terms = [[buffers[index] for index in used] for buffers in self.stored]
+        residual_apply(bases, terms, [weights[index] for index in used], outs)
+        return outs
 
     @property
     def bytes_held(self) -> int:
@@ -132,6 +141,11 @@ def _since_computed(trail: Sequence[Moment], count: int) -> list[Moment]:
     """The trail back to its `count`-th computed step."""
     ends = [index for index, moment in enumerate(trail) if moment.computed][:count]
     return list(trail[: ends[-1] + 1])
+
+
+def _strides(value: torch.Tensor) -> tuple[int, ...]:
+    """Those that a twin of `value` can have whose elements share no memory, as an expanded dimension's do."""
+    return torch.empty_like(value, device="meta").stride() if 0 in value.stride() else value.stride()
 
 
 def _fits(buffer: torch.Tensor, result: torch.Tensor, dtype: str) -> bool:
@@ -149,6 +163,10 @@ class Session:
         self.memories: dict[tuple[RegionKey, int], BranchMemory] = {}
         self.prune_histories: dict[tuple[ChainKey, int, int], PruneHistory] = {}
         """By chain, branch and the step that steps are counted from."""
+        self.shortcuts: dict[Hashable, Shortcut] = {}
+        """By the look of a call, in the present generation."""
+        self.spares: dict[RegionKey, torch.Tensor] = {}
+        """A buffer for each region's next r, float32."""
         self.stats: dict[ChainKey, CacheStats] = {}
         self.configs: dict[ChainKey, DBCacheConfig] = {}
         self.uncached: Counter[str] = Counter()
@@ -169,6 +187,7 @@ class Session:
         for memory in self.memories.values():
             memory.forget()
         self.prune_histories = {}
+        self.shortcuts = {}
         self.stats = {}
         self.watches = []
         self.uncached = Counter()

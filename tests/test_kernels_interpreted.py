@@ -1,0 +1,29 @@
+"""Starts interpreted.py: Triton looks at TRITON_INTERPRET when it is imported, so its interpreter takes a process."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="without Triton")
+def test_kernels_in_the_interpreter(tmp_path):
+    report = tmp_path / "report.xml"
+    options = ("-q", "-p", "no:cacheprovider", f"--junitxml={report}")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", str(HERE / "interpreted.py"), *options],
+        cwd=HERE.parent,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    (suite,) = ElementTree.parse(report).getroot()
+    assert int(suite.get("tests", 0)) > int(suite.get("skipped", 0))
