@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from cachedit_fx.lowering import inner_compiler, lower
 from cachedit_fx.options import Options, parse_options
@@ -71,6 +72,7 @@ def compile_graph(
     if found.get("pieces"):
         distinct = lower(outer, options)
         logger.info("%d pieces, %d distinct", len(found["pieces"]), distinct)
+        _LazyGraphModule.force_recompile(outer)
         forward = outer.forward
     else:
         forward = _compile_whole(gm, example_inputs, options)
@@ -78,7 +80,7 @@ def compile_graph(
     if "cache_input" in found:
         planned = found["regions"].regions
         regions = tuple(RegionInfo(r.loops, r.num_blocks, r.first, r.last, r.loop, r.block) for r in planned)
-        return CachedGraph(forward, find, regions, timestep)
+        return CachedGraph(forward, find, regions, timestep, not ends_at_break(gm))
     return UncachedGraph(forward, find, _why_uncached(found), timestep, _is_fragment(gm, find, found))
 
 
@@ -177,7 +179,11 @@ class UncachedGraph:
 
 
 class CachedGraph:
-    """A graph with regions: has its part in a call, with the timestep that the call goes by."""
+    """A graph with regions: has its part in a call, with the timestep that the call goes by.
+
+    Args:
+        is_whole: nothing breaks the capture behind it.
+    """
 
     def __init__(
         self,
@@ -185,13 +191,18 @@ class CachedGraph:
         find: CacheFinder,
         regions: Sequence[RegionInfo],
         timestep: TimestepSource | None,
+        is_whole: bool = True,
     ) -> None:
         self.forward, self.find, self.regions, self.timestep = forward, find, regions, timestep
+        self.is_whole = is_whole
 
     def __call__(self, *args: Any) -> Any:
         with call_of(self.find(args)) as call:
             part = call.enter(self.regions, timestep_of(self.timestep, args))
-            return self.forward(part, *args)
+            results = self.forward(part, *args)
+            if call.ran is not None and self.is_whole:
+                call.ran.append((self, args, results))
+            return results
 
 
 def _anchors(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Anchors | None:

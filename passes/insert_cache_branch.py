@@ -2,8 +2,9 @@
 
     blocks_0 = self.blocks_0(h, ...)                blocks_0 = self.blocks_0(h, ...)
     blocks_1 = self.blocks_1(blocks_0, ...)   ->    decision = cache.decide(0, h, blocks_0, (blocks_0, ...))
-    blocks_2 = self.blocks_2(blocks_1, ...)         region_0 = cache.run(0, decision, self.region_0_compute,
-    ...                                                                  self.region_0_bases, (blocks_0, ...))
+    blocks_2 = self.blocks_2(blocks_1, ...)         region_0 = cache.run(0, decision,
+    ...                                                 self.region_0_compute, (blocks_0, ..., weights),
+                                                        self.region_0_bases, (blocks_0, ...))
                                                     ...
 
 The graph gets one input more, `cache`, ahead of all others: the run time's side of one call. Whatever decides, stores
@@ -58,10 +59,11 @@ def _add_cache_input(graph: fx.Graph) -> fx.Node:
 def _guard(gm: fx.GraphModule, number: int, region: RegionPlan, cache: fx.Node, origin: dict[fx.Node, fx.Node]) -> None:
     members = [node for node in gm.graph.nodes if region.start <= node.meta.get(PLACE, -1) < region.end]
     results = [origin[value] for value in region.live_outs if value in origin]
-    inputs = list(dict.fromkeys([*live_ins(members), *(origin[value] for value in region.bases.inputs)]))
+    inputs = live_ins(members)
+    continued = list(dict.fromkeys(origin[value] for value in region.bases.inputs))
     compute, bases = f"{region.name}_compute", f"{region.name}_bases"
     gm.add_module(compute, _module(gm, compute, inputs, members, results))
-    gm.add_module(bases, _bases(gm, bases, inputs, region, origin))
+    gm.add_module(bases, _bases(gm, bases, continued, region, origin))
 
     inside, behind = set(members), members[-1].next
     with gm.graph.inserting_before(members[0]):
@@ -70,8 +72,9 @@ def _guard(gm: fx.GraphModule, number: int, region: RegionPlan, cache: fx.Node, 
         decision = gm.graph.call_method("decide", (cache, number, reference, hidden, streams))
         decision.name = f"decision_{number}"
     with gm.graph.inserting_before(behind):
-        branches = (gm.graph.get_attr(compute), gm.graph.get_attr(bases))
-        call = gm.graph.call_method("run", (cache, number, decision, *branches, tuple(inputs)))
+        computed = gm.graph.get_attr(compute), tuple(inputs)
+        bypassed = gm.graph.get_attr(bases), tuple(continued)
+        call = gm.graph.call_method("run", (cache, number, decision, *computed, *bypassed))
         call.name = region.name
         call.meta = {"example_value": tuple(node.meta.get("example_value") for node in results)}
         for index, value in enumerate(value for value in region.live_outs if value in origin):

@@ -155,7 +155,7 @@ class Computes:
         self.decided.append((region, reference, hidden, streams))
         return f"decision {region}"
 
-    def run(self, region: int, decision: str, compute: Any, bases: Any, inputs: tuple[Any, ...]) -> Any:
+    def run(self, region: int, decision: str, compute: Any, inputs: Sequence[Any], *bypassed: Any) -> Any:
         assert decision == f"decision {region}"
         self.ran.append(region)
         return compute(*inputs)
@@ -169,13 +169,14 @@ class Restores(Computes):
         self.stored: dict[int, list[Any]] = {}
         self.bypassed = 0
 
-    def run(self, region: int, decision: str, compute: Any, bases: Any, inputs: tuple[Any, ...]) -> Any:
-        found = bases(*inputs)
+    def run(self, region: int, decision: str, compute: Any, inputs: Sequence[Any], *bypassed: Any) -> Any:
+        bases, continued = bypassed
+        found = bases(*continued)
         if region in self.stored:
             self.bypassed += 1
             pairs = zip(self.stored[region], found, strict=True)
             return tuple(kept if base is None else (base.double() + kept).to(base.dtype) for kept, base in pairs)
-        results = super().run(region, decision, compute, bases, inputs)
+        results = super().run(region, decision, compute, inputs)
         self.stored[region] = [
             result if base is None else result.double() - base.double()
             for result, base in zip(results, found, strict=True)

@@ -204,7 +204,8 @@ def test_eager_shares_the_pieces_themselves():
     graph = capture(models.Toy(), *models.inputs())
     gm, count = lowered(graph, "eager")
     assert count == 3
-    assert gm.region_0_compute.blocks_1 is gm.region_0_compute.blocks_3
+    region = gm._modules["region_0_compute"]
+    assert region is not None and region._modules["blocks_1"] is region._modules["blocks_3"]
     assert graph.same(gm, Computes())
 
 

@@ -1,19 +1,28 @@
 """What a step costs beyond the compiled pieces themselves: medians of calls by turns, in one process, on one thread.
 
 pieces alone    the rewritten graph called by itself, regions restored from a list: no guards, no decision, no store
-cached          a cached step of the compiled model
-computed        a computed step, which stores
+cached          a cached step of the compiled model; "past guards": with guards="generation"
+computed        a computed step, which stores; likewise
 no cache        the same graph, cut and compiled alike, without the cache pass
 torch.compile   the whole graph by the inner backend
 eager           the plain model
+cache-dit       a cached step of cache-dit 1.5.3, its model compiled by torch.compile: in a process of its own, by
+                turns with eager, since what it patches stays patched
+
+With `inner_backend=NOTHING` the pieces compute nothing, and what is left is the Python of a step.
 """
 
 from __future__ import annotations
 
 import copy
+import cProfile
+import json
+import pstats
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -22,18 +31,27 @@ import torch
 import cachedit_fx
 from cachedit_fx.backend import CachedGraph, compile_graph
 from cachedit_fx.bench.flux import Size, inputs, make
+from cachedit_fx.bench.peers import cache_dit
+from cachedit_fx.bench.process import answer_of
 from cachedit_fx.options import Options, parse_options
 
-PIECES, CACHED, COMPUTED, UNCUT, WHOLE, EAGER = (
-    "pieces alone",
-    "cached step",
-    "computed step",
-    "no cache",
-    "torch.compile",
-    "eager",
+PIECES, UNCUT, WHOLE, EAGER, PEER = "pieces alone", "no cache", "torch.compile", "eager", "cache-dit, cached"
+CACHED, COMPUTED = "cached", "computed"
+PAST_GUARDS = ", past guards"
+SHORT_CACHED, SHORT_COMPUTED = CACHED + PAST_GUARDS, COMPUTED + PAST_GUARDS
+RATIOS = (
+    (SHORT_CACHED, PIECES),
+    (CACHED, PIECES),
+    (SHORT_COMPUTED, UNCUT),
+    (COMPUTED, UNCUT),
+    (SHORT_COMPUTED, WHOLE),
+    (COMPUTED, WHOLE),
+    (CACHED, EAGER),
+    (SHORT_CACHED, EAGER),
+    (PEER, EAGER),
 )
-RATIOS = ((CACHED, PIECES), (COMPUTED, UNCUT), (COMPUTED, WHOLE), (CACHED, EAGER))
 """The table's rows: what is measured over what."""
+KINDS = (EAGER, WHOLE, UNCUT, COMPUTED, SHORT_COMPUTED, CACHED, SHORT_CACHED, PIECES)
 WARMUP = 5
 """Calls ahead of those that count, the compiling one among them."""
 
@@ -51,7 +69,7 @@ class Overhead:
     seconds: Mapping[str, Sequence[float]]
 
     def ratio(self, above: str, below: str) -> float:
-        """Median over the turns of one kind's time over another's."""
+        """Median over the turns of one kind's time over another's. Both must have been measured."""
         return median(a / b for a, b in zip(self.seconds[above], self.seconds[below], strict=True))
 
     def extra(self, above: str, below: str) -> float:
@@ -60,19 +78,27 @@ class Overhead:
 
 
 def measure(
-    size: Size, rounds: int, first: int = 1, tell: Callable[[str], None] = lambda what: None, **options: Any
+    size: Size,
+    rounds: int,
+    first: int = 1,
+    tell: Callable[[str], None] = lambda what: None,
+    kinds: Sequence[str] | None = None,
+    **options: Any,
 ) -> Overhead:
     """Compile the model of `size` in all ways, and time `rounds` calls of each by turns.
 
     Args:
+        kinds: those to measure; all but the peer's if left out.
         first: F, the blocks that a cached step computes.
-        options: of `cachedit_fx.compile`, for ours; `inner_backend` is plain `torch.compile`'s too.
+        options: of `cachedit_fx.compile`, for ours; `inner_backend` is plain `torch.compile`'s, and the peer's, too.
     """
     torch.set_num_threads(1)
     module = make(size)
     steps: dict[str, Step] = {}
     with torch.no_grad():
         for name, build in _builders(first, options).items():
+            if name not in (kinds or KINDS):
+                continue
             tell(f"{name}, {size.blocks} blocks")
             steps[name] = build(copy.deepcopy(module), size)
             for step in range(WARMUP):
@@ -80,12 +106,57 @@ def measure(
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         for turn in range(rounds):
             tell(f"round {turn + 1} of {rounds}")
-            given = inputs(size, WARMUP + turn)
+            given = inputs(size, 2 * turn + 1 + WARMUP)
             for name in steps if turn % 2 else reversed(steps):
+                steps[name](inputs(size, 2 * turn + WARMUP))  # what others left in the processor's caches goes
                 begun = time.perf_counter()
                 steps[name](given)
                 seconds[name].append(time.perf_counter() - begun)
     return Overhead(size.blocks, seconds)
+
+
+def measure_peer(size: Size, rounds: int, first: int, inner: str) -> Overhead:
+    """cache-dit's cached step by turns with eager, in a process of its own.
+
+    Raises:
+        BenchmarkError: where it does not work here, as when it is not installed.
+    """
+    request = json.dumps({"size": size, "rounds": rounds, "first": first, "inner_backend": inner})
+    return Overhead(size.blocks, answer_of(["cachedit_fx.bench.overhead", request], "cache-dit"))
+
+
+@dataclass(frozen=True)
+class Line:
+    """A function in a step's profile; times and calls are of one step, `own` without what it calls."""
+
+    function: str
+    calls: float
+    own: float
+    total: float
+
+
+def profile(size: Size, kind: str, rounds: int, first: int = 1, **options: Any) -> list[Line]:
+    """The Python of one kind of step by function, the costliest first. cProfile makes calls several times slower."""
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        step = _builders(first, options)[kind](make(size), size)
+        for number in range(WARMUP):
+            step(inputs(size, number))
+        given = [inputs(size, WARMUP + number) for number in range(rounds)]
+        profiler = cProfile.Profile()
+        for arguments in given:
+            profiler.runcall(step, arguments)
+    rows = pstats.Stats(profiler).stats.items()  # type: ignore[attr-defined]
+    lines = [
+        Line(_named(*place), calls / rounds, own / rounds, total / rounds) for place, (_, calls, own, total, _) in rows
+    ]
+    return sorted(lines, key=lambda line: line.own, reverse=True)
+
+
+def _named(path: str, number: int, name: str) -> str:
+    parts = Path(path).parts
+    known = next((at for at, part in enumerate(parts) if part in ("torch", "diffusers", "cachedit_fx", "kernels")), -1)
+    return name if path == "~" else f"{'/'.join(parts[known:])}:{number} {name}"
 
 
 def _builders(first: int, options: dict[str, Any]) -> dict[str, Callable[[Any, Size], Step]]:
@@ -94,14 +165,36 @@ def _builders(first: int, options: dict[str, Any]) -> dict[str, Callable[[Any, S
         mask = {"steps_computation_mask": f"1{digit * MAX_STEPS}0", "steps_computation_policy": "static"}
         return options | mask | {"Fn_compute_blocks": first}
 
+    inner = options.get("inner_backend", "inductor")
+    short = {"guards": "generation"}
     return {
         EAGER: lambda module, size: lambda given: module(**given),
-        WHOLE: lambda module, size: _whole(module, options.get("inner_backend", "inductor")),
+        WHOLE: lambda module, size: _whole(module, inner),
         UNCUT: lambda module, size: _ours(module, **options | {"cache": None}),
         COMPUTED: lambda module, size: _ours(module, **masked("1")),
+        SHORT_COMPUTED: lambda module, size: _ours(module, **masked("1"), **short),
         CACHED: lambda module, size: _ours(module, **masked("0")),
+        SHORT_CACHED: lambda module, size: _ours(module, **masked("0"), **short),
         PIECES: lambda module, size: _pieces(module, size, parse_options(masked("0"))),
+        PEER: lambda module, size: _peer(module, first, inner),
     }
+
+
+def NOTHING(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """An inner backend whose pieces give the same values whatever they are given, at once."""
+    output = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
+    results = []
+    for node in output.args[0]:
+        value = node.meta["example_value"]
+        results.append(torch.zeros([int(size) for size in value.shape], dtype=value.dtype))
+    given = tuple(results)
+    return lambda *_: given
+
+
+def _peer(module: Any, first: int, inner: Any) -> Step:
+    cache_dit(module, steps=MAX_STEPS, first=first)
+    module.compile(backend=inner, dynamic=False)
+    return lambda given: module(**given)
 
 
 def _whole(module: Any, inner: Any) -> Step:
@@ -123,7 +216,7 @@ class _Alone:
     def decide(self, *_: Any) -> None:
         return None
 
-    def run(self, number: int, decision: None, compute: Callable[..., Any], bases: Any, inputs: Sequence[Any]) -> Any:
+    def run(self, number: int, decision: None, compute: Callable[..., Any], inputs: Sequence[Any], *_: Any) -> Any:
         if number not in self.results:
             self.results[number] = compute(*inputs)
         return self.results[number]
@@ -147,3 +240,9 @@ def _pieces(module: Any, size: Size, options: Options) -> Step:
     (graph, given), *_ = found
     alone = _Alone()
     return lambda _: graph.forward(alone, *given)
+
+
+if __name__ == "__main__":
+    request = json.loads(sys.argv[1])
+    found = measure(Size(*request.pop("size")), kinds=(EAGER, PEER), **request)
+    print(json.dumps(found.seconds))
