@@ -9,7 +9,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from rich.console import Console
@@ -17,7 +17,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from cachedit_fx.backend import compile_graph, ends_at_break, pass_manager, rewrite
-from cachedit_fx.compiled_call import CompiledCall, capturing, first_break
+from cachedit_fx.compiled_call import CompiledCall, Guards, capturing, first_break
 from cachedit_fx.options import CalibratorConfig, DBCacheConfig, OptionError, Options, ParamsModifier, parse_options
 from cachedit_fx.passes.base import facts
 from cachedit_fx.passes.detect_block_loops import BlockLoop, Detection, ModuleFacts
@@ -48,19 +48,27 @@ def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa
         module: a diffusion transformer, taking one denoising step's inputs.
         **options: any field of `cachedit_fx.options.Options` or, flat, of its `cache`; and `fullgraph`, `dynamic`,
             `recompile_limit` (64 unless given), `mode` as in `torch.compile`. The first three hold until they are given
-            again.
+            again, and so does `guards`: "always" passes dynamo's guards at every call, "generation" at the first two
+            steps of each generation only, which is safe as long as nothing about the module but the contents of its
+            weights changes between two steps of one generation (no adapter set or scaled, no processor exchanged).
 
     Raises:
         OptionError: on an unknown or invalid option, before anything is compiled.
     """
     own = ("fullgraph", "dynamic", "recompile_limit")
     given: dict[str, Any] = {name: options.pop(name) for name in own if name in options}
+    guards: Guards | None = options.pop("guards", None)
+    if guards not in (None, *get_args(Guards)):
+        raise OptionError(f"guards={guards!r}: expected {' or '.join(map(repr, get_args(Guards)))}")
     parsed = parse_options(options)
     _check_against(module, parsed)
     known, compiled = cache_of_module(module), module._compiled_call_impl
-    kept = compiled.torch_options if isinstance(compiled, CompiledCall) else None
-    torch_options: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT, **(kept or {}), **given}
-    if known is not None and torch_options == kept and known.options.structure() == parsed.structure():
+    before = compiled if isinstance(compiled, CompiledCall) else None
+    kept = before.torch_options if before else {}
+    torch_options: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT, **kept, **given}
+    guards = guards or (before.guards if before else "always")
+    if known and before and torch_options == kept and known.options.structure() == parsed.structure():
+        before.guards = guards
         known.set_policy(parsed)
         return module
     cache = ModelCache(parsed)
@@ -76,7 +84,7 @@ def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa
         assert cache is not None
         return compile_graph(gm, example_inputs, cache.options, cache)
 
-    module._compiled_call_impl = CompiledCall(module, backend, cache, torch_options)
+    module._compiled_call_impl = CompiledCall(module, backend, cache, torch_options, guards)
     register(module, cache)
     return module
 

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
@@ -20,10 +20,14 @@ from torch.utils._pytree import tree_leaves
 
 from cachedit_fx.options import OptionError
 from cachedit_fx.passes.detect_block_loops import LoopNotFound
-from cachedit_fx.runtime.call import NO_LOOP, NOT_CAPTURED, Call, call_of, trial_call
+from cachedit_fx.runtime.call import NO_LOOP, NOT_CAPTURED, Call, NewGeneration, call_of, trial_call
 from cachedit_fx.runtime.state import ModelCache
+from cachedit_fx.shortcut import learn, look_of
 
 logger = logging.getLogger(__name__)
+
+Guards = Literal["always", "generation"]
+"""When a call passes dynamo's guards: always, or at the start of every generation (see `cachedit_fx.shortcut`)."""
 
 
 def capturing() -> AbstractContextManager[None]:
@@ -51,7 +55,9 @@ class CompiledCall:
         backend: Callable[..., Any],
         cache: ModelCache,
         torch_options: Mapping[str, Any],
+        guards: Guards = "always",
     ) -> None:
+        self.guards = guards
         self.module, self.backend, self.cache, self.torch_options = weakref.ref(module), backend, cache, torch_options
         self.capturing: AbstractContextManager[None] = capturing()
         self.settled = False
@@ -61,14 +67,42 @@ class CompiledCall:
         try:
             if not self.settled:
                 return self._settle(args, kwargs)
-            with self.capturing, call_of(self.cache, lambda call: self._diagnose(call, args, kwargs)):
-                return self.compiled(*args, **kwargs)
+            with call_of(self.cache, lambda call: self._diagnose(call, args, kwargs)) as call:
+                if self.guards == "generation":
+                    return self._by_shortcut(call, args, kwargs)
+                with self.capturing:
+                    return self.compiled(*args, **kwargs)
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, LoopNotFound):
                 raise OptionError(f"loops: {error.inner_exception}") from None
             if isinstance(error.inner_exception, OptionError):
                 raise error.inner_exception from None
             raise
+
+    def _by_shortcut(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Past dynamo where this generation has shown the way, else by way of its guards, and learn."""
+        module, seen = self.module(), look_of(args, kwargs)
+        if module is None or seen is None or _is_wrapped(module):
+            with self.capturing:
+                return self.compiled(*args, **kwargs)
+        look, tensors = seen
+        known = call.session.shortcuts.get(look)
+        if known is not None and known.is_open:
+            call.is_guarded = False
+            try:
+                return known(tensors)
+            except NewGeneration:
+                call.restart()
+        call.ran = []
+        with self.capturing:
+            result = self.compiled(*args, **kwargs)
+        found = learn(tensors, call.ran, result) if call.graphs == 1 else None
+        known = call.session.shortcuts.get(look)
+        if found is not None and known is not None and known.agrees(found):
+            known.calls += 1
+        elif found is not None and found.weights_are_of(module):
+            call.session.shortcuts[look] = found
+        return result
 
     def _compile(self, module: torch.nn.Module) -> Callable[..., Any]:
         isolated: dict[str, Any] = {"isolate_recompiles": True}  # missing from torch 2.13's overloads
@@ -111,6 +145,11 @@ class CompiledCall:
                 "(TORCH_LOGS=recompiles tells why), or its forward is torch's own code, which dynamo skips: wrap it"
             )
         return f"no caching: no graph holds a block loop, since the capture breaks, first at {found}"
+
+
+def _is_wrapped(module: torch.nn.Module) -> bool:
+    """Whether something runs around the module's forward that is no part of any graph."""
+    return bool("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
 
 
 def _lacks_loop(call: Call) -> bool:

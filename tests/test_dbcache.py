@@ -10,6 +10,8 @@ from toys import FALLING, Timeless, Toy, denoise, make, noise
 import cachedit_fx
 from cachedit_fx import Action, CacheWarning, DBCacheConfig, Reason, enable_cache, refresh_context, summary
 from cachedit_fx.flops import FlopCounter
+from cachedit_fx.runtime import residual
+from cachedit_fx.runtime.registry import cache_of_module
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*inert threshold")
 EAGER: dict[str, Any] = {"inner_backend": "eager"}
@@ -129,6 +131,41 @@ def test_the_difference_is_taken_to_the_last_computed_step(toy):
     assert pattern(region) == "crrrcrrrcr"
     diffs = region.residual_diffs
     assert diffs[1] < diffs[2] < diffs[3] and diffs[5] < diffs[6] < diffs[7] and diffs[5] < diffs[3]
+
+
+@pytest.mark.keep_compiled
+def test_downsampling_compares_every_nth_token(toy, monkeypatch):
+    seen: dict[int, list[tuple[torch.Tensor, ...]]] = {1: [], 2: []}
+    right = residual.l1_diff
+    for factor, compared in seen.items():
+
+        def spy(hidden, base, previous, out, compared=compared):
+            found = right(hidden, base, previous, out)
+            compared.append((hidden.clone(), base.clone(), out.clone()))
+            return found
+
+        monkeypatch.setattr(residual, "l1_diff", spy)
+        _, region = run(toy, ALWAYS.reset(downsample_factor=factor))
+        assert pattern(region) == "crrrrrrrrr"
+    assert len(seen[1]) == len(seen[2]) == 10
+    for all_tokens, every_other in zip(seen[1], seen[2], strict=True):
+        assert all(torch.equal(x[:, ::2], y) for x, y in zip(all_tokens, every_other, strict=True))
+
+
+@pytest.mark.keep_compiled
+def test_buffers_are_made_once_for_all_generations(toy):
+    """A computed step swaps r for the one before, and writes the oldest stored value again."""
+    enable_cache(toy, BASE.reset(max_continuous_cached_steps=1), **EAGER, calibrator="taylorseer")
+    held = []
+    for _ in range(4):
+        denoise(toy)
+        cache = cache_of_module(toy)
+        assert cache is not None and cache.latest is not None
+        (memory,), (spare,) = cache.latest.memories.values(), cache.latest.spares.values()
+        assert memory.reference is not None
+        buffers = [*(buffer for kept in memory.stored for buffer in kept), memory.reference, spare]
+        held.append({buffer.data_ptr() for buffer in buffers})
+    assert held[0] == held[1] == held[2] == held[3] and len(held[0]) == len(memory.stored) * 2 + 2
 
 
 @pytest.mark.keep_compiled

@@ -1,0 +1,137 @@
+"""From a call's inputs straight to its graph: the steps of a generation behind its first two, past dynamo's guards.
+
+    guarded      inputs ─► dynamo: guards, a thousand weights fetched ─► graph ─► dynamo: outputs put together
+    shortcut     inputs ─► same look as a guarded call of this generation? ─► graph, same weights ─► same outputs
+
+What is learned from two guarded calls in a row: which input of the graph is which tensor of the call, and which result
+of the graph is where in the call's result. All others of the graph's inputs must be the module's own weights, or
+numbers that stayed the same. Inputs that look otherwise, and every first step of a generation, pass the guards.
+
+That is safe as long as nothing about the module changes between two steps of one generation but the contents of its
+weights: no adapter is set or scaled, no processor or layer exchanged, no `train()`, no hook added. Such changes between
+generations are seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+GUARDED_CALLS = 2
+"""Alike calls of a generation that pass the guards: a model that counts its own steps is told by them."""
+
+Ran = tuple[Callable[..., Any], Sequence[Any], Sequence[Any]]
+"""A graph, what it was given, and what it gave."""
+
+_PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+
+
+def look_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Hashable, list[torch.Tensor]] | None:
+    """What tells a call from others as far as its graph goes: everything but the contents of its tensors; and those.
+
+    None where an input is neither a plain tensor, nor plain data, nor a container of these, or where a mode of torch's
+    is on that wants to see every operation.
+    """
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return None
+    tensors: list[torch.Tensor] = []
+    try:
+        look = _look(args, tensors), _look(kwargs, tensors)
+    except _UnknownInput:
+        return None
+    devices = {"cpu", *(tensor.device.type for tensor in tensors)}
+    autocast = tuple((d, torch.get_autocast_dtype(d)) for d in sorted(devices) if torch.is_autocast_enabled(d))
+    return (look, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast), tensors
+
+
+class _UnknownInput(Exception):
+    pass
+
+
+def _look(value: Any, tensors: list[torch.Tensor]) -> Hashable:
+    kind = type(value)
+    if kind is torch.Tensor and value.layout is torch.strided:
+        tensors.append(value)
+        return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
+    if kind in _PLAIN:
+        return kind, value
+    if kind is list or kind is tuple:
+        return (kind, *[_look(item, tensors) for item in value])
+    if kind is dict:
+        return (kind, *[(name, _look(item, tensors)) for name, item in value.items()])
+    raise _UnknownInput
+
+
+class Shortcut:
+    """What one look of a call comes to. `calls` guarded ones agreed about it so far."""
+
+    def __init__(
+        self,
+        graph: Callable[..., Any],
+        given: list[Any],
+        slots: tuple[tuple[int, int], ...],
+        leaves: tuple[tuple[int | None, Any], ...],
+        spec: TreeSpec,
+    ) -> None:
+        self.graph, self.given, self.slots, self.leaves, self.spec = graph, given, slots, leaves, spec
+        self.calls = 1
+
+    @property
+    def is_open(self) -> bool:
+        return self.calls >= GUARDED_CALLS
+
+    def agrees(self, other: Shortcut) -> bool:
+        """Whether both come to the same: graph, weights and numbers, and places of inputs and results."""
+        inputs = {index for index, _ in self.slots}
+        return (
+            (self.graph, self.slots, self.leaves, self.spec) == (other.graph, other.slots, other.leaves, other.spec)
+            and len(self.given) == len(other.given)
+            and all(
+                index in inputs or one is two or (not isinstance(one, torch.Tensor) and one == two)
+                for index, (one, two) in enumerate(zip(self.given, other.given, strict=True))
+            )
+        )
+
+    def weights_are_of(self, module: torch.nn.Module) -> bool:
+        """Whether every tensor that the graph takes beside the call's is a parameter or a buffer of the module."""
+        own = {id(weight) for weights in (module.parameters(), module.buffers()) for weight in weights}
+        inputs = {index for index, _ in self.slots}
+        return all(
+            index in inputs or not isinstance(value, torch.Tensor) or id(value) in own
+            for index, value in enumerate(self.given)
+        )
+
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """The call's result, from the tensors among its inputs."""
+        given = self.given.copy()
+        for index, place in self.slots:
+            given[index] = tensors[place]
+        results = self.graph(*given)
+        leaves = [value if index is None else results[index] for index, value in self.leaves]
+        return tree_unflatten(leaves, self.spec)
+
+
+def learn(tensors: Sequence[torch.Tensor], ran: Sequence[Ran], result: Any) -> Shortcut | None:
+    """What a guarded call shows: `tensors` went in, the graphs in `ran` ran, and `result` came out. None where that is
+    more than one graph and its results put together."""
+    places = {id(tensor): place for place, tensor in enumerate(tensors)}
+    if len(ran) != 1 or len(places) != len(tensors):
+        return None
+    graph, args, results = ran[0]
+    if not all(isinstance(value, (torch.Tensor, int, float)) for value in args):
+        return None
+    given = list(args)
+    slots = tuple((index, places[id(value)]) for index, value in enumerate(given) if id(value) in places)
+    for index, _ in slots:
+        given[index] = None  # an input of one call is not kept for the next
+    leaves: list[tuple[int | None, Any]] = []
+    found, spec = tree_flatten(result)
+    for leaf in found:
+        place = next((place for place, value in enumerate(results) if value is leaf), None)
+        if place is None and type(leaf) not in _PLAIN:
+            return None
+        leaves.append((place, leaf if place is None else None))
+    return Shortcut(graph, given, slots, tuple(leaves), spec)
