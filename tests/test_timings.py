@@ -4,12 +4,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cachedit_fx.bench import cold, overhead
+from cachedit_fx.bench import cold, overhead, process
 from cachedit_fx.bench.cold import CAPTURE, OURS, REPEATED, Start
 from cachedit_fx.bench.flux import STEP, Size, inputs, make, size_of
-from cachedit_fx.bench.overhead import CACHED, COMPUTED, PIECES, RATIOS, Overhead
+from cachedit_fx.bench.overhead import CACHED, COMPUTED, PIECES, RATIOS, SHORT_CACHED, Overhead
 from cachedit_fx.cli import app
-from cachedit_fx.cli.timings import cold_cells, overhead_cells
+from cachedit_fx.cli.timings import cold_cells, overhead_cells, profile_cells, python_cells
 
 TINY = Size(1, 2, width=64, side=2)
 
@@ -31,7 +31,7 @@ def test_a_generation_has_room_for_every_call():
 def test_overhead_takes_a_time_of_each_kind_of_step_in_every_round():
     found = overhead.measure(TINY, 3, inner_backend="eager")
     assert {len(times) for times in found.seconds.values()} == {3}
-    assert {name for pair in RATIOS for name in pair} == set(found.seconds)
+    assert {name for pair in RATIOS for name in pair} - {overhead.PEER} == set(found.seconds)
 
 
 def test_pieces_alone_run_the_first_block_only():
@@ -51,14 +51,16 @@ def test_pieces_alone_run_the_first_block_only():
 
     counts = {}
     with torch.no_grad():
-        for name, build in overhead._builders(1, {"inner_backend": "eager"}).items():
-            step = build(make(TINY), TINY)
-            for number in range(2):
+        builders = overhead._builders(1, {"inner_backend": "eager"})
+        for name in overhead.KINDS:
+            step = builders[name](make(TINY), TINY)
+            for number in range(4):
                 step(inputs(TINY, number))
             with Products() as products:
-                step(inputs(TINY, 2))
+                step(inputs(TINY, 4))
             counts[name] = products.count
-    assert 0 < counts[PIECES] == counts[CACHED] < counts[COMPUTED] == counts[overhead.EAGER]
+    assert 0 < counts[PIECES] == counts[CACHED] == counts[SHORT_CACHED]
+    assert counts[PIECES] < counts[COMPUTED] == counts[overhead.SHORT_COMPUTED] == counts[overhead.EAGER]
 
 
 def test_ratios_are_medians_over_turns():
@@ -94,8 +96,37 @@ def test_the_table_of_steps():
     assert ["18", CACHED, "", PIECES, "1.000", "+0.00"] in rows
 
 
+def test_rows_of_what_was_not_measured_are_left_out():
+    found = Overhead(18, {overhead.EAGER: [0.004, 0.004], overhead.PEER: [0.002, 0.002]})
+    _, *rows = overhead_cells([found])
+    assert [row for row in rows if row[3]] == [["18", overhead.PEER, "", overhead.EAGER, "0.500", "-2.00"]]
+
+
+def test_the_table_of_python_has_microseconds_a_block():
+    _, *rows = python_cells([Overhead(10, {COMPUTED: [0.001], overhead.EAGER: [0.1]})])
+    assert rows == [["10", COMPUTED, "1.00", "100.0"]]
+
+
+def test_a_profile_names_our_functions():
+    lines = overhead.profile(TINY, SHORT_CACHED, 3, inner_backend=overhead.NOTHING, compiled_pieces="all")
+    ours = [line for line in lines if "runtime/call.py" in line.function and line.function.endswith(" decide")]
+    assert len(ours) == 1 and ours[0].calls == 1 and 0 < ours[0].own <= ours[0].total
+    assert profile_cells(ours)[1][1].startswith("cachedit_fx/runtime/call.py:")
+
+
+def test_pieces_that_compute_nothing_are_told_from_shapes():
+    module = make(TINY)
+    with torch.no_grad():
+        expected = module(**inputs(TINY))[0]
+        step = overhead._builders(1, {"inner_backend": overhead.NOTHING, "compiled_pieces": "all"})[COMPUTED](
+            module, TINY
+        )
+        found = step(inputs(TINY))[0]
+    assert found.shape == expected.shape and not found.any()
+
+
 def test_a_way_that_fails_is_told_and_left_out(monkeypatch):
-    monkeypatch.setattr(cold.sys, "executable", "/bin/false")
+    monkeypatch.setattr(process.sys, "executable", "/bin/false")
     failures: list[str] = []
     assert not list(cold.measure([3], [OURS], lambda what: None, failures.append))
     assert len(failures) == 1 and OURS in failures[0]

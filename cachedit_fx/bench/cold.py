@@ -12,8 +12,6 @@ and not the compiler's to change, so the table has times with and without it.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cachedit_fx.bench.flux import Size, inputs, make, size_of
-from cachedit_fx.bench.process import BenchmarkError
+from cachedit_fx.bench.process import BenchmarkError, answer_of
 
 CAPTURE, OURS, REPEATED = "capture", "cachedit_fx", "compile_repeated_blocks"
 
@@ -52,19 +50,9 @@ def _cachedit(module: Any, **options: Any) -> None:
 
 
 def _cache_dit(module: Any) -> None:
-    import cache_dit
-    from cache_dit import BlockAdapter, ForwardPattern
+    from cachedit_fx.bench.peers import cache_dit
 
-    patterns = [ForwardPattern.Pattern_1, ForwardPattern.Pattern_1]
-    adapter = BlockAdapter(
-        transformer=module,
-        blocks=[module.transformer_blocks, module.single_transformer_blocks],
-        forward_pattern=patterns,
-    )
-    config = cache_dit.DBCacheConfig(
-        Fn_compute_blocks=1, max_warmup_steps=1, residual_diff_threshold=10.0, num_inference_steps=CALLS
-    )
-    cache_dit.enable_cache(adapter, cache_config=config)
+    cache_dit(module, steps=CALLS, first=1)
     module.compile()
 
 
@@ -104,13 +92,8 @@ def measure(
 
 def _run(way: str, blocks: int, warm: bool, folder: str) -> Start:
     request = json.dumps({"way": way, "blocks": blocks, "warm": warm})
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", "cachedit_fx.bench.cold", request]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise BenchmarkError(f"{way} with {blocks} blocks failed: {last}")
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    command = ["cachedit_fx.bench.cold", request]
+    answer = answer_of(command, f"{way} with {blocks} blocks", TORCHINDUCTOR_CACHE_DIR=folder)
     return Start(**answer | {name: tuple(answer[name]) for name in ("calls", "sizes")})
 
 

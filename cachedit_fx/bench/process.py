@@ -89,6 +89,26 @@ class Worker:
         return answer
 
 
+def answer_of(command: Sequence[str], key: str, **environment: str) -> Any:
+    """What a module, run by this interpreter on one thread, prints as its last line, which is JSON.
+
+    Args:
+        command: the module's name, and its arguments.
+        key: what a failure calls it.
+        environment: variables of the process, beside those of this one.
+
+    Raises:
+        BenchmarkError: where it fails, with the last line of its complaint.
+    """
+    settings = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    arguments = [sys.executable, "-W", "ignore", "-m", *command]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=settings)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise BenchmarkError(f"{key} failed: {last}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def pack(drawing: Drawing) -> dict[str, Any]:
     """A drawing as JSON's values."""
     pictures = drawing.pictures.contiguous().numpy()

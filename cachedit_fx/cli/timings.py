@@ -5,9 +5,10 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.markup import escape
@@ -17,7 +18,7 @@ from cachedit_fx.cli.terminal import console, errors, machine, progress_bar, qui
 
 if TYPE_CHECKING:
     from cachedit_fx.bench.cold import Start
-    from cachedit_fx.bench.overhead import Overhead
+    from cachedit_fx.bench.overhead import Line, Overhead
 
 DEPTHS = (18, 57)
 Cells = list[list[str]]
@@ -43,25 +44,56 @@ def cold(depths: Sequence[int], ways: Sequence[str], out: Path) -> None:
                 progress.update(task, advance=1)
         except KeyboardInterrupt:
             errors.print("interrupted: what follows is what was measured")
-    _finish("cold", "Start-up", cold_cells(found), out, _COLD)
+    _write("cold", [("Start-up", cold_cells(found), _COLD)], out)
 
 
 def overhead(depths: Sequence[int], rounds: int, first: int, inner: str, out: Path) -> None:
-    """Measure steps at each depth, show the table, and write `overhead.md`."""
+    """Measure steps at each depth, show the tables, and write `overhead.md`: steps with real pieces, the Python of a
+    step with pieces that compute nothing, and its profile."""
     with quiet():
         from cachedit_fx.bench.flux import size_of
-        from cachedit_fx.bench.overhead import measure
+        from cachedit_fx.bench.overhead import NOTHING, SHORT_COMPUTED, measure, measure_peer, profile
+        from cachedit_fx.bench.process import BenchmarkError
 
     found: list[Overhead] = []
-    with progress_bar(len(depths), "models") as (progress, task):
-        for blocks in depths:
+    python: list[Overhead] = []
+    with progress_bar(3 * len(depths) + 1, "models") as (progress, task):
 
-            def tell(what: str) -> None:
-                progress.update(task, description=what)
+        def tell(what: str) -> None:
+            progress.update(task, description=what)
 
-            found.append(measure(size_of(blocks), rounds, first, tell, inner_backend=inner))
+        with quiet():
+            for blocks in depths:
+                found.append(measure(size_of(blocks), rounds, first, tell, inner_backend=inner))
+                progress.update(task, advance=1)
+                tell(f"cache-dit, {blocks} blocks")
+                try:
+                    found.append(measure_peer(size_of(blocks), rounds, first, inner))
+                except BenchmarkError as error:
+                    errors.print(f"[yellow]{escape(str(error))}[/yellow]")
+                progress.update(task, advance=1)
+            for blocks in depths:
+                python.append(measure(size_of(blocks, **_TINY), rounds, first, tell, **_nothing(NOTHING)))
+                progress.update(task, advance=1)
+            tell("profile")
+            deepest = size_of(max(depths), **_TINY)
+            lines = profile(deepest, SHORT_COMPUTED, PROFILED, first, **_nothing(NOTHING))
             progress.update(task, advance=1)
-    _finish("overhead", f"Steps, F = {first}, inner backend {inner}", overhead_cells(found), out, _OVERHEAD)
+    tables = [
+        (f"Steps, F = {first}, inner backend {inner}", overhead_cells(found), _OVERHEAD),
+        ("The Python of a step", python_cells(python), _PYTHON),
+        (f"Its profile: {SHORT_COMPUTED}, {deepest.blocks} blocks", profile_cells(lines[:12]), _PROFILE),
+    ]
+    _write("overhead", tables, out)
+
+
+PROFILED = 100
+"""Steps in a profile."""
+_TINY = {"width": 64, "side": 2}
+
+
+def _nothing(backend: Any) -> dict[str, Any]:
+    return {"inner_backend": backend, "compiled_pieces": "all"}
 
 
 _COLD = (
@@ -69,7 +101,18 @@ _COLD = (
     "new process; cold: an empty folder for inductor's caches, warm: the same folder in another process. `- capture`: "
     'less the time of `backend="eager"`, dynamo\'s own. `sizes`: the first call at three resolutions, warm.'
 )
-_OVERHEAD = "Medians over calls by turns, one thread, batch 1; `pieces alone`: the compiled pieces of a cached step."
+_OVERHEAD = (
+    "Medians over calls by turns, one thread, batch 1. `pieces alone`: the compiled pieces of a cached step, one after "
+    'the other. `past guards`: with `guards="generation"`, steps behind the first two of a generation.'
+)
+_PYTHON = (
+    "The same kinds of steps on tiny tensors, with pieces that compute nothing: what remains is Python, ours and "
+    "dynamo's. A block: the step over the number of blocks."
+)
+_PROFILE = (
+    f"cProfile over {PROFILED} steps, which makes each call several times slower than it is: shares are what to read. "
+    "Milliseconds a step."
+)
 
 
 def cold_cells(found: Sequence[Start]) -> Cells:
@@ -101,22 +144,46 @@ def overhead_cells(found: Sequence[Overhead]) -> Cells:
         for name, seconds in item.seconds.items():
             cells.append([str(item.blocks), name, f"{1e3 * median(seconds):.2f}", "", "", ""])
         for above, below in RATIOS:
+            if not {above, below} <= item.seconds.keys():
+                continue
             ratio, extra = item.ratio(above, below), 1e3 * item.extra(above, below)
             cells.append([str(item.blocks), above, "", below, f"{ratio:.3f}", f"{extra:+.2f}"])
     return cells
 
 
-def _finish(name: str, title: str, cells: Cells, out: Path, explanation: str) -> None:
-    headings, *rows = cells
-    table = Table(title=title, box=box.SIMPLE_HEAD)
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if index == 1 else "right")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.print(table)
+def python_cells(found: Sequence[Overhead]) -> Cells:
+    """The table of what Python takes, a row for each kind of step, headings first."""
+    from cachedit_fx.bench.overhead import EAGER
+
+    cells = [["blocks", "step", "ms", "us a block"]]
+    for item in found:
+        for name, seconds in item.seconds.items():
+            if name != EAGER:
+                middle = median(seconds)
+                cells.append([str(item.blocks), name, f"{1e3 * middle:.2f}", f"{1e6 * middle / item.blocks:.1f}"])
+    return cells
+
+
+def profile_cells(lines: Sequence[Line]) -> Cells:
+    """The table of a profile, headings first."""
+    rows = [[f"{n.calls:.0f}", n.function, f"{1e3 * n.own:.3f}", f"{1e3 * n.total:.3f}"] for n in lines]
+    return [["calls", "function", "own", "with what it calls"], *rows]
+
+
+def _write(name: str, tables: Sequence[tuple[str, Cells, str]], out: Path) -> None:
+    """Show tables of title, cells and explanation, and write them to one file, with the command that made them."""
     command = shlex.join(["cachedit", *sys.argv[1:]])
-    lines = [f"# {title}", "", f"`{command}`, on {machine()}.", "", explanation, ""]
-    lines += [f"| {' | '.join(row)} |" for row in (headings, ["---"] * len(headings), *rows)]
+    lines = [f"`{command}`, on {machine()}, torch {version('torch')}.", ""]
+    for title, (headings, *rows), explanation in tables:
+        table = Table(title=title, box=box.SIMPLE_HEAD)
+        for index, heading in enumerate(headings):
+            table.add_column(heading, justify="left" if index == 1 else "right")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+        lines += [f"# {title}", "", explanation, ""]
+        lines += [f"| {' | '.join(row)} |" for row in (headings, ["---"] * len(headings), *rows)]
+        lines.append("")
     with whole_files(out) as folder:
-        (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
+        (folder / f"{name}.md").write_text("\n".join(lines))
     console.print(f"written: {out / f'{name}.md'}")
