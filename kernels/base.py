@@ -9,9 +9,11 @@ The CPU build of torch comes without Triton; then a kernel below is its plain Py
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -31,13 +33,16 @@ library = torch.library.Library("cachedit_fx", "FRAGMENT")
 NUM_WARPS = 8
 TILE = 2048
 """Elements of a tile: eight a thread, so that a thread's 16-bit elements are one load of 128 bits."""
-CPU_BLOCK = 1 << 16
+CPU_BLOCK = 1 << 17
 """Elements that the CPU paths work on at a time, a thread: what torch's ops hand on stays in the cache."""
 
 
 def jit(kernel: Callable[..., Any]) -> Any:
-    """`triton.jit`, where there is a Triton."""
-    return triton.jit(kernel) if HAS_TRITON else kernel
+    """`triton.jit`, where there is a Triton. Counts of rows and first programs are no reason to compile anew."""
+    if not HAS_TRITON:
+        return kernel
+    names = inspect.signature(kernel).parameters
+    return triton.jit(kernel, do_not_specialize=[name for name in ("n_rows", "starts") if name in names])
 
 
 @jit
@@ -61,6 +66,14 @@ def runs_on_triton(*tensors: torch.Tensor | None) -> bool:
         x is None or (x.device.type in ("cuda", "xpu") and type(x) in (torch.Tensor, torch.nn.Parameter))
         for x in tensors
     )
+
+
+def device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Makes the GPU of `tensor` the current one, which is where Triton launches."""
+    if tensor.device.type == "cpu":  # Triton's interpreter
+        return nullcontext()
+    guard: AbstractContextManager[Any] = getattr(torch, tensor.device.type).device_of(tensor)
+    return guard
 
 
 class Layout(NamedTuple):
@@ -137,7 +150,7 @@ def launch_groups(
         if seen is None:
             given = [None if x is None else x.contiguous() for x in given]
             seen = Layout(1, 1, out.numel())
-        key = seen.tile, out.dtype, *(None if x is None else x.dtype for x in given)
+        key = seen.tile, out.device, out.dtype, *(None if x is None else x.dtype for x in given)
         alike.setdefault(key, []).append((index, seen, tuple(given)))
     for results in alike.values():
         for first in range(0, len(results), limit):

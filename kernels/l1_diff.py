@@ -22,6 +22,7 @@ from cachedit_fx.kernels.base import (
     Layout,
     Variant,
     blocks,
+    device_of,
     elements_of_tile,
     jit,
     layout,
@@ -107,28 +108,29 @@ def launch(
         seen = layout((hidden, base), per_sample)
     assert isinstance(seen, Layout)
     groups = hidden.shape[0] if per_sample else 1
-    differences = torch.zeros((groups, len(previous)), dtype=torch.float32, device=hidden.device)
+    differences = torch.empty((groups, len(previous)), dtype=torch.float32, device=hidden.device)
     if not hidden.numel():
-        return differences if per_sample else differences[0]
+        return (differences if per_sample else differences[0]).zero_()
     programs = seen.samples * seen.tiles
     partial = torch.empty((2 * len(previous), programs), dtype=torch.float32, device=hidden.device)
-    _partial_sums[(programs,)](
-        hidden,
-        base,
-        tuple(previous),
-        out,
-        partial,
-        seen.rows,
-        seen.cols,
-        *seen.strides(hidden),
-        *seen.strides(base),
-        *seen.tile,
-        num_warps=NUM_WARPS,
-    )
-    if previous:
-        _finish[(groups, len(previous))](
-            partial, differences, programs // groups, EPSILON, FINISH_BLOCK, num_warps=FINISH_WARPS
+    with device_of(hidden):
+        _partial_sums[(programs,)](
+            hidden,
+            base,
+            tuple(previous),
+            out,
+            partial,
+            seen.rows,
+            seen.cols,
+            *seen.strides(hidden),
+            *seen.strides(base),
+            *seen.tile,
+            num_warps=NUM_WARPS,
         )
+        if previous:
+            _finish[(groups, len(previous))](
+                partial, differences, programs // groups, EPSILON, FINISH_BLOCK, num_warps=FINISH_WARPS
+            )
     return differences if per_sample else differences[0]
 
 
@@ -223,12 +225,11 @@ def _in_blocks(
             assert part is not None
             found.append(_in_blocks(part, part_base, [earlier[i] for earlier in previous], part_out, False))
         return torch.stack(found) if found else hidden.new_empty((0, len(previous)), dtype=torch.float32)
-    norm = torch.linalg.vector_norm
     sums: list[list[torch.Tensor]] = []
     for part, part_base, part_out, *earlier in blocks(hidden, base, out, *previous):
         if part_out is not None:
             part = part_out.copy_(part).sub_(part_base)
-        sums.append([norm(x, 1) for before in earlier for x in (before - part, before)])
+        sums.append([x.sum() for before in earlier for x in ((before - part).abs_(), before.abs())])
     if not previous:
         return hidden.new_empty((0,), dtype=torch.float32)
     totals = [torch.stack(parts).double().sum() if len(parts) > 1 else parts[0] for parts in zip(*sums, strict=True)]

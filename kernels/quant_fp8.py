@@ -21,7 +21,7 @@ from collections.abc import Iterator
 
 import torch
 
-from cachedit_fx.kernels.base import NUM_WARPS, TYPES, Variant, blocks, jit, library, runs_on_triton, tl
+from cachedit_fx.kernels.base import NUM_WARPS, TYPES, Variant, blocks, device_of, jit, library, runs_on_triton, tl
 
 LARGEST = 448.0
 """The largest finite e4m3 value. (Kernels cannot read these two.)"""
@@ -169,19 +169,20 @@ def launch_quant(x: torch.Tensor) -> torch.Tensor:
     if not x.numel():
         return packed
     rows, tile = math.prod(sizes) * heads, _tile(head_dim)
-    _quantize[(-(-rows // tile[0]),)](
-        x,
-        packed,
-        rows,
-        heads,
-        head_dim,
-        *sizes[1:],
-        *strides,
-        x.stride(-2),
-        _row_bytes(heads, head_dim),
-        *tile,
-        num_warps=NUM_WARPS,
-    )
+    with device_of(x):
+        _quantize[(-(-rows // tile[0]),)](
+            x,
+            packed,
+            rows,
+            heads,
+            head_dim,
+            *sizes[1:],
+            *strides,
+            x.stride(-2),
+            _row_bytes(heads, head_dim),
+            *tile,
+            num_warps=NUM_WARPS,
+        )
     return packed
 
 
@@ -198,9 +199,10 @@ def launch_dequant(packed: torch.Tensor, heads: int, dtype: torch.dtype) -> torc
     if not out.numel():
         return out
     rows, tile = math.prod(sizes) * heads, _tile(head_dim)
-    _dequantize[(-(-rows // tile[0]),)](
-        packed, out, rows, heads, head_dim, *sizes[1:], *strides, *tile, num_warps=NUM_WARPS
-    )
+    with device_of(packed):
+        _dequantize[(-(-rows // tile[0]),)](
+            packed, out, rows, heads, head_dim, *sizes[1:], *strides, *tile, num_warps=NUM_WARPS
+        )
     return out
 
 

@@ -24,6 +24,7 @@ from cachedit_fx.kernels.base import (
     Layout,
     Variant,
     blocks,
+    device_of,
     elements_of_tile,
     jit,
     launch_groups,
@@ -32,10 +33,13 @@ from cachedit_fx.kernels.base import (
     tl,
 )
 
-MAX_RESULTS = 2
-"""Results that one launch writes: the hidden states and the text, as a rule."""
 MAX_TERMS = 6
-"""Residuals of each that one launch adds up: those of the fifth order."""
+"""Residuals of each result that one launch adds up: those of the fifth order."""
+
+
+def max_results(terms: int) -> int:
+    """Results that one launch writes: hidden states and text, as a rule. With many terms one, or registers spill."""
+    return 2 if terms <= 4 else 1
 
 
 @jit
@@ -102,24 +106,25 @@ def launch(
     weights: Sequence[float],
     outs: Sequence[torch.Tensor],
 ) -> None:
-    """As `residual_apply`, by the kernel above: results that are seen alike share a launch, `MAX_RESULTS` at a time.
+    """As `residual_apply`, by the kernel above: results that are seen alike share a launch, `max_results` at a time.
 
     Raises:
         ValueError: with more than `MAX_TERMS` residuals of a result.
     """
     if len(weights) > MAX_TERMS:
         raise ValueError(f"{len(weights)} residuals of each result; one launch adds up {MAX_TERMS}")
-    for group in launch_groups(outs, [(base,) for base in bases], MAX_RESULTS):
-        _apply[(group.starts[-1],)](
-            tuple(outs[i] for i in group.members),
-            tuple(base for (base,) in group.operands),
-            tuple(tuple(stored[i]) for i in group.members),
-            tuple(map(float, weights)),
-            group.starts,
-            *group.geometry,
-            *group.tile,
-            num_warps=NUM_WARPS,
-        )
+    for group in launch_groups(outs, [(base,) for base in bases], max_results(len(weights))):
+        with device_of(outs[group.members[0]]):
+            _apply[(group.starts[-1],)](
+                tuple(outs[i] for i in group.members),
+                tuple(base for (base,) in group.operands),
+                tuple(tuple(stored[i]) for i in group.members),
+                tuple(map(float, weights)),
+                group.starts,
+                *group.geometry,
+                *group.tile,
+                num_warps=NUM_WARPS,
+            )
 
 
 def variants() -> Iterator[Variant]:
@@ -128,7 +133,7 @@ def variants() -> Iterator[Variant]:
     kept += [(torch.float32, torch.float64), (torch.float32, torch.float32)]
     looks = [(base, aligned, rows) for base, rows in ((True, 1), (True, 2), (False, 1)) for aligned in (True, False)]
     strides = ("base_sample_strides", "base_row_strides")
-    counts = itertools.product(range(1, MAX_RESULTS + 1), range(1, MAX_TERMS + 1))
+    counts = [(n, terms) for terms in range(1, MAX_TERMS + 1) for n in range(1, max_results(terms) + 1)]
     for (dtype, state), (results, terms), (has_base, aligned, rows) in itertools.product(kept, counts, looks):
         block_rows, block_cols = Layout(1, rows, 1).tile
         yield Variant(

@@ -27,6 +27,7 @@ from cachedit_fx.kernels.base import (
     Layout,
     Variant,
     blocks,
+    device_of,
     elements_of_tile,
     jit,
     launch_groups,
@@ -117,15 +118,16 @@ def launch(results: Sequence[torch.Tensor], bases: Sequence[torch.Tensor], outs:
     """As `residual_store`, by the kernel above: results that are seen alike share a launch, `MAX_RESULTS` at a time."""
     for group in launch_groups(outs, list(zip(results, bases, strict=True)), MAX_RESULTS):
         result_ptrs, base_ptrs = zip(*group.operands, strict=True)
-        _store[(group.starts[-1],)](
-            tuple(outs[i] for i in group.members),
-            result_ptrs,
-            base_ptrs,
-            group.starts,
-            *group.geometry,
-            *group.tile,
-            num_warps=NUM_WARPS,
-        )
+        with device_of(outs[group.members[0]]):
+            _store[(group.starts[-1],)](
+                tuple(outs[i] for i in group.members),
+                result_ptrs,
+                base_ptrs,
+                group.starts,
+                *group.geometry,
+                *group.tile,
+                num_warps=NUM_WARPS,
+            )
 
 
 def variants() -> Iterator[Variant]:

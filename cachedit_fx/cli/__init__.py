@@ -14,6 +14,9 @@ import typer
 from cachedit_fx.cli.bench import bench
 from cachedit_fx.cli.coverage import coverage
 from cachedit_fx.cli.demo import demo
+from cachedit_fx.cli.kernels import bench as bench_kernels
+from cachedit_fx.cli.kernels import kernels
+from cachedit_fx.cli.kernels import verify as verify_kernels
 
 app = typer.Typer(
     name="cachedit",
@@ -32,6 +35,9 @@ def _unwrapped(command: Callable[..., object]) -> str:
 
 for command in (demo, bench, coverage):
     app.command(help=_unwrapped(command))(command)
+kernels.command("verify", help=_unwrapped(verify_kernels))(verify_kernels)
+kernels.command("bench", help=_unwrapped(bench_kernels))(bench_kernels)
+app.add_typer(kernels)
 
 
 def _show_versions(wanted: bool) -> None:

@@ -1,0 +1,338 @@
+"""Bandwidth of the kernels over that of a copy that moves as many bytes, and their time over plain torch's.
+
+By turns: ours, the copy, the reference of the kernel's file; medians. What counts as moved are the bytes that cannot be
+avoided: each input read once, each output written once. On a GPU events take the times, and the L2 cache is flushed
+ahead of each; on a CPU it is one thread, and what fits its caches is in them.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+
+from cachedit_fx.kernels.l1_diff import l1_diff, l1_difference, residual
+from cachedit_fx.kernels.residual_apply import residual_apply, weighted_sum
+from cachedit_fx.kernels.residual_store import difference, residual_like, residual_store
+
+Shape = tuple[int, ...]
+SMALL: Mapping[str, tuple[Shape, ...]] = {"small": ((1, 256, 512),)}
+FLUX: Mapping[str, tuple[Shape, ...]] = {"FLUX": ((1, 4096, 3072), (1, 512, 3072))}
+WAN: Mapping[str, tuple[Shape, ...]] = {"Wan": ((1, 32760, 5120),)}
+SHORT_WAN: Mapping[str, tuple[Shape, ...]] = {"Wan / 5": ((1, 6552, 5120),)}
+"""Of a model's hidden states; the text goes along where a kernel takes several results."""
+HEAD_DIM = 128
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+L2_BYTES = 1 << 28
+"""More than the L2 cache of any GPU."""
+
+
+class Case(NamedTuple):
+    """What is timed: a kernel's public function, and plain torch that does the same."""
+
+    kernel: str
+    moved: int
+    ours: Callable[[], object]
+    reference: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Medians of one kernel at one shape and dtype, in seconds."""
+
+    kernel: str
+    shape: str
+    dtype: str
+    moved: int
+    ours: float
+    copy: float
+    reference: float
+
+    @property
+    def bandwidth(self) -> float:
+        """GB/s."""
+        return self.moved / self.ours / 1e9
+
+    @property
+    def share(self) -> float:
+        """Of the copy's bandwidth."""
+        return self.copy / self.ours
+
+    @property
+    def speedup(self) -> float:
+        """Over plain torch."""
+        return self.reference / self.ours
+
+
+def _moved(*tensors: torch.Tensor | None) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+
+
+def cases(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """Every kernel on tensors of these shapes; inputs are made one kernel at a time."""
+
+    def random(shape: Shape, kind: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(shape, dtype=torch.float32, device=device).to(kind)
+
+    for makers in (_differences, _applied, _stored, _eight_bits):
+        yield from makers(random, shapes)
+
+
+Random = Callable[..., torch.Tensor]
+
+
+def _differences(random: Random, shapes: Sequence[Shape]) -> Iterator[Case]:
+    hidden, base = random(shapes[0]), random(shapes[0])
+    out, *previous = (random(shapes[0], torch.float32) for _ in range(3))
+    for count in (1, 2):
+        given = previous[:count]
+        yield Case(
+            f"l1_diff, {count} previous",
+            _moved(hidden, base, out, *given),
+            partial(l1_diff, hidden, base, given, out),
+            partial(_plain_differences, hidden, base, given),
+        )
+
+
+def _plain_differences(hidden: torch.Tensor, base: torch.Tensor, previous: Sequence[torch.Tensor]) -> object:
+    r = residual(hidden, base)
+    return [l1_difference(before, r) for before in previous]
+
+
+def _applied(random: Random, shapes: Sequence[Shape]) -> Iterator[Case]:
+    bases, outs = [random(shape) for shape in shapes], [random(shape) for shape in shapes]
+    stored = [[residual_like(base).normal_() for _ in range(4)] for base in bases]
+    for count in (1, 2, 4):
+        terms = [residuals[:count] for residuals in stored]
+        weights = [1 + j / 4 for j in range(count)]
+        yield Case(
+            f"residual_apply, {count} term{'s' if count > 1 else ''}",
+            _moved(*bases, *outs, *itertools.chain.from_iterable(terms)),
+            partial(residual_apply, bases, terms, weights, outs),
+            partial(_plain_sums, bases, terms, weights),
+        )
+
+
+def _plain_sums(
+    bases: Sequence[torch.Tensor], stored: Sequence[Sequence[torch.Tensor]], weights: Sequence[float]
+) -> object:
+    return [weighted_sum(base, terms, weights).to(base.dtype) for base, terms in zip(bases, stored, strict=True)]
+
+
+def _stored(random: Random, shapes: Sequence[Shape]) -> Iterator[Case]:
+    bases, results = [random(shape) for shape in shapes], [random(shape) for shape in shapes]
+    outs = [residual_like(result) for result in results]
+    yield Case(
+        "residual_store",
+        _moved(*bases, *results, *outs),
+        partial(residual_store, results, bases, outs),
+        lambda: [difference(x, base, outs[0].dtype) for x, base in zip(results, bases, strict=True)],
+    )
+
+
+def _eight_bits(random: Random, shapes: Sequence[Shape]) -> Iterator[Case]:
+    from cachedit_fx.kernels.quant_fp8 import dequant_fp8, dequantized, quant_fp8, quantized
+
+    *leading, width = shapes[0]
+    x = random((*leading, max(1, width // HEAD_DIM), min(HEAD_DIM, width)))
+    packed = quant_fp8(x)
+    values, scales = quantized(x)
+    yield Case("quant_fp8", _moved(x, packed), partial(quant_fp8, x), partial(quantized, x))
+    yield Case(
+        "dequant_fp8",
+        _moved(x, packed),
+        partial(dequant_fp8, packed, x.shape[-2], x.dtype),
+        lambda: dequantized(values, scales).to(x.dtype),
+    )
+
+
+def memory(device: torch.device) -> int:
+    """Bytes that are free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def shapes_for(device: torch.device) -> dict[str, tuple[Shape, ...]]:
+    """Those that fit; Wan in full length on a GPU only."""
+    wan = (WAN, SHORT_WAN) if device.type != "cpu" else (SHORT_WAN,)
+    fitting = [shapes for shapes in (FLUX, next((s for s in wan if _fits(s, device)), {})) if _fits(shapes, device)]
+    return {name: shape for shapes in (SMALL, *fitting) for name, shape in shapes.items()}
+
+
+def _fits(shapes: Mapping[str, tuple[Shape, ...]], device: torch.device) -> bool:
+    """Four terms in float64, and as much again for the copy and the reference."""
+    elements = sum(math.prod(shape) for group in shapes.values() for shape in group)
+    return 100 * elements < memory(device)
+
+
+def clock(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    """A function that gives the seconds that a call takes."""
+    if device.type != "cuda":
+
+        def on_cpu(call: Callable[[], object]) -> float:
+            begun = time.perf_counter()
+            call()
+            return time.perf_counter() - begun
+
+        return on_cpu
+    flushed = torch.empty(L2_BYTES, dtype=torch.int8, device=device)
+
+    def on_gpu(call: Callable[[], object]) -> float:
+        flushed.zero_()
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun.record()
+        call()
+        ended.record()
+        ended.synchronize()
+        return begun.elapsed_time(ended) / 1e3
+
+    return on_gpu
+
+
+def medians(
+    case: Case, device: torch.device, rounds: int, watch: Callable[[Callable[[], object]], float]
+) -> tuple[float, float, float]:
+    """Seconds of ours, of the copy and of the reference."""
+    source = torch.zeros(max(1, case.moved // 8), dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    calls: list[Callable[[], object]] = [case.ours, lambda: target.copy_(source), case.reference]
+    seconds: list[list[float]] = [[], [], []]
+    for number in range(-2, rounds):  # the first two compile, and touch memory
+        for which in (0, 1, 2) if number % 2 else (2, 1, 0):
+            taken = watch(calls[which])
+            if number >= 0:
+                seconds[which].append(taken)
+    ours, copy, reference = map(median, seconds)
+    return ours, copy, reference
+
+
+def measure(
+    shapes: Mapping[str, tuple[Shape, ...]],
+    dtypes: Sequence[str],
+    device: torch.device,
+    rounds: int,
+    tell: Callable[[str], None] = lambda what: None,
+) -> Iterator[Timed]:
+    """Time every kernel at every shape and dtype."""
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    watch = clock(device)
+    for shape, sizes in shapes.items():
+        for dtype in dtypes:
+            with torch.no_grad():
+                for case in cases(sizes, DTYPES[dtype], device):
+                    tell(f"{case.kernel}, {shape}")
+                    yield Timed(case.kernel, shape, dtype, case.moved, *medians(case, device, rounds, watch))
+
+
+def count(shapes: Mapping[str, tuple[Shape, ...]], dtypes: Sequence[str]) -> int:
+    """How many `measure` will give."""
+    tiny: tuple[Shape, ...] = ((1, 1, 1),)
+    return len(shapes) * len(dtypes) * sum(1 for _ in cases(tiny, torch.float32, torch.device("cpu")))
+
+
+HEADINGS = ("kernel", "shape", "dtype", "MB", "ms", "GB/s", "of a copy", "over plain torch")
+
+
+def cells(row: Timed) -> tuple[str, ...]:
+    """A row of the table."""
+    return (
+        row.kernel,
+        row.shape,
+        row.dtype,
+        f"{row.moved / 1e6:.1f}",
+        f"{1e3 * row.ours:.3f}",
+        f"{row.bandwidth:.1f}",
+        f"{row.share:.0%}",
+        f"{row.speedup:.2f} x",
+    )
+
+
+def markdown(rows: Sequence[Timed], shapes: Mapping[str, tuple[Shape, ...]], made_by: str) -> str:
+    """The table as a file."""
+    sizes = (f"{name} {' and '.join('x'.join(map(str, size)) for size in group)}" for name, group in shapes.items())
+    lines = [
+        "# Bandwidth of the kernels",
+        "",
+        made_by,
+        "",
+        "MB: what cannot but be read and written. Of a copy: the time of a `copy_` that reads and writes as many "
+        "bytes, over ours. Over plain torch: its time over ours. Medians by turns. Shapes: "
+        f"{'; '.join(sizes)}.",
+        "",
+        f"| {' | '.join(HEADINGS)} |",
+        f"| --- | --- | --- |{' ---: |' * (len(HEADINGS) - 3)}",
+        *(f"| {' | '.join(cells(row))} |" for row in rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def as_csv(rows: Sequence[Timed]) -> str:
+    """Every figure, unrounded."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(
+        ("kernel", "shape", "dtype", "bytes", "seconds", "copy_seconds", "torch_seconds", "of_copy", "over_torch")
+    )
+    for row in rows:
+        writer.writerow(
+            (row.kernel, row.shape, row.dtype, row.moved, row.ours, row.copy, row.reference, row.share, row.speedup)
+        )
+    return file.getvalue()
+
+
+COLOURS = ("#56B4E9", "#0072B2", "#D55E00", "#009E73")
+"""Okabe and Ito's, told apart by the colour-blind too; a shape each."""
+
+
+def save_plot(rows: Sequence[Timed], title: str, path: Path) -> None:
+    """Bars: a line of panels for each dtype, the share of a copy's bandwidth on the left, plain torch on the right."""
+    from matplotlib.figure import Figure
+
+    names, shapes, dtypes = (
+        list(dict.fromkeys(getattr(row, key) for row in rows)) for key in ("kernel", "shape", "dtype")
+    )
+    height = 0.19 * len(names) * len(shapes) + 0.5
+    figure = Figure(figsize=(11, 1.0 + (height + 0.5) * len(dtypes)), dpi=120, facecolor="white", layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    grid = figure.subplots(len(dtypes), 2, squeeze=False, sharey=True, sharex="col")
+    thick = 0.8 / len(shapes)
+    panels = (("share", "bandwidth, of a copy's"), ("speedup", "times as fast as plain torch"))
+    for dtype, line in zip(dtypes, grid, strict=True):
+        for axes, (key, heading) in zip(line, panels, strict=True):
+            for number, shape in enumerate(shapes):
+                chosen = [row for row in rows if (row.shape, row.dtype) == (shape, dtype)]
+                places = [names.index(row.kernel) + (number - (len(shapes) - 1) / 2) * thick for row in chosen]
+                values = [getattr(row, key) for row in chosen]
+                bars = axes.barh(places, values, thick * 0.92, color=COLOURS[number % len(COLOURS)], label=shape)
+                texts = [f"{value:.0%}" if key == "share" else f"{value:.1f}" for value in values]
+                behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+                axes.bar_label(bars, texts, padding=3, fontsize=7, color="#333333", bbox=behind)
+            axes.axvline(1, color="black", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+            axes.set_title(f"{dtype}: {heading}", fontsize=9, loc="left")
+            axes.set_yticks(range(len(names)), names, fontsize=8)
+            axes.tick_params(axis="x", labelsize=8)
+            axes.margins(x=0.12)
+            for side in ("top", "right"):
+                axes.spines[side].set_visible(False)
+        line[0].xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        line[0].set_ylim(len(names) - 0.5, -0.5)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(shapes), fontsize=8, frameon=False)
+    figure.savefig(path)
