@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from cachedit_fx.options import OptionError
 from cachedit_fx.passes.detect_block_loops import LoopNotFound
-from cachedit_fx.runtime.call import NO_LOOP, NOT_CAPTURED, Call, NewGeneration, call_of, trial_call
+from cachedit_fx.runtime.call import NO_LOOP, NOT_CAPTURED, Call, NewGeneration, call_of
 from cachedit_fx.runtime.state import ModelCache
 from cachedit_fx.shortcut import learn, look_of
 
@@ -98,9 +98,11 @@ class CompiledCall:
             result = self.compiled(*args, **kwargs)
         found = learn(tensors, call.ran, result) if call.graphs == 1 else None
         known = call.session.shortcuts.get(look)
-        if found is not None and known is not None and known.agrees(found):
+        if found is None:
+            call.session.shortcuts.pop(look, None)
+        elif known is not None and known.agrees(found):
             known.calls += 1
-        elif found is not None and found.weights_are_of(module):
+        else:
             call.session.shortcuts[look] = found
         return result
 
@@ -118,7 +120,7 @@ class CompiledCall:
         restore = _snapshot((args, kwargs))
         failure: Exception | None = None
         try:
-            with self.capturing, trial_call(self.cache) as call:
+            with self.capturing, call_of(self.cache, finish=False) as call:
                 result = self.compiled(*args, **kwargs)
         except (TorchDynamoException, GuardOnDataDependentSymNode) as error:
             if self.torch_options.get("fullgraph") or isinstance(error, BackendCompilerFailed):

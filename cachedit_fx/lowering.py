@@ -69,7 +69,8 @@ def _bind(gm: fx.GraphModule) -> None:
     through its `__call__` costs 3 microseconds a block, and passing a thousand weights on as often more."""
     for branch in _branches(gm):
         _bind(branch)
-    for name, module in gm.named_children():
+    for name, module in gm._modules.items():  # `named_children` leaves twins out
+        assert module is not None
         if isinstance(module, fx.GraphModule):
             _LazyGraphModule.force_recompile(module)
         gm.__dict__[name] = module.forward

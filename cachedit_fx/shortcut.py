@@ -4,8 +4,9 @@
     shortcut     inputs ─► same look as a guarded call of this generation? ─► graph, same weights ─► same outputs
 
 What is learned from two guarded calls in a row: which input of the graph is which tensor of the call, and which result
-of the graph is where in the call's result. All others of the graph's inputs must be the module's own weights, or
-numbers that stayed the same. Inputs that look otherwise, and every first step of a generation, pass the guards.
+of the graph is where in the call's result. All others of the graph's inputs must be the very same tensors in both, as
+the module's weights are, or equal numbers. Inputs that look otherwise, and every first step of a generation, pass the
+guards.
 
 That is safe as long as nothing about the module changes between two steps of one generation but the contents of its
 weights: no adapter is set or scaled, no processor or layer exchanged, no `train()`, no hook added. Such changes between
@@ -42,8 +43,10 @@ def look_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Hashable, l
         look = _look(args, tensors), _look(kwargs, tensors)
     except _UnknownInput:
         return None
-    devices = {"cpu", *(tensor.device.type for tensor in tensors)}
-    autocast = tuple((d, torch.get_autocast_dtype(d)) for d in sorted(devices) if torch.is_autocast_enabled(d))
+    autocast: Hashable = None
+    if torch._C._is_any_autocast_enabled():
+        devices = sorted({"cpu", *(tensor.device.type for tensor in tensors)})
+        autocast = tuple((d, torch.get_autocast_dtype(d)) for d in devices if torch.is_autocast_enabled(d))
     return (look, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast), tensors
 
 
@@ -93,15 +96,6 @@ class Shortcut:
                 index in inputs or one is two or (not isinstance(one, torch.Tensor) and one == two)
                 for index, (one, two) in enumerate(zip(self.given, other.given, strict=True))
             )
-        )
-
-    def weights_are_of(self, module: torch.nn.Module) -> bool:
-        """Whether every tensor that the graph takes beside the call's is a parameter or a buffer of the module."""
-        own = {id(weight) for weights in (module.parameters(), module.buffers()) for weight in weights}
-        inputs = {index for index, _ in self.slots}
-        return all(
-            index in inputs or not isinstance(value, torch.Tensor) or id(value) in own
-            for index, value in enumerate(self.given)
         )
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> Any:

@@ -164,10 +164,11 @@ def launch_groups(
 
 
 def blocks(*tensors: torch.Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """The tensors, of one shape, cut alike into parts that stay in a CPU's cache while several ops run over them."""
+    """The tensors, of one shape, cut alike into parts that stay in a CPU's cache while several ops run over them.
+    Elsewhere they stay whole: each op is a launch."""
     given = [tensor for tensor in tensors if tensor is not None]
     size = CPU_BLOCK * torch.get_num_threads()
-    if given[0].numel() <= size:
+    if given[0].numel() <= size or given[0].device.type != "cpu":
         yield tensors
         return
     if all(tensor.is_contiguous() for tensor in given):

@@ -190,6 +190,8 @@ class _Outliner:
     def _copy_outer(self, node: fx.Node) -> fx.Node:
         copy = self.graph.node_copy(node, self.outer.__getitem__)
         copy.meta = dict(node.meta)
+        if copy.op == "placeholder":
+            copy.target = copy.name  # else the code begins by giving each of a thousand weights another name
         return copy
 
     def _outline(self, piece: Piece) -> None:

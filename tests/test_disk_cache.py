@@ -1,4 +1,4 @@
-"""Inductor's caches on disk know a piece by its graph: the same options and passes hit, whatever changes a piece misses."""
+"""Inductor's caches on disk know a piece by its graph: what leaves it the same hits, what changes it misses."""
 
 from collections.abc import Iterator
 from typing import Any

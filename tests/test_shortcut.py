@@ -126,6 +126,32 @@ def test_a_model_that_counts_its_steps_is_guarded_all_along():
     assert torch.equal(found, denoise(plain)) and count == STEPS and guarded.module.steps == STEPS
 
 
+class HoldsTensor(Toy):
+    """A tensor that is neither parameter nor buffer, as rotary tables often are."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.table = [torch.ones(8)]
+
+    def forward(self, hidden_states, timestep, encoder_hidden_states):
+        return super().forward(hidden_states * self.table[0], timestep, encoder_hidden_states)
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_tensors_that_are_no_weights_must_stay_the_same(changes):
+    guarded, plain = Guarded(make(HoldsTensor)), always(make(HoldsTensor))
+    results = []
+    for module in (guarded.module, plain):
+        start = noise()
+        for step, timestep in enumerate(FALLING):
+            if changes:
+                module.table[0] = torch.full((8,), 1 + step / 100)
+            start = denoise(module, [timestep], start=start)
+        results.append(start)
+    assert torch.equal(*results)
+    assert guarded.count == (STEPS if changes else GUARDED_CALLS + 1)
+
+
 def test_results_in_tuples_and_dicts():
     class Wrapped(Toy):
         def forward(self, hidden_states, timestep, encoder_hidden_states, as_dict=False):

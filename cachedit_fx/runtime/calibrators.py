@@ -51,7 +51,7 @@ def coefficients(config: CalibratorConfig | None, trail: Sequence[Moment], now: 
     """The weights of the stored values in the prediction for `now`.
 
     Args:
-        config: None repeats the latest value, the only one that is kept.
+        config: None repeats the latest value.
         trail: steps so far, the latest first, reused ones among them; those that are computed are those whose values
             are stored, and there is at least one.
         now: the present step.
@@ -65,7 +65,8 @@ def coefficients(config: CalibratorConfig | None, trail: Sequence[Moment], now: 
         return foca_coefficients(trail, now.step)
     if isinstance(config, LagrangeCalibratorConfig):
         return lagrange_coefficients(config, trail, now)
-    return (1.0,)
+    computed = sum(moment.computed for moment in trail)
+    return (1.0, *[0.0] * (computed - 1))
 
 
 def taylor_coefficients(computed: Sequence[int], step: int) -> tuple[float, ...]:

@@ -9,8 +9,7 @@ its position, the numbering of its regions. A graph that is called by itself (pl
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,28 +57,28 @@ class NewGeneration(Exception):
     """A call that went past dynamo's guards turns out to begin a generation, which has to pass them."""
 
 
-@contextmanager
-def trial_call(cache: ModelCache) -> Iterator[Call]:
-    """A call of the present session for as long as the block lasts; its `finish` is left to the caller."""
-    session = cache.session()
-    session.call = call = Call(session)
-    try:
-        yield call
-    finally:
-        session.call = None
-
-
-@contextmanager
-def call_of(cache: ModelCache, diagnose: Callable[[Call], str | None] | None = None) -> Iterator[Call]:
+class call_of:  # noqa: N801 - a context manager, and used like a function
     """The call under way in the present session; where there is none, a new one for as long as the block lasts, which
-    is finished at its end."""
-    outer = cache.session().call
-    if outer is not None:
-        yield outer
-        return
-    with trial_call(cache) as call:
-        yield call
-    call.finish(diagnose)
+    is finished at its end, unless that is left to the caller (`finish=False`). A class: each step enters two."""
+
+    def __init__(
+        self, cache: ModelCache, diagnose: Callable[[Call], str | None] | None = None, finish: bool = True
+    ) -> None:
+        self.session = cache.session()
+        self.diagnose, self.finish = diagnose, finish
+        self.call = self.session.call
+        self.is_own = self.call is None
+
+    def __enter__(self) -> Call:
+        if self.call is None:
+            self.call = self.session.call = Call(self.session)
+        return self.call
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.is_own:
+            self.session.call = None
+            if kind is None and self.finish and self.call is not None:
+                self.call.finish(self.diagnose)
 
 
 class Call:
@@ -134,7 +133,8 @@ class Call:
         """A graph with regions begins."""
         self._count(timestep)
         keys = [((region.loops, self.chains[region.loops]), region.block) for region in regions]
-        self.chains.update({region.loops for region in regions})
+        for loops in {region.loops for region in regions}:
+            self.chains[loops] += 1
         return GraphCall(self, regions, keys)
 
     def pass_by(self, why: Uncached, timestep: torch.Tensor | float | None = None) -> None:
@@ -243,13 +243,13 @@ class GraphCall:
             results = memory.restore(_bases(calibrator, bases, continued, shapes), weights)
             memory.trail.insert(0, now)
         else:
+            if current is not None:
+                memory.reference, spare = current.keep(memory.reference)
             results = compute(*inputs)
             if may_reuse(config):
                 if signature != memory.signature:
                     memory.trail = []
                 memory.signature = signature
-                if current is not None:
-                    memory.reference, spare = current.keep(memory.reference)
                 found = _bases(calibrator, bases, continued, [result.shape for result in results])
                 dtype = calibrator.calibrator_state_dtype if calibrator is not None else "wider"
                 memory.store(results, found, now, values_kept(calibrator), dtype)
@@ -324,11 +324,13 @@ def read_back(values: Sequence[torch.Tensor]) -> list[float]:
 
     They meet in the widest of their dtypes: whole numbers beside float32 are exact up to 2^24.
     """
+    if len(values) == 1 and values[0].numel() == 1:
+        return [float(values[0])]
     if len(values) == 1:
-        numbers: list[float] = values[0].detach().reshape(-1).tolist()
+        numbers: list[float] = values[0].reshape(-1).tolist()
     else:
         device = values[0].device
-        numbers = torch.cat([value.detach().reshape(-1).to(device) for value in values]).tolist()
+        numbers = torch.cat([value.reshape(-1).to(device) for value in values]).tolist()
     return [float(number) for number in numbers]
 
 

@@ -200,7 +200,10 @@ class Session:
         self.tracker.refresh()
 
     def memory(self, region: RegionKey, branch: int) -> BranchMemory:
-        return self.memories.setdefault((region, branch), BranchMemory())
+        found = self.memories.get((region, branch))
+        if found is None:
+            found = self.memories[region, branch] = BranchMemory()
+        return found
 
     def region_stats(self, region: RegionKey, info: RegionInfo) -> CacheStats:
         """Of a region, or of all regions of a chain whose blocks are pruned one by one."""
