@@ -49,8 +49,9 @@ def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa
         **options: any field of `cachedit_fx.options.Options` or, flat, of its `cache`; and `fullgraph`, `dynamic`,
             `recompile_limit` (64 unless given), `mode` as in `torch.compile`. The first three hold until they are given
             again, and so does `guards`: "always" passes dynamo's guards at every call, "generation" at the first two
-            steps of each generation only, which is safe as long as nothing about the module but the contents of its
-            weights changes between two steps of one generation (no adapter set or scaled, no processor exchanged).
+            calls of a kind in each generation only, which is safe as long as nothing about the module but the contents
+            of its weights changes between two steps of one generation (no adapter set or scaled, no processor
+            exchanged).
 
     Raises:
         OptionError: on an unknown or invalid option, before anything is compiled.

@@ -1,4 +1,4 @@
-"""From a call's inputs straight to its graph: the steps of a generation behind its first two, past dynamo's guards.
+"""From a call's inputs straight to its graph: the calls of a generation behind its first two, past dynamo's guards.
 
     guarded      inputs ─► dynamo: guards, a thousand weights fetched ─► graph ─► dynamo: outputs put together
     shortcut     inputs ─► same look as a guarded call of this generation? ─► graph, same weights ─► same outputs

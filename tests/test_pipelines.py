@@ -127,3 +127,29 @@ def test_disabled_the_pipeline_is_plain_again(pipe, plain):
     disable_cache(pipe)
     assert torch.equal(picture(pipe), picture(plain)) and not torch.equal(cached, picture(plain))
     assert summary(pipe) == []
+
+
+def test_past_the_guards_pictures_and_decisions_are_the_same():
+    """With and without guidance by turns, in a real pipeline, which names its branches."""
+    found = {}
+    for guards in ("always", "generation"):
+        pipe = enable_cache(load_pipeline(), BASE, inner_backend="eager", guards=guards)
+        call = pipe.transformer._compiled_call_impl
+        passed, inner = [], call.compiled
+
+        def counted(*args, passed=passed, inner=inner, **kwargs):
+            passed.append(1)
+            return inner(*args, **kwargs)
+
+        call.compiled = counted
+        pictures, decisions, guarded = [], [], []
+        for scale in (1.0, 3.0, 1.0):
+            passed.clear()
+            pictures.append(picture(pipe, scale=scale))
+            decisions.append([branch.decisions for region in summary(pipe) for branch in region.branches])
+            guarded.append(len(passed))
+        found[guards] = pictures, decisions, guarded
+    (expected, wanted, every), (pictures, decisions, some) = found.values()
+    assert all(torch.equal(a, b) for a, b in zip(pictures, expected, strict=True)) and decisions == wanted
+    assert every == [STEPS, 2 * STEPS, STEPS]
+    assert some[1:] == [2, 2], "the two branches look alike: their prompts are of one length"

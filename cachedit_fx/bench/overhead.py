@@ -2,7 +2,7 @@
 
 pieces alone    the rewritten graph called by itself, regions restored from a list: no guards, no decision, no store
 cached          a cached step of the compiled model; "past guards": with guards="generation"
-computed        a computed step, which stores; likewise
+computed        a computed step, which stores; likewise; "by region": with granularity="region"
 no cache        the same graph, cut and compiled alike, without the cache pass
 torch.compile   the whole graph by the inner backend
 eager           the plain model
@@ -39,6 +39,7 @@ PIECES, UNCUT, WHOLE, EAGER, PEER = "pieces alone", "no cache", "torch.compile",
 CACHED, COMPUTED = "cached", "computed"
 PAST_GUARDS = ", past guards"
 SHORT_CACHED, SHORT_COMPUTED = CACHED + PAST_GUARDS, COMPUTED + PAST_GUARDS
+REGION = COMPUTED + ", by region"
 RATIOS = (
     (SHORT_CACHED, PIECES),
     (CACHED, PIECES),
@@ -46,12 +47,13 @@ RATIOS = (
     (COMPUTED, UNCUT),
     (SHORT_COMPUTED, WHOLE),
     (COMPUTED, WHOLE),
+    (REGION, COMPUTED),
     (CACHED, EAGER),
     (SHORT_CACHED, EAGER),
     (PEER, EAGER),
 )
 """The table's rows: what is measured over what."""
-KINDS = (EAGER, WHOLE, UNCUT, COMPUTED, SHORT_COMPUTED, CACHED, SHORT_CACHED, PIECES)
+KINDS = (EAGER, WHOLE, UNCUT, COMPUTED, SHORT_COMPUTED, REGION, CACHED, SHORT_CACHED, PIECES)
 WARMUP = 5
 """Calls ahead of those that count, the compiling one among them."""
 
@@ -173,6 +175,7 @@ def _builders(first: int, options: dict[str, Any]) -> dict[str, Callable[[Any, S
         UNCUT: lambda module, size: _ours(module, **options | {"cache": None}),
         COMPUTED: lambda module, size: _ours(module, **masked("1")),
         SHORT_COMPUTED: lambda module, size: _ours(module, **masked("1"), **short),
+        REGION: lambda module, size: _ours(module, **masked("1") | {"granularity": "region"}),
         CACHED: lambda module, size: _ours(module, **masked("0")),
         SHORT_CACHED: lambda module, size: _ours(module, **masked("0"), **short),
         PIECES: lambda module, size: _pieces(module, size, parse_options(masked("0"))),

@@ -103,7 +103,7 @@ _COLD = (
 )
 _OVERHEAD = (
     "Medians over calls by turns, one thread, batch 1. `pieces alone`: the compiled pieces of a cached step, one after "
-    'the other. `past guards`: with `guards="generation"`, steps behind the first two of a generation.'
+    'the other. `past guards`: with `guards="generation"`, calls behind the first two of a generation.'
 )
 _PYTHON = (
     "The same kinds of steps on tiny tensors, with pieces that compute nothing: what remains is Python, ours and "
