@@ -135,7 +135,8 @@ def test_past_the_guards_pictures_and_decisions_are_the_same():
     for guards in ("always", "generation"):
         pipe = enable_cache(load_pipeline(), BASE, inner_backend="eager", guards=guards)
         call = pipe.transformer._compiled_call_impl
-        passed, inner = [], call.compiled
+        passed: list[int] = []
+        inner = call.compiled
 
         def counted(*args, passed=passed, inner=inner, **kwargs):
             passed.append(1)
