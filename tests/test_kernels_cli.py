@@ -17,6 +17,7 @@ from cachedit_fx.bench import kernel_bench, kernel_verify
 from cachedit_fx.bench.kernel_bench import Timed, cases, shapes_for
 from cachedit_fx.bench.kernel_verify import Accesses, Checked
 from cachedit_fx.cli import app
+from cachedit_fx.cli.terminal import console
 from cachedit_fx.kernels import base
 
 runner = CliRunner()
@@ -87,7 +88,8 @@ def test_a_variant_that_falls_short_is_told_and_fails(found, tmp_path):
     assert [row["problems"] for row in csv.DictReader((tmp_path / "kernels.csv").open())] == ["", "8 spilled", ""]
 
 
-def test_all_shows_every_variant(found):
+def test_all_shows_every_variant(found, monkeypatch):
+    monkeypatch.setattr(console, "_width", 160)  # made at import; where nothing is a terminal, 80 columns would wrap
     shown = invoke("verify", "--all").stdout
     assert all(name in shown for name in ("first", "second", "third", "2 x 16 + 1 x 4", "not aligned"))
     assert "first" not in invoke("verify").stdout
