@@ -222,3 +222,9 @@ TYPES = {
     torch.uint8: "u8",
 }
 """Triton's names of the dtypes that the kernels take."""
+
+KEPT_DTYPES = (
+    *((value, kept) for value in (torch.bfloat16, torch.float16) for kept in (torch.float32, value)),
+    *((torch.float32, kept) for kept in (torch.float64, torch.float32)),
+)
+"""Dtypes of values, and of their residuals, that there are variants for: those of `residual_store.residual_dtype`."""

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from cachedit_fx.kernels.base import (
+    KEPT_DTYPES,
     NUM_WARPS,
     TILE,
     TYPES,
@@ -129,12 +130,10 @@ def launch(
 
 def variants() -> Iterator[Variant]:
     """Every specialisation that `launch` can choose."""
-    kept = [(x, s) for x in (torch.bfloat16, torch.float16) for s in (torch.float32, x)]
-    kept += [(torch.float32, torch.float64), (torch.float32, torch.float32)]
     looks = [(base, aligned, rows) for base, rows in ((True, 1), (True, 2), (False, 1)) for aligned in (True, False)]
     strides = ("base_sample_strides", "base_row_strides")
     counts = [(n, terms) for terms in range(1, MAX_TERMS + 1) for n in range(1, max_results(terms) + 1)]
-    for (dtype, state), (results, terms), (has_base, aligned, rows) in itertools.product(kept, counts, looks):
+    for (dtype, state), (results, terms), (has_base, aligned, rows) in itertools.product(KEPT_DTYPES, counts, looks):
         block_rows, block_cols = Layout(1, rows, 1).tile
         yield Variant(
             _apply,

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from cachedit_fx.kernels.base import (
+    KEPT_DTYPES,
     NUM_WARPS,
     TILE,
     TYPES,
@@ -132,11 +133,9 @@ def launch(results: Sequence[torch.Tensor], bases: Sequence[torch.Tensor], outs:
 
 def variants() -> Iterator[Variant]:
     """Every specialisation that `launch` can choose."""
-    kept = [(x, s) for x in (torch.bfloat16, torch.float16) for s in (torch.float32, x)]
-    kept += [(torch.float32, torch.float64), (torch.float32, torch.float32)]
     strides = ("result_sample_strides", "result_row_strides", "base_sample_strides", "base_row_strides")
     for (dtype, state), results, aligned, rows in itertools.product(
-        kept, range(1, MAX_RESULTS + 1), (True, False), (1, 2)
+        KEPT_DTYPES, range(1, MAX_RESULTS + 1), (True, False), (1, 2)
     ):
         block_rows, block_cols = Layout(1, rows, 1).tile
         yield Variant(
