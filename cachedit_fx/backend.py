@@ -1,7 +1,7 @@
 """The whole story on one screen: from dynamo's graph to a callable that reuses what earlier steps computed.
 
     dynamo graph ─► normalize ─► find_timestep ─► detect_block_loops ─► plan_regions ─► outline_blocks
-                                                       ─► insert_cache_branch ─► lower ─► CachedGraph
+                                                       ─► insert_cache_branch ─► gather_inputs ─► lower ─► CachedGraph
 
 `torch.compile(model, backend="cachedit", options={...})` finds `cachedit` below through an entry point;
 `cachedit_fx.compile` binds the same function to one module's cache.
@@ -24,6 +24,7 @@ from cachedit_fx.options import Options, parse_options
 from cachedit_fx.passes.base import Pass, facts
 from cachedit_fx.passes.detect_block_loops import NOTHING_KNOWN, DetectBlockLoops, Detection, ModuleFacts
 from cachedit_fx.passes.find_timestep import FindTimestep, TimestepSource, timestep_of
+from cachedit_fx.passes.gather_inputs import GatherInputs
 from cachedit_fx.passes.insert_cache_branch import InsertCacheBranch
 from cachedit_fx.passes.manager import PassManager
 from cachedit_fx.passes.normalize import Normalize
@@ -80,6 +81,8 @@ def compile_graph(
     if "cache_input" in found:
         planned = found["regions"].regions
         regions = tuple(RegionInfo(r.loops, r.num_blocks, r.first, r.last, r.loop, r.block) for r in planned)
+        if "gathered_inputs" not in found:
+            forward = _unpacking(forward)
         return CachedGraph(forward, find, regions, timestep, not ends_at_break(gm))
     return UncachedGraph(forward, find, _why_uncached(found), timestep, _is_fragment(gm, find, found))
 
@@ -94,6 +97,7 @@ def pipeline(options: Options, numbers: Mapping[str, Any], module: ModuleFacts =
         PlanRegions(shared.first, shared.last, options.scope, shared.non_prune, of_loops, options.predicts_output),
         OutlineBlocks(options.granularity, canonical_layout=options.inner_backend != "eager"),
         InsertCacheBranch(),
+        GatherInputs(),
     ]
 
 
@@ -182,6 +186,7 @@ class CachedGraph:
     """A graph with regions: has its part in a call, with the timestep that the call goes by.
 
     Args:
+        forward: of the call's side of the graph (`GraphCall`), and the graph's inputs in one sequence.
         is_whole: nothing breaks the capture behind it.
     """
 
@@ -197,12 +202,20 @@ class CachedGraph:
         self.is_whole = is_whole
 
     def __call__(self, *args: Any) -> Any:
-        with call_of(self.find(args)) as call:
-            part = call.enter(self.regions, timestep_of(self.timestep, args))
-            results = self.forward(part, *args)
+        return self.run(args)
+
+    def run(self, inputs: Sequence[Any]) -> Any:
+        """The graph's results, from its inputs in order."""
+        with call_of(self.find(inputs)) as call:
+            part = call.enter(self.regions, timestep_of(self.timestep, inputs))
+            results = self.forward(part, inputs)
             if call.ran is not None and self.is_whole:
-                call.ran.append((self, args, results))
+                call.ran.append((self.run, inputs, results))
             return results
+
+
+def _unpacking(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda cache, inputs: forward(cache, *inputs)
 
 
 def _anchors(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Anchors | None:

@@ -25,7 +25,7 @@ GUARDED_CALLS = 2
 """Alike calls of a generation that pass the guards: a model that counts its own steps is told by them."""
 
 Ran = tuple[Callable[..., Any], Sequence[Any], Sequence[Any]]
-"""A graph, what it was given, and what it gave."""
+"""A graph, which takes its inputs as one sequence; what it was given; and what it gave."""
 
 _PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 
@@ -80,6 +80,7 @@ class Shortcut:
         spec: TreeSpec,
     ) -> None:
         self.graph, self.given, self.slots, self.leaves, self.spec = graph, given, slots, leaves, spec
+        self.is_flat_tuple = spec.type is tuple and all(child.is_leaf() for child in spec.children())
         self.calls = 1
 
     @property
@@ -99,13 +100,17 @@ class Shortcut:
         )
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> Any:
-        """The call's result, from the tensors among its inputs."""
-        given = self.given.copy()
-        for index, place in self.slots:
-            given[index] = tensors[place]
-        results = self.graph(*given)
+        """The call's result, from the tensors among its inputs, which are not kept."""
+        given = self.given
+        try:
+            for index, place in self.slots:
+                given[index] = tensors[place]
+            results = self.graph(given)
+        finally:
+            for index, _ in self.slots:
+                given[index] = None
         leaves = [value if index is None else results[index] for index, value in self.leaves]
-        return tree_unflatten(leaves, self.spec)
+        return tuple(leaves) if self.is_flat_tuple else tree_unflatten(leaves, self.spec)
 
 
 def learn(tensors: Sequence[torch.Tensor], ran: Sequence[Ran], result: Any) -> Shortcut | None:

@@ -201,7 +201,12 @@ def weighted_sum(
     if residuals[0].is_floating_point() and residuals[0].itemsize < 4:
         residuals = [residual.float() for residual in residuals]
     (first, *others), (weight, *more) = residuals, weights
-    total = first * weight if base is None else torch.add(base, first, alpha=weight)
+    if base is None:
+        total = first * weight
+    elif base.dtype == first.dtype:
+        total = torch.add(base, first, alpha=weight)
+    else:  # add would convert `base` too, and then make new memory for the sum
+        total = base.to(first.dtype).add_(first, alpha=weight)
     for value, weight in zip(others, more, strict=True):
         total.add_(value, alpha=weight)
     return total

@@ -70,7 +70,7 @@ def test_the_first_derivative_is_there_from_the_second_computed_step_on() -> Non
 
 
 def test_without_a_calibrator_the_latest_value_is_repeated() -> None:
-    assert coefficients(None, computed(5, 3), Moment(8)) == (1.0, 0.0)
+    assert coefficients(None, computed(5, 3), Moment(8)) == (1.0,)
 
 
 @pytest.mark.parametrize("order", [0, 1, 2, 3])

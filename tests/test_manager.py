@@ -145,6 +145,7 @@ def test_the_order_of_the_backend():
         "plan_regions",
         "outline_blocks",
         "insert_cache_branch",
+        "gather_inputs",
     ]
     uncached = pass_manager(parse_options({"cache": None})).enabled
     assert [name for name, on in uncached.items() if not on] == ["plan_regions", "insert_cache_branch"]

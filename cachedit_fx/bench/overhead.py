@@ -242,7 +242,7 @@ def _pieces(module: Any, size: Size, options: Options) -> Step:
     torch.compile(module, backend=backend, dynamic=False)(**inputs(size))
     (graph, given), *_ = found
     alone = _Alone()
-    return lambda _: graph.forward(alone, *given)
+    return lambda _: graph.forward(alone, given)
 
 
 if __name__ == "__main__":

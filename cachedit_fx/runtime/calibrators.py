@@ -57,16 +57,18 @@ def coefficients(config: CalibratorConfig | None, trail: Sequence[Moment], now: 
         now: the present step.
 
     Returns:
-        One weight for each computed step of the trail, in its order; they sum to 1.
+        One weight for each computed step of the trail, in its order; they sum to 1. Those at the end may be left out
+        where they are 0.
     """
+    if config is None:
+        return (1.0,)
     if isinstance(config, TaylorSeerCalibratorConfig):
         return taylor_coefficients([moment.step for moment in trail if moment.computed], now.step)
     if isinstance(config, FoCaCalibratorConfig):
         return foca_coefficients(trail, now.step)
     if isinstance(config, LagrangeCalibratorConfig):
         return lagrange_coefficients(config, trail, now)
-    computed = sum(moment.computed for moment in trail)
-    return (1.0, *[0.0] * (computed - 1))
+    raise TypeError(f"no coefficients are known for {type(config).__name__}")
 
 
 def taylor_coefficients(computed: Sequence[int], step: int) -> tuple[float, ...]:

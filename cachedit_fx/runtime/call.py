@@ -8,7 +8,6 @@ its position, the numbering of its regions. A graph that is called by itself (pl
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -99,7 +98,7 @@ class Call:
         self.branch_name = hint.branch
         self.time = hint.time
         self.graphs = 0
-        self.chains: Counter[tuple[str, ...]] = Counter()
+        self.chains: dict[tuple[str, ...], int] = {}
         self.position: Position | None = None
         self.now: float | None = None
         self.is_guarded = True
@@ -112,7 +111,7 @@ class Call:
         """Run the graphs again from the first; where the call stands in its generation is known by now."""
         self.is_guarded = True
         self.graphs = 0
-        self.chains.clear()
+        self.chains = {}
 
     @property
     def uncached(self) -> Uncached | None:
@@ -132,9 +131,9 @@ class Call:
     def enter(self, regions: Sequence[RegionInfo], timestep: torch.Tensor | float | None) -> GraphCall:
         """A graph with regions begins."""
         self._count(timestep)
-        keys = [((region.loops, self.chains[region.loops]), region.block) for region in regions]
-        for loops in {region.loops for region in regions}:
-            self.chains[loops] += 1
+        before = self.chains
+        self.chains = before | {region.loops: before.get(region.loops, 0) + 1 for region in regions}
+        keys = [((region.loops, before.get(region.loops, 0)), region.block) for region in regions]
         return GraphCall(self, regions, keys)
 
     def pass_by(self, why: Uncached, timestep: torch.Tensor | float | None = None) -> None:
@@ -158,8 +157,8 @@ class GraphCall:
         self.session = call.session
         options = call.session.cache.options
         self.policies = [options.policy(region.loop) for region in regions]
-        self._entered: dict[int, tuple[Residual | None, Hashable]] = {}
-        """Of each region: r, where it may be compared, and the signature of what entered."""
+        self._entered: dict[int, tuple[Residual | None, Hashable, torch.device | None]] = {}
+        """Of each region: r, where it may be compared, and signature and device of what entered."""
 
     def decide(
         self,
@@ -176,8 +175,10 @@ class GraphCall:
             streams: the values that enter the region; what is stored must fit their shapes.
         """
         region, (config, _) = self.keys[number], self.policies[number]
-        signature = tuple(
-            (stream.shape, stream.dtype) if isinstance(stream, torch.Tensor) else stream for stream in streams
+        tensors = [stream for stream in streams if isinstance(stream, torch.Tensor)]
+        signature = (
+            *[(tensor.shape, tensor.dtype) for tensor in tensors],
+            *[stream for stream in streams if not isinstance(stream, torch.Tensor)],
         )
         current = None
         if hidden is not None and _may_measure(config):
@@ -214,7 +215,7 @@ class GraphCall:
             decision = decide_block(config, self._prune_history(region, start), history, difference)
         else:
             decision = decide(config, step - start, history, difference)
-        self._entered[number] = (current, signature)
+        self._entered[number] = (current, signature, tensors[0].device if tensors else None)
         self._warn(config, decision)
         return decision
 
@@ -234,8 +235,8 @@ class GraphCall:
         _, step, branch = self.call.position
         now = Moment(step, self.call.now, decision.action is Action.COMPUTE)
         memory = self.session.memory(region, branch)
-        watch = Stopwatch(inputs)
-        current, signature = self._entered[number]
+        current, signature, device = self._entered[number]
+        watch = Stopwatch(device)
         spare = current.spare if current is not None else None
         if decision.action is Action.REUSE:
             weights = coefficients(calibrator, memory.trail, now)

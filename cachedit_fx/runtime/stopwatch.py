@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 
 class Stopwatch:
-    """Wall time of a region: by the clock on the host, by events on a GPU, which are read only when somebody asks."""
+    """Wall time of a region on `device`, by the clock on the host; on a GPU by events, read only when somebody asks."""
 
-    def __init__(self, inputs: Sequence[Any]) -> None:
-        self._device = next((item.device for item in inputs if isinstance(item, torch.Tensor)), torch.device("cpu"))
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device
         self._events: list[torch.cuda.Event] = []
-        if self._device.type == "cuda":
+        if device is not None and device.type == "cuda":
             self._mark_event()
         self._times = [time.perf_counter()]
 
