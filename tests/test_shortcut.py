@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten
 from toys import FALLING, Toy, denoise, make, noise
 
 from cachedit_fx import DBCacheConfig, OptionError, compile, disable_cache, refresh_context, session, summary
@@ -152,22 +153,35 @@ def test_tensors_that_are_no_weights_must_stay_the_same(changes):
     assert guarded.count == (STEPS if changes else GUARDED_CALLS + 1)
 
 
-def test_results_in_tuples_and_dicts():
+SHAPES = {
+    "tuple": lambda found: (found, None),
+    "dict": lambda found: {"sample": found, "kind": "toy"},
+    "list": lambda found: [found],
+    "nested": lambda found: ((found, 2 * found), ()),  # as many children as leaves
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_results_in_tuples_and_dicts(shape):
     class Wrapped(Toy):
-        def forward(self, hidden_states, timestep, encoder_hidden_states, as_dict=False):
-            found = super().forward(hidden_states, timestep, encoder_hidden_states)
-            return {"sample": found, "kind": "toy"} if as_dict else (found, None)
+        def forward(self, hidden_states, timestep, encoder_hidden_states):
+            return SHAPES[shape](super().forward(hidden_states, timestep, encoder_hidden_states))
 
-    guarded = Guarded(make(Wrapped))
+    guarded, plain = Guarded(make(Wrapped)), always(make(Wrapped))
 
-    def step(timestep, **more):
+    def step(module, timestep):
         with torch.no_grad():
-            return guarded.module(noise(), torch.tensor([timestep]), TEXT, **more)
+            return module(noise(), torch.tensor([timestep]), TEXT)
 
-    for more in ({}, {"as_dict": True}):
-        first, *_, last = [step(timestep, **more) for timestep in FALLING]
-        assert type(first) is type(last)
-        assert last[1] is None if not more else last["kind"] == "toy"
+    for timestep in FALLING:
+        found, expected = step(guarded.module, timestep), step(plain, timestep)
+        (leaves, spec), (others, other) = tree_flatten(found), tree_flatten(expected)
+        assert spec == other
+        assert all(
+            torch.equal(one, two) if torch.is_tensor(one) else one == two
+            for one, two in zip(leaves, others, strict=True)
+        )
+    assert guarded.count < STEPS
 
 
 def test_numbers_that_change_are_guarded():
