@@ -62,10 +62,14 @@ def elements_of_tile(tile, n_rows, n_cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS:
 
 def runs_on_triton(*tensors: torch.Tensor | None) -> bool:
     """Whether a kernel can be launched on these: plain tensors on a GPU that Triton has a compiler for."""
-    return HAS_TRITON and all(
-        x is None or (x.device.type in ("cuda", "xpu") and type(x) in (torch.Tensor, torch.nn.Parameter))
-        for x in tensors
-    )
+    if not HAS_TRITON:
+        return False
+    for x in tensors:
+        if x is not None and (
+            x.device.type not in ("cuda", "xpu") or type(x) not in (torch.Tensor, torch.nn.Parameter)
+        ):
+            return False
+    return True
 
 
 def device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from cachedit_fx.kernels.base import (
+    CPU_BLOCK,
     KEPT_DTYPES,
     NUM_WARPS,
     TILE,
@@ -176,7 +177,10 @@ def residual_apply(
         launch(bases, stored, weights, outs)
         return
     for base, residuals, out in zip(bases, stored, outs, strict=True):
-        _in_blocks(base, residuals, weights, out)
+        if out.numel() <= CPU_BLOCK:  # at once: cutting costs more than adding
+            out.copy_(weighted_sum(base, residuals, weights))
+        else:
+            _in_blocks(base, residuals, weights, out)
 
 
 def _has_kernel(out: torch.Tensor, residual: torch.Tensor) -> bool:

@@ -57,6 +57,10 @@ KINDS = (EAGER, WHOLE, UNCUT, COMPUTED, SHORT_COMPUTED, REGION, CACHED, SHORT_CA
 WARMUP = 5
 """Calls ahead of those that count, the compiling one among them."""
 
+AHEAD = 3
+"""Calls of the same kind ahead of each that is timed. Steps of a kind come in runs, and after a single call the
+processor's caches still miss some of what other kinds have driven out."""
+
 MAX_STEPS = 1000
 """Of the one generation that all calls of a kind belong to."""
 
@@ -93,7 +97,13 @@ def measure(
         kinds: those to measure; all but the peer's if left out.
         first: F, the blocks that a cached step computes.
         options: of `cachedit_fx.compile`, for ours; `inner_backend` is plain `torch.compile`'s, and the peer's, too.
+
+    Raises:
+        ValueError: where all calls of a kind would not fit into one generation.
     """
+    most = (MAX_STEPS - WARMUP) // (AHEAD + 1)
+    if rounds > most:
+        raise ValueError(f"{rounds} rounds: at most {most} fit into the generation that is measured")
     torch.set_num_threads(1)
     module = make(size)
     steps: dict[str, Step] = {}
@@ -108,9 +118,10 @@ def measure(
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         for turn in range(rounds):
             tell(f"round {turn + 1} of {rounds}")
-            given = inputs(size, 2 * turn + 1 + WARMUP)
+            *ahead, given = [inputs(size, WARMUP + turn * (AHEAD + 1) + number) for number in range(AHEAD + 1)]
             for name in steps if turn % 2 else reversed(steps):
-                steps[name](inputs(size, 2 * turn + WARMUP))  # what others left in the processor's caches goes
+                for other in ahead:
+                    steps[name](other)
                 begun = time.perf_counter()
                 steps[name](given)
                 seconds[name].append(time.perf_counter() - begun)

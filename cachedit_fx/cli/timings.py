@@ -102,8 +102,9 @@ _COLD = (
     'less the time of `backend="eager"`, dynamo\'s own. `sizes`: the first call at three resolutions, warm.'
 )
 _OVERHEAD = (
-    "Medians over calls by turns, one thread, batch 1. `pieces alone`: the compiled pieces of a cached step, one after "
-    'the other. `past guards`: with `guards="generation"`, calls behind the first two of a generation.'
+    "Medians over calls by turns, one thread, batch 1; ahead of each that is timed, three more of its kind. `pieces "
+    "alone`: the compiled pieces of a cached step, one after the other. `past guards`: with "
+    '`guards="generation"`, calls behind the first two of a generation.'
 )
 _PYTHON = (
     "The same kinds of steps on tiny tensors, with pieces that compute nothing: what remains is Python, ours and "

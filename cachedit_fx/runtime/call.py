@@ -279,16 +279,13 @@ class GraphCall:
         time_now, name = call.time, call.branch_name
         measured: dict[int, float] = {}
         if isinstance(time_now, torch.Tensor):
-            known = {}
-            if current is not None and not on_host(time_now):
-                memories = {branch: self.session.memories.get((region, branch)) for branch in tracker.candidates(name)}
-                known = {b: m.reference for b, m in memories.items() if m and m.signature == signature}
-            previous = {branch: reference for branch, reference in known.items() if reference is not None}
-            values = [time_now.amax() if time_now.numel() > 1 else time_now]
+            time_now = time_now.amax() if time_now.numel() > 1 else time_now
+            previous = {} if current is None or on_host(time_now) else self._references(region, signature)
             if current is not None and previous:
-                values.append(current.differences(list(previous.values())))
-            time_now, *differences = read_back(values)
-            measured = dict(zip(previous, differences, strict=True))
+                time_now, *differences = read_back([time_now, current.differences(list(previous.values()))])
+                measured = dict(zip(previous, differences, strict=True))
+            else:
+                (time_now,) = read_back([time_now])
         call.position, call.now = tracker.observe(time_now, name, signature), time_now
         if call.position.generation != self.session.generation:
             measured = {}
@@ -296,6 +293,16 @@ class GraphCall:
             if not call.is_guarded:
                 raise NewGeneration
         return measured
+
+    def _references(self, region: RegionKey, signature: Hashable) -> dict[int, torch.Tensor]:
+        """What r may have to be compared with, by the branch that the call may turn out to be."""
+        candidates = self.session.tracker.candidates(self.call.branch_name)
+        memories = [(branch, self.session.memories.get((region, branch))) for branch in candidates]
+        return {
+            branch: memory.reference
+            for branch, memory in memories
+            if memory is not None and memory.signature == signature and memory.reference is not None
+        }
 
     def _warn(self, config: DBCacheConfig, decision: Decision) -> None:
         cache = self.session.cache

@@ -278,6 +278,8 @@ class ModelCache:
         self.module = NOTHING_KNOWN
         self.latest: Session | None = None
         self.used = 0.0
+        self._here = threading.local()
+        """`session` of each thread: every call asks twice."""
         self._by_thread: weakref.WeakKeyDictionary[threading.Thread, Session] = weakref.WeakKeyDictionary()
         self._by_key: OrderedDict[Hashable, Session] = OrderedDict()
         self._lock = threading.Lock()
@@ -286,22 +288,24 @@ class ModelCache:
     def session(self) -> Session:
         """The session of the present thread, or of the `session(key)` that it is in."""
         key = _session_key.get()
+        found = getattr(self._here, "session", None) if key is None else self._named(key)
+        if found is None:
+            found = self._here.session = Session(self)
+            with self._lock:
+                self._by_thread[threading.current_thread()] = found
+        self.latest = found
+        self.used = time.monotonic()
+        return found
+
+    def _named(self, key: Hashable) -> Session:
         with self._lock:
-            if key is None:
-                thread = threading.current_thread()
-                found = self._by_thread.get(thread)
-                if found is None:
-                    found = self._by_thread[thread] = Session(self)
-            else:
-                found = self._by_key.get(key)
-                if found is None:
-                    found = self._by_key[key] = Session(self)
-                self._by_key.move_to_end(key)
-                if len(self._by_key) > MAX_SESSIONS:
-                    dropped, _ = self._by_key.popitem(last=False)
-                    logger.info("session %r dropped: more than %d are kept", dropped, MAX_SESSIONS)
-            self.latest = found
-            self.used = time.monotonic()
+            found = self._by_key.get(key)
+            if found is None:
+                found = self._by_key[key] = Session(self)
+            self._by_key.move_to_end(key)
+            if len(self._by_key) > MAX_SESSIONS:
+                dropped, _ = self._by_key.popitem(last=False)
+                logger.info("session %r dropped: more than %d are kept", dropped, MAX_SESSIONS)
         return found
 
     def set_policy(self, options: Options) -> None:
