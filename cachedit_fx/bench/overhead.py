@@ -54,6 +54,9 @@ RATIOS = (
 )
 """The table's rows: what is measured over what."""
 KINDS = (EAGER, WHOLE, UNCUT, COMPUTED, SHORT_COMPUTED, REGION, CACHED, SHORT_CACHED, PIECES)
+SHORT_KINDS = (CACHED, SHORT_CACHED, PIECES)
+"""Measured by themselves too: between steps that take ten times as long, what Python adds to these drowns in noise."""
+
 WARMUP = 5
 """Calls ahead of those that count, the compiling one among them."""
 

@@ -268,10 +268,8 @@ def _time(
     check_compiler("inductor" if cold else inner)
     if overhead and not rounds:
         raise typer.BadParameter("nothing is timed in 0 rounds; some 30 give steady medians", param_hint="--rounds")
-    if overhead and rounds > 200:
-        raise typer.BadParameter(
-            "--overhead times at most 200 rounds: some 30 give steady medians", param_hint="--rounds"
-        )
+    if overhead and rounds > 100:
+        raise typer.BadParameter("--overhead takes at most 100; some 30 give steady medians", param_hint="--rounds")
     if cold:
         timings.cold(blocks, only, out)
     if overhead:

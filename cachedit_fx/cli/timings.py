@@ -52,20 +52,30 @@ def overhead(depths: Sequence[int], rounds: int, first: int, inner: str, out: Pa
     step with pieces that compute nothing, and its profile."""
     with quiet():
         from cachedit_fx.bench.flux import size_of
-        from cachedit_fx.bench.overhead import NOTHING, SHORT_COMPUTED, measure, measure_peer, profile
+        from cachedit_fx.bench.overhead import (
+            KINDS,
+            NOTHING,
+            PIECES,
+            SHORT_COMPUTED,
+            SHORT_KINDS,
+            measure,
+            measure_peer,
+            profile,
+        )
         from cachedit_fx.bench.process import BenchmarkError
 
     found: list[Overhead] = []
     python: list[Overhead] = []
-    with progress_bar(3 * len(depths) + 1, "models") as (progress, task):
+    with progress_bar(4 * len(depths) + 1, "models") as (progress, task):
 
         def tell(what: str) -> None:
             progress.update(task, description=what)
 
         with quiet():
             for blocks in depths:
-                found.append(measure(size_of(blocks), rounds, first, tell, inner_backend=inner))
-                progress.update(task, advance=1)
+                for kinds, turns in (([kind for kind in KINDS if kind != PIECES], rounds), (SHORT_KINDS, 2 * rounds)):
+                    found.append(measure(size_of(blocks), turns, first, tell, kinds, inner_backend=inner))
+                    progress.update(task, advance=1)
                 tell(f"cache-dit, {blocks} blocks")
                 try:
                     found.append(measure_peer(size_of(blocks), rounds, first, inner))
@@ -103,8 +113,8 @@ _COLD = (
 )
 _OVERHEAD = (
     "Medians over calls by turns, one thread, batch 1; ahead of each that is timed, three more of its kind. `pieces "
-    "alone`: the compiled pieces of a cached step, one after the other. `past guards`: with "
-    '`guards="generation"`, calls behind the first two of a generation.'
+    "alone`: the compiled pieces of a cached step, one after the other; by turns with cached steps only, twice the "
+    'rounds. `past guards`: with `guards="generation"`, calls behind the first two of a generation.'
 )
 _PYTHON = (
     "The same kinds of steps on tiny tensors, with pieces that compute nothing: what remains is Python, ours and "
