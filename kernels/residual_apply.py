@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from cachedit_fx.kernels.base import (
-    CPU_BLOCK,
     KEPT_DTYPES,
     NUM_WARPS,
     TILE,
@@ -177,10 +176,7 @@ def residual_apply(
         launch(bases, stored, weights, outs)
         return
     for base, residuals, out in zip(bases, stored, outs, strict=True):
-        if out.numel() <= CPU_BLOCK:  # at once: cutting costs more than adding
-            out.copy_(weighted_sum(base, residuals, weights))
-        else:
-            _in_blocks(base, residuals, weights, out)
+        _in_blocks(base, residuals, weights, out)
 
 
 def _has_kernel(out: torch.Tensor, residual: torch.Tensor) -> bool:
@@ -207,10 +203,10 @@ def weighted_sum(
     (first, *others), (weight, *more) = residuals, weights
     if base is None:
         total = first * weight
-    elif base.dtype == first.dtype:
+    elif base.dtype != first.dtype == torch.promote_types(base.dtype, first.dtype):
+        total = base.to(first.dtype).add_(first, alpha=weight)  # torch.add makes one more tensor of the wider dtype
+    else:
         total = torch.add(base, first, alpha=weight)
-    else:  # add would convert `base` too, and then make new memory for the sum
-        total = base.to(first.dtype).add_(first, alpha=weight)
     for value, weight in zip(others, more, strict=True):
         total.add_(value, alpha=weight)
     return total

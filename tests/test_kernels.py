@@ -419,3 +419,11 @@ def test_the_op_of_residual_apply_deals_residuals_out_to_results():
     torch.ops.cachedit_fx.residual_apply(bases, stored, [2.0, -1.0], outs)
     for base, residuals, out in zip(bases, (stored[:2], stored[2:]), outs, strict=True):
         assert torch.equal(out, weighted_sum(base, residuals, [2.0, -1.0]))
+
+
+@pytest.mark.parametrize("state", [torch.float32, torch.float64])
+def test_a_float64_model_is_summed_in_float64_whatever_its_residuals_are_kept_in(state):
+    base, residual = torch.randn(5, dtype=torch.float64), torch.randn(5).to(state)
+    out = torch.empty_like(base)
+    residual_apply([base], [[residual]], [1.0], [out])
+    assert torch.equal(out, base + residual.double())

@@ -290,9 +290,8 @@ class ModelCache:
         key = _session_key.get()
         found = getattr(self._here, "session", None) if key is None else self._named(key)
         if found is None:
-            found = self._here.session = Session(self)
             with self._lock:
-                self._by_thread[threading.current_thread()] = found
+                found = self._here.session = self._by_thread[threading.current_thread()] = Session(self)
         self.latest = found
         self.used = time.monotonic()
         return found
