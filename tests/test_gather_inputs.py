@@ -1,6 +1,5 @@
 """Inputs in one sequence: the same results, and a bypassed region whose weights nobody touches."""
 
-import itertools
 import operator
 import re
 
@@ -8,7 +7,7 @@ import models
 import pytest
 import torch
 from helpers import Computes, Restores, capture, rewritten
-from test_insert_cache_branch import ALL
+from test_insert_cache_branch import ALL, rewrites
 from torch import fx
 from toys import denoise, make
 
@@ -35,10 +34,7 @@ def placeholders(graph):
 
 @pytest.mark.parametrize("case", ALL)
 def test_computed_is_bit_identical_and_so_is_restored(case):
-    module, inputs = ALL[case]()
-    graph = capture(module, *inputs)
-    for granularity, (first, last) in itertools.product(("block", "region"), ((1, 0), (0, 0), (2, 1))):
-        gm = rewritten(graph.copy(), first, last, granularity=granularity)
+    for graph, gm in rewrites(case):
         number = len(placeholders(gm.graph)) - 1
         result = GatherInputs().run(gm)
         assert result.graph_module is gm and result.matches == number and facts(gm)["gathered_inputs"]

@@ -21,12 +21,17 @@ ALL = CASES | {
 }
 
 
-@pytest.mark.parametrize("case", ALL)
-def test_computed_is_bit_identical_and_so_is_restored(case):
+def rewrites(case):
+    """A graph of `ALL`, and what becomes of it at each granularity and cut."""
     module, inputs = ALL[case]()
     graph = capture(module, *inputs)
     for granularity, (first, last) in itertools.product(("block", "region"), ((1, 0), (0, 0), (2, 1))):
-        gm = rewritten(graph.copy(), first, last, granularity=granularity)
+        yield graph, rewritten(graph.copy(), first, last, granularity=granularity)
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_computed_is_bit_identical_and_so_is_restored(case):
+    for graph, gm in rewrites(case):
         cache = Computes()
         assert graph.same(gm, cache)
         assert cache.ran == [0] and [number for number, *_ in cache.decided] == [0]
