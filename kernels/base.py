@@ -33,8 +33,6 @@ library = torch.library.Library("cachedit_fx", "FRAGMENT")
 NUM_WARPS = 8
 TILE = 2048
 """Elements of a tile: eight a thread, so that a thread's 16-bit elements are one load of 128 bits."""
-CPU_BLOCK = 1 << 17
-"""Elements that the CPU paths work on at a time, a thread: what torch's ops hand on stays in the cache."""
 
 
 def jit(kernel: Callable[..., Any]) -> Any:
@@ -165,25 +163,6 @@ def launch_groups(
                 strides = [seen.strides(given[place]) for seen, given in zip(layouts, chosen, strict=True)]
                 geometry += zip(*strides, strict=True)
             yield Group(members, chosen, starts, tuple(geometry), layouts[0].tile)
-
-
-def blocks(*tensors: torch.Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """The tensors, of one shape, cut alike into parts that stay in a CPU's cache while several ops run over them.
-    Elsewhere they stay whole: each op is a launch."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    size = CPU_BLOCK * torch.get_num_threads()
-    if given[0].numel() <= size or given[0].device.type != "cpu":
-        yield tensors
-        return
-    if all(tensor.is_contiguous() for tensor in given):
-        cut = [None if tensor is None else tensor.view(-1).split(size) for tensor in tensors]
-    else:
-        dim = max(range(max(given[0].ndim - 1, 1)), key=lambda d: given[0].shape[d])
-        rows = max(1, size * given[0].shape[dim] // given[0].numel())
-        cut = [None if tensor is None else tensor.split(rows, dim) for tensor in tensors]
-    count = next(len(parts) for parts in cut if parts is not None)
-    for index in range(count):
-        yield tuple(None if parts is None else parts[index] for parts in cut)
 
 
 Type = str | None | tuple["Type", ...]

@@ -15,13 +15,13 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from cachedit_fx.kernels import cpu
 from cachedit_fx.kernels.base import (
     NUM_WARPS,
     TILE,
     TYPES,
     Layout,
     Variant,
-    blocks,
     device_of,
     elements_of_tile,
     jit,
@@ -207,34 +207,47 @@ def l1_diff(
         raise ValueError("l1_diff: out goes with base, since without a base r is hidden itself")
     if runs_on_triton(hidden, base, *previous, out) and hidden.dtype in (torch.bfloat16, torch.float16, torch.float32):
         return launch(hidden, base, previous, out, per_sample)
-    return _in_blocks(hidden, base, previous, out, per_sample)
+    found = _on_cpu(hidden, base, previous, out, per_sample)
+    if found is not None:
+        return found
+    r = residual(hidden, base)
+    if out is not None:
+        out.copy_(r)
+    if not per_sample:
+        r, previous = r[None], [before[None] for before in previous]
+    differences = r.new_empty((r.shape[0], len(previous)))
+    for i, k in itertools.product(range(r.shape[0]), range(len(previous))):
+        differences[i, k] = l1_difference(previous[k][i], r[i])
+    return differences if per_sample else differences[0]
 
 
-def _in_blocks(
+def _on_cpu(
     hidden: torch.Tensor,
     base: torch.Tensor | None,
     previous: Sequence[torch.Tensor],
     out: torch.Tensor | None,
     per_sample: bool,
-) -> torch.Tensor:
-    """As `l1_diff`, by torch's ops, on parts that stay in a CPU's cache. Sums of parts are added in float64."""
-    if per_sample:
-        found = []
-        for i in range(hidden.shape[0]):
-            part, part_base, part_out = (None if x is None else x[i] for x in (hidden, base, out))
-            assert part is not None
-            found.append(_in_blocks(part, part_base, [earlier[i] for earlier in previous], part_out, False))
-        return torch.stack(found) if found else hidden.new_empty((0, len(previous)), dtype=torch.float32)
-    sums: list[list[torch.Tensor]] = []
-    for part, part_base, part_out, *earlier in blocks(hidden, base, out, *previous):
-        if part_out is not None:
-            part = part_out.copy_(part).sub_(part_base)
-        sums.append([x.sum() for before in earlier for x in ((before - part).abs_(), before.abs())])
-    if not previous:
-        return hidden.new_empty((0,), dtype=torch.float32)
-    totals = [torch.stack(parts).double().sum() if len(parts) > 1 else parts[0] for parts in zip(*sums, strict=True)]
-    pairs = zip(totals[::2], totals[1::2], strict=True)
-    return torch.stack([(change / (size + EPSILON)).float() for change, size in pairs])
+) -> torch.Tensor | None:
+    """As `l1_diff`, in one pass; None where that cannot be. Sums of tiles are added in float64."""
+    run = cpu.loop("l1_diff", (hidden, base, out, *previous), hidden.dtype)
+    seen = layout((hidden, base), per_sample) if base is None or base.dtype is hidden.dtype else None
+    if run is None or seen is None:
+        return None
+    groups = hidden.shape[0] if per_sample else 1
+    found = torch.empty((groups, len(previous)), dtype=torch.float32)
+    run(
+        cpu.layout(seen),
+        cpu.strided(hidden, seen),
+        cpu.strided(base, seen),
+        cpu.pointers(previous),
+        len(previous),
+        None if out is None else out.data_ptr(),
+        found.data_ptr(),
+        groups,
+        EPSILON,
+        torch.get_num_threads(),
+    )
+    return found if per_sample else found[0]
 
 
 library.define("l1_diff(Tensor hidden, Tensor? base, Tensor[] previous, Tensor(a!)? out, bool per_sample) -> Tensor")

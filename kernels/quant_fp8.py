@@ -21,7 +21,8 @@ from collections.abc import Iterator
 
 import torch
 
-from cachedit_fx.kernels.base import NUM_WARPS, TYPES, Variant, blocks, device_of, jit, library, runs_on_triton, tl
+from cachedit_fx.kernels import cpu
+from cachedit_fx.kernels.base import NUM_WARPS, TYPES, Variant, device_of, jit, library, runs_on_triton, tl
 
 LARGEST = 448.0
 """The largest finite e4m3 value. (Kernels cannot read these two.)"""
@@ -151,20 +152,26 @@ def _collapsed(tensor: torch.Tensor, dims: int) -> tuple[list[int], list[int]] |
     return None if missing < 0 else ([1] * missing + sizes, [0] * missing + strides)
 
 
+def _seen(tensor: torch.Tensor, dims: int, multiple: int = 1) -> tuple[torch.Tensor, list[int], list[int]]:
+    """`tensor`, copied first where more than three strides, or strides of no such multiple, lead to its tokens, which
+    are counted by the first `dims` dimensions; and those sizes and strides."""
+    seen = _collapsed(tensor, dims) if tensor.stride(-1) == 1 else None
+    if seen is None or any(stride % multiple for stride in seen[1]):
+        tensor = tensor.contiguous()
+        seen = _collapsed(tensor, dims)
+    assert seen is not None
+    return tensor, *seen
+
+
 def _tile(head_dim: int) -> tuple[int, int]:
     cols = next(block for block in BLOCKS if head_dim <= block)
     return TILE // cols, cols
 
 
 def launch_quant(x: torch.Tensor) -> torch.Tensor:
-    """As `quant_fp8`, by the kernel above. `x` is copied first where more than three strides lead to its tokens."""
+    """As `quant_fp8`, by the kernel above."""
     *leading, heads, head_dim = x.shape
-    seen = _collapsed(x, x.ndim - 2) if x.stride(-1) == 1 else None
-    if seen is None:
-        x = x.contiguous()
-        seen = _collapsed(x, x.ndim - 2)
-    assert seen is not None
-    sizes, strides = seen
+    x, sizes, strides = _seen(x, x.ndim - 2)
     packed = torch.empty((*leading, _row_bytes(heads, head_dim)), dtype=torch.uint8, device=x.device)
     if not x.numel():
         return packed
@@ -187,14 +194,9 @@ def launch_quant(x: torch.Tensor) -> torch.Tensor:
 
 
 def launch_dequant(packed: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.Tensor:
-    """As `dequant_fp8`, by the kernel above. `packed` is copied first where more than three strides lead to a row."""
+    """As `dequant_fp8`, by the kernel above."""
     head_dim = _head_dim(packed, heads)
-    seen = _collapsed(packed, packed.ndim - 1) if packed.stride(-1) == 1 else None
-    if seen is None or any(stride % SCALE_BYTES for stride in seen[1]):
-        packed = packed.contiguous()
-        seen = _collapsed(packed, packed.ndim - 1)
-    assert seen is not None
-    sizes, strides = seen
+    packed, sizes, strides = _seen(packed, packed.ndim - 1, SCALE_BYTES)
     out = torch.empty((*packed.shape[:-1], heads, head_dim), dtype=dtype, device=packed.device)
     if not out.numel():
         return out
@@ -272,12 +274,14 @@ def quant_fp8(x: torch.Tensor) -> torch.Tensor:
     if _has_kernel(x, math.prod(leading), heads, head_dim):
         return launch_quant(x)
     packed = torch.empty((*leading, _row_bytes(heads, head_dim)), dtype=torch.uint8, device=x.device)
-    scales = torch.empty((*leading, heads, 1), dtype=torch.float32, device=x.device)
-    if x.numel():
-        values = _values(packed, heads, head_dim)
-        for part, part_values, part_scales in blocks(x, values, scales.expand(x.shape)):
-            found, part_scales[..., :1] = quantized(part)
-            part_values.copy_(found.view(torch.uint8))
+    run = cpu.loop("quant_fp8", (x,), x.dtype)
+    if run is not None:
+        x, sizes, strides = _seen(x, x.ndim - 2)
+        tokens = cpu.Tokens(math.prod(sizes) * heads, heads, head_dim, *sizes[1:], *strides)
+        run(tokens, x.data_ptr(), x.stride(-2), packed.data_ptr(), packed.shape[-1], torch.get_num_threads())
+        return packed
+    values, scales = quantized(x)
+    packed[..., : heads * head_dim] = values.view(torch.uint8).flatten(-2)
     packed[..., heads * head_dim :] = scales.view(torch.uint8).flatten(-2)
     return packed
 
@@ -303,18 +307,17 @@ def dequant_fp8(packed: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.T
     head_dim = _head_dim(packed, heads)
     if _has_kernel(packed, math.prod(packed.shape[:-1]), heads, head_dim) and packed.data_ptr() % SCALE_BYTES == 0:
         return launch_dequant(packed, heads, dtype)
+    run = cpu.loop("dequant_fp8", (packed,), dtype)
+    if run is not None:
+        out = torch.empty((*packed.shape[:-1], heads, head_dim), dtype=dtype)
+        packed, sizes, strides = _seen(packed, packed.ndim - 1)
+        tokens = cpu.Tokens(math.prod(sizes) * heads, heads, head_dim, *sizes[1:], *strides)
+        run(tokens, packed.data_ptr(), out.data_ptr(), torch.get_num_threads())
+        return out
+    values = packed[..., : heads * head_dim].unflatten(-1, (heads, head_dim))
     # A copy: as a view the scales need not start at a multiple of four bytes.
     scales = packed[..., heads * head_dim :].clone(memory_format=torch.contiguous_format).view(torch.float32)[..., None]
-    out = torch.empty((*packed.shape[:-1], heads, head_dim), dtype=dtype, device=packed.device)
-    values = _values(packed, heads, head_dim)
-    for part_out, part, part_scales in blocks(out, values, scales.expand(out.shape)):
-        part_out.copy_(dequantized(part.view(torch.float8_e4m3fn), part_scales))
-    return out
-
-
-def _values(packed: torch.Tensor, heads: int, head_dim: int) -> torch.Tensor:
-    """The bytes of the values, as [..., heads, head_dim]."""
-    return packed[..., : heads * head_dim].unflatten(-1, (heads, head_dim))
+    return dequantized(values.view(torch.float8_e4m3fn), scales).to(dtype).contiguous()
 
 
 library.define("quant_fp8(Tensor x) -> Tensor")

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from cachedit_fx.kernels import cpu
 from cachedit_fx.kernels.base import (
     KEPT_DTYPES,
     NUM_WARPS,
@@ -24,11 +25,11 @@ from cachedit_fx.kernels.base import (
     TYPES,
     Layout,
     Variant,
-    blocks,
     device_of,
     elements_of_tile,
     jit,
     launch_groups,
+    layout,
     library,
     runs_on_triton,
     tl,
@@ -176,19 +177,35 @@ def residual_apply(
         launch(bases, stored, weights, outs)
         return
     for base, residuals, out in zip(bases, stored, outs, strict=True):
-        _in_blocks(base, residuals, weights, out)
+        if not _on_cpu(base, residuals, weights, out):
+            out.copy_(weighted_sum(base, residuals, weights))
 
 
 def _has_kernel(out: torch.Tensor, residual: torch.Tensor) -> bool:
     return out.is_contiguous() and {out.dtype, residual.dtype} <= set(TYPES) and out.dtype is not torch.float64
 
 
-def _in_blocks(
+def _on_cpu(
     base: torch.Tensor | None, residuals: Sequence[torch.Tensor], weights: Sequence[float], out: torch.Tensor
-) -> None:
-    """One result, by torch's ops, on parts that stay in a CPU's cache; `weights` count in full."""
-    for part_out, part_base, *terms in blocks(out, base, *residuals):
-        part_out.copy_(weighted_sum(part_base, terms, weights))
+) -> bool:
+    """One result, in one pass; False where that cannot be."""
+    kept = residuals[0].dtype
+    run = cpu.loop("residual_apply", (base, out, *residuals), out.dtype, kept)
+    if run is None or any(r.dtype is not kept for r in residuals) or not out.is_contiguous():
+        return False
+    seen = layout((base, out)) if base is None or base.dtype is out.dtype else None
+    if seen is None:
+        return False
+    run(
+        cpu.layout(seen),
+        cpu.strided(base, seen),
+        cpu.pointers(residuals),
+        cpu.doubles(weights),
+        len(weights),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return True
 
 
 def weighted_sum(

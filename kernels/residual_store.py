@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from cachedit_fx.kernels import cpu
 from cachedit_fx.kernels.base import (
     KEPT_DTYPES,
     NUM_WARPS,
@@ -27,11 +28,11 @@ from cachedit_fx.kernels.base import (
     TYPES,
     Layout,
     Variant,
-    blocks,
     device_of,
     elements_of_tile,
     jit,
     launch_groups,
+    layout,
     library,
     runs_on_triton,
     tl,
@@ -175,12 +176,21 @@ def residual_store(
             out.copy_(result)
         elif runs_on_triton(result, base, out) and {result.dtype, out.dtype} <= set(TYPES) - {torch.uint8}:
             continued.append((result, base, out))
-        else:
-            for part, part_base, part_out in blocks(result, base, out):
-                part_out.copy_(part)
-                part_out.sub_(part_base)
+        elif not _on_cpu(result, base, out):
+            out.copy_(result).sub_(base)
     if continued:
         launch(*zip(*continued, strict=True))
+
+
+def _on_cpu(result: torch.Tensor, base: torch.Tensor, out: torch.Tensor) -> bool:
+    """One residual, in one pass; False where that cannot be."""
+    run = cpu.loop("residual_store", (result, base, out), result.dtype, out.dtype)
+    seen = layout((result, base)) if run is not None and base.dtype is result.dtype else None
+    if run is None or seen is None:
+        return False
+    operands = cpu.strided(result, seen), cpu.strided(base, seen)
+    run(cpu.layout(seen), *operands, out.data_ptr(), torch.get_num_threads())
+    return True
 
 
 def difference(result: torch.Tensor, base: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

@@ -25,6 +25,7 @@ FOLDERS = {"cachedit_fx": "cachedit_fx", "kernels": "cachedit_fx/kernels", "pass
 DATA = [
     "cachedit_fx/py.typed",
     "cachedit_fx/bench/default.toml",
+    "cachedit_fx/kernels/cpu.cpp",
     "cachedit_fx/shapes/MODEL_CARD.md",
     "cachedit_fx/shapes/weights",
 ]
