@@ -19,7 +19,6 @@ import torch
 from torch import fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
-from cachedit_fx.kernels import cpu
 from cachedit_fx.lowering import inner_compiler, lower
 from cachedit_fx.options import Options, parse_options
 from cachedit_fx.passes.base import Pass, facts
@@ -31,7 +30,7 @@ from cachedit_fx.passes.manager import PassManager
 from cachedit_fx.passes.normalize import Normalize
 from cachedit_fx.passes.outline_blocks import OutlineBlocks
 from cachedit_fx.passes.plan_regions import Cut, PlanRegions, RegionReport
-from cachedit_fx.runtime.call import NO_LOOP, RegionInfo, Uncached, call_of, on_host
+from cachedit_fx.runtime.call import NO_LOOP, RegionInfo, Uncached, call_of
 from cachedit_fx.runtime.registry import cache_of_anchors
 from cachedit_fx.runtime.state import ModelCache
 
@@ -71,8 +70,6 @@ def compile_graph(
     outer = rewrite(gm, options, _numbers_in_frame(), cache.module if cache is not None else NOTHING_KNOWN)
     found = dict(facts(outer))
     outer.meta.clear()  # what the passes learned refers to the flat graph, and would keep it alive
-    if "cache_input" in found and any(isinstance(x, torch.Tensor) and on_host(x) for x in example_inputs):
-        cpu.prepare()
     if found.get("pieces"):
         distinct = lower(outer, options)
         logger.info("%d pieces, %d distinct", len(found["pieces"]), distinct)

@@ -18,9 +18,10 @@ from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_leaves
 
+from cachedit_fx.lowering import warm_up
 from cachedit_fx.options import OptionError
 from cachedit_fx.passes.detect_block_loops import LoopNotFound
-from cachedit_fx.runtime.call import NO_LOOP, NOT_CAPTURED, Call, NewGeneration, call_of
+from cachedit_fx.runtime.call import NO_LOOP, NOT_CAPTURED, Call, NewGeneration, call_of, on_host
 from cachedit_fx.runtime.state import ModelCache
 from cachedit_fx.shortcut import learn, look_of
 
@@ -118,6 +119,8 @@ class CompiledCall:
         module = self.module()
         assert module is not None
         restore = _snapshot((args, kwargs))
+        if any(isinstance(leaf, torch.Tensor) and on_host(leaf) for leaf in tree_leaves((args, kwargs))):
+            warm_up(self.cache.options)
         failure: Exception | None = None
         try:
             with self.capturing, call_of(self.cache, finish=False) as call:

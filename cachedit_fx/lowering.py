@@ -14,8 +14,11 @@ handful of distinct pieces. Anything that cannot be keyed is compiled by itself.
 
 from __future__ import annotations
 
+import importlib
 import logging
+import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
+from cachedit_fx.kernels import cpu
 from cachedit_fx.options import Options
 from cachedit_fx.passes.graph_analysis import target_key, value_of
 from cachedit_fx.passes.outline_blocks import KIND
@@ -116,6 +120,24 @@ def inner_compiler(options: Options) -> InnerCompiler:
 
     backend = lookup_backend(inner)
     return lambda gm, inputs: backend(gm, inputs, **extra)
+
+
+def warm_up(options: Options) -> None:
+    """Begin, while dynamo captures, what the first steps on a CPU would otherwise wait for: inductor finds out what the
+    C++ compiler and the processor can do (10 s with an empty cache folder), and the kernels' loops are compiled."""
+    tasks: list[Callable[[], Any]] = [cpu.library]
+    if options.inner_backend == "inductor":
+        importlib.import_module("torch._inductor.compile_fx")  # two threads importing at once may meet half a module
+        from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+        tasks.insert(0, pick_vec_isa)
+
+    def run() -> None:
+        for task in tasks:
+            with suppress(Exception):  # whoever needs it meets the same error, and says so
+                task()
+
+    threading.Thread(target=run, name="cachedit_fx.warm_up").start()
 
 
 def compile_piece(piece: fx.GraphModule, compiler: InnerCompiler) -> Callable[..., Any]:

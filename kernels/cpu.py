@@ -87,11 +87,6 @@ def _loop(name: str, dtypes: tuple[torch.dtype, ...]) -> Callable[..., None] | N
     return found
 
 
-def prepare() -> None:
-    """Have the loops compiled in the background: it takes a few seconds, once for a machine."""
-    threading.Thread(target=library, name="cachedit_fx.kernels.cpu").start()
-
-
 def library() -> ctypes.CDLL | None:
     """The compiled loops; None, with a line in the log, where they cannot be had."""
     with _loading:

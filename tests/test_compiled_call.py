@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from toys import Toy, make, noise
 
-from cachedit_fx import CacheWarning, DBCacheConfig, OptionError, compile, explain, summary
+from cachedit_fx import CacheWarning, DBCacheConfig, OptionError, compile, compiled_call, explain, summary
 from cachedit_fx.compiled_call import capturing, first_break
+from cachedit_fx.options import Options
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*inert threshold")
 ALWAYS = DBCacheConfig(1, max_warmup_steps=1, residual_diff_threshold=1e9)
@@ -36,6 +37,18 @@ class Chain(nn.Module):
         for block in self.blocks:
             x = block(x, temb)
         return x
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_the_first_call_on_a_cpu_warms_up(monkeypatch, on_cpu):
+    begun: list[Options] = []
+    monkeypatch.setattr(compiled_call, "warm_up", begun.append)
+    monkeypatch.setattr(compiled_call, "on_host", lambda tensor: on_cpu)
+    model = compile(Chain(), cache=ALWAYS, inner_backend="eager")
+    with torch.no_grad():
+        for step in range(3):
+            model(torch.randn(1, 4, 16), torch.tensor([1 - step / 4]))
+    assert [options.inner_backend for options in begun] == ["eager"] * on_cpu
 
 
 class ReadsBack(Chain):

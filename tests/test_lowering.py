@@ -2,16 +2,18 @@
 
 import itertools
 import operator
+import threading
 
 import models
 import pytest
 import torch
 from helpers import Computes, Restores, capture, rewritten
 from torch import fx, nn
-from torch._inductor import compile_fx
+from torch._inductor import compile_fx, cpu_vec_isa
 
 from cachedit_fx.backend import cachedit
-from cachedit_fx.lowering import Lowered, lower, structure_key
+from cachedit_fx.kernels import cpu
+from cachedit_fx.lowering import Lowered, lower, structure_key, warm_up
 from cachedit_fx.options import parse_options
 from cachedit_fx.passes.base import facts
 
@@ -245,6 +247,26 @@ def test_aot_eager():
     gm, count = lowered(graph, "aot_eager")
     assert count == 4
     assert graph.same(gm, Computes())
+
+
+@pytest.mark.parametrize(("inner", "expected"), [("eager", ["loops"]), ("inductor", ["processor", "loops"])])
+def test_warming_up_is_silent_about_what_fails(monkeypatch, inner, expected):
+    """Whoever needs it later says so."""
+    begun = []
+
+    def failing():
+        begun.append("loops")
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(cpu, "library", failing)
+    monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", lambda: begun.append("processor"))
+    raised: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    warm_up(parse_options({"inner_backend": inner}))
+    for thread in threading.enumerate():
+        if thread.name == "cachedit_fx.warm_up":
+            thread.join()
+    assert begun == expected and not raised
 
 
 @pytest.mark.slow
