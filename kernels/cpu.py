@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import getpass
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -99,11 +99,11 @@ def _load() -> ctypes.CDLL | None:
     if compiler is None:
         logger.info("no C++ compiler: on the CPU, torch's ops take the place of the fused loops")
         return None
-    command = [compiler, *FLAGS, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())]
-    source = SOURCE.read_bytes()
-    name = hashlib.sha256(b"\0".join([source, *map(str.encode, command)])).hexdigest()[:32]
-    compiled = _folder() / f"{name}.so"
+    instructions = INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())
+    command = [*shlex.split(compiler), *FLAGS, *instructions]
+    name = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), *map(str.encode, command)])).hexdigest()[:32]
     try:
+        compiled = _folder() / f"{name}.so"
         if not compiled.exists():
             _compile(command, compiled)
         return ctypes.CDLL(str(compiled))
@@ -114,16 +114,22 @@ def _load() -> ctypes.CDLL | None:
 
 
 def _folder() -> Path:
-    """Where inductor keeps what it compiles. (Asking it would import it.)"""
+    """Where compiled loops are kept: in inductor's folder if the user named one, else in one of the user's own, since
+    whoever can write there can have anything run.
+
+    Raises:
+        OSError: where there can be no such folder.
+    """
     given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    return (
-        Path(given) if given else Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
-    ) / "cachedit_fx"
+    folder = Path(given) / "cachedit_fx" if given else Path(tempfile.gettempdir()) / f"cachedit_fx_{os.getuid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not given and folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} is another user's")
+    return folder
 
 
 def _compile(command: Sequence[str], target: Path) -> None:
     """Another process may do the same at the same time: the last one to finish replaces an equal file."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
         subprocess.run(

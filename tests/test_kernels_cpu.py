@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -56,6 +57,18 @@ def test_a_compiler_that_does_not_work_is_told(empty_folder, monkeypatch, caplog
         assert cpu._load.__wrapped__() is None
     assert said in caplog.text and "torch's ops take the place" in caplog.text
     assert not list((empty_folder / "cachedit_fx").iterdir())
+
+
+def test_a_folder_of_another_user_is_not_used(tmp_path, monkeypatch, caplog):
+    """Whoever can write there could have anything run."""
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert cpu._folder().stat().st_mode & 0o777 == 0o700
+    owner = os.getuid()
+    (tmp_path / f"cachedit_fx_{owner + 1}").mkdir()
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    assert cpu._load.__wrapped__() is None
+    assert "another user's" in caplog.text
 
 
 def test_a_source_that_is_refused_shows_what_the_compiler_said(empty_folder, monkeypatch, caplog):
