@@ -119,7 +119,8 @@ class CompiledCall:
         module = self.module()
         assert module is not None
         restore = _snapshot((args, kwargs))
-        if any(isinstance(leaf, torch.Tensor) and on_host(leaf) for leaf in tree_leaves((args, kwargs))):
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if tensors and all(map(on_host, tensors)):
             warm_up(self.cache.options)
         failure: Exception | None = None
         try:

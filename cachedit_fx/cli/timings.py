@@ -49,13 +49,14 @@ def cold(depths: Sequence[int], ways: Sequence[str], out: Path) -> None:
 
 def overhead(depths: Sequence[int], rounds: int, first: int, inner: str, out: Path) -> None:
     """Measure steps at each depth, show the tables, and write `overhead.md`: steps with real pieces, the Python of a
-    step with pieces that compute nothing, and its profile."""
+    step with pieces that compute nothing, and profiles of it."""
     with quiet():
         from cachedit_fx.bench.flux import size_of
         from cachedit_fx.bench.overhead import (
             KINDS,
             NOTHING,
             PIECES,
+            SHORT_CACHED,
             SHORT_COMPUTED,
             SHORT_KINDS,
             measure,
@@ -66,7 +67,8 @@ def overhead(depths: Sequence[int], rounds: int, first: int, inner: str, out: Pa
 
     found: list[Overhead] = []
     python: list[Overhead] = []
-    with progress_bar(4 * len(depths) + 1, "models") as (progress, task):
+    profiles: dict[str, list[Line]] = {}
+    with progress_bar(4 * len(depths) + 2, "models") as (progress, task):
 
         def tell(what: str) -> None:
             progress.update(task, description=what)
@@ -85,14 +87,18 @@ def overhead(depths: Sequence[int], rounds: int, first: int, inner: str, out: Pa
             for blocks in depths:
                 python.append(measure(size_of(blocks, **_TINY), rounds, first, tell, **_nothing(NOTHING)))
                 progress.update(task, advance=1)
-            tell("profile")
             deepest = size_of(max(depths), **_TINY)
-            lines = profile(deepest, SHORT_COMPUTED, PROFILED, first, **_nothing(NOTHING))
-            progress.update(task, advance=1)
+            for kind in (SHORT_CACHED, SHORT_COMPUTED):
+                tell(f"profile: {kind}")
+                profiles[kind] = profile(deepest, kind, PROFILED, first, **_nothing(NOTHING))
+                progress.update(task, advance=1)
     tables = [
         (f"Steps, F = {first}, inner backend {inner}", overhead_cells(found), _OVERHEAD),
         ("The Python of a step", python_cells(python), _PYTHON),
-        (f"Its profile: {SHORT_COMPUTED}, {deepest.blocks} blocks", profile_cells(lines[:12]), _PROFILE),
+        *(
+            (f"Its profile: {kind}, {deepest.blocks} blocks", profile_cells(lines[:12]), _PROFILE)
+            for kind, lines in profiles.items()
+        ),
     ]
     _write("overhead", tables, out)
 
