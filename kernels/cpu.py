@@ -142,10 +142,6 @@ def _compile(command: Sequence[str], target: Path) -> None:
         made.replace(target)
 
 
-def layout(seen: base.Layout) -> Layout:
-    return Layout(*seen)
-
-
 def strided(tensor: torch.Tensor | None, seen: base.Layout) -> Strided:
     return Strided(None if tensor is None else tensor.data_ptr(), *seen.strides(tensor))
 

@@ -236,7 +236,7 @@ def _on_cpu(
     groups = hidden.shape[0] if per_sample else 1
     found = torch.empty((groups, len(previous)), dtype=torch.float32)
     run(
-        cpu.layout(seen),
+        cpu.Layout(*seen),
         cpu.strided(hidden, seen),
         cpu.strided(base, seen),
         cpu.pointers(previous),

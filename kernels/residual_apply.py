@@ -197,7 +197,7 @@ def _on_cpu(
     if seen is None:
         return False
     run(
-        cpu.layout(seen),
+        cpu.Layout(*seen),
         cpu.strided(base, seen),
         cpu.pointers(residuals),
         cpu.doubles(weights),

@@ -189,7 +189,7 @@ def _on_cpu(result: torch.Tensor, base: torch.Tensor, out: torch.Tensor) -> bool
     if run is None or seen is None:
         return False
     operands = cpu.strided(result, seen), cpu.strided(base, seen)
-    run(cpu.layout(seen), *operands, out.data_ptr(), torch.get_num_threads())
+    run(cpu.Layout(*seen), *operands, out.data_ptr(), torch.get_num_threads())
     return True
 
 

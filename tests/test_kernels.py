@@ -260,6 +260,8 @@ def test_results_of_a_region(path, dtype, look, kind):
         for base, residuals, out in zip(bases, stored, outs, strict=True):
             if path == "loops" and look != "transposed" and dtype is not torch.float16:
                 assert torch.equal(out, one_by_one(base, residuals, weights).to(dtype))
+            if path == "torch":
+                assert torch.equal(out, weighted_sum(base, residuals, weights).to(dtype))
             terms = [weight * r.double() for weight, r in zip(weights, residuals, strict=True)]
             terms += [] if base is None else [base.double()]
             summed = torch.finfo(residuals[0].dtype).eps * sum(term.abs() for term in terms) * n_terms
