@@ -6,7 +6,7 @@ SHELL := bash
 
 # The interpreter that makes the environment; empty: the first of CANDIDATES that is 3.11 or newer.
 PYTHON ?=
-# Further arguments for pytest, `cachedit demo` and examples/fuzz.py.
+# Further arguments for pytest, `cachedit demo` and tests/fuzz.py.
 PYTEST_ARGS ?= -n auto --dist worksteal
 DEMO_ARGS ?=
 FUZZ_ARGS ?= --cases 500
@@ -32,7 +32,7 @@ help: ## this list
 	@echo "Variables"
 	@echo "  PYTHON=/path/to/python        makes .venv with this interpreter (3.11 or newer); after 'make distclean'"
 	@echo "  PYTEST_ARGS='-m \"not slow\"'   goes to pytest: '-k NAME', '-n 2', 'tests/test_policy.py', ..."
-	@echo "  FUZZ_ARGS='--cases 2000'       goes to examples/fuzz.py: '--help', '--seed N', ..."
+	@echo "  FUZZ_ARGS='--cases 2000'       goes to tests/fuzz.py: '--help', '--seed N', ..."
 	@echo "  DEMO_ARGS='--help'            goes to 'cachedit demo'"
 
 demo: compiler $(INSTALLED) ## pictures with the bundled model, without and with the cache
@@ -64,7 +64,7 @@ pytest: compiler $(INSTALLED_DEV) ## the tests alone (PYTEST_ARGS)
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 fuzz: $(INSTALLED_DEV) ## random models, held to what must be true of every model (FUZZ_ARGS)
-	$(PY) examples/fuzz.py $(FUZZ_ARGS)
+	$(PY) tests/fuzz.py $(FUZZ_ARGS)
 
 # Inductor compiles C++ that includes Python.h. Looked for before the install: else it shows as a traceback in the middle of a run.
 compiler: $(CREATED)

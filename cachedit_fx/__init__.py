@@ -17,32 +17,23 @@ def _find_sources_of_checkout() -> None:
 
 _find_sources_of_checkout()
 
-from cachedit_fx.api import (  # noqa: E402 - the passes are found only once the path above is set
-    Explanation,
-    compile,
-    disable_cache,
-    enable_cache,
-    explain,
-    refresh_context,
-    summary,
-)
-from cachedit_fx.masks import steps_mask  # noqa: E402
-from cachedit_fx.options import (  # noqa: E402
+from cachedit_fx.api import compile, disable_cache, enable_cache, refresh_context, summary
+from cachedit_fx.config.cache import DBCacheConfig, DBPruneConfig
+from cachedit_fx.config.calibrators import (
     CalibratorConfig,
-    DBCacheConfig,
-    DBPruneConfig,
     FoCaCalibratorConfig,
     LagrangeCalibratorConfig,
-    OptionError,
-    Options,
-    ParamsModifier,
     TaylorSeerCalibratorConfig,
 )
-from cachedit_fx.presets import presets  # noqa: E402
-from cachedit_fx.runtime.policy import Action, Decision, Reason  # noqa: E402
-from cachedit_fx.runtime.state import session  # noqa: E402
-from cachedit_fx.runtime.stats import BranchStats, CacheStats  # noqa: E402
-from cachedit_fx.runtime.warning import CacheWarning  # noqa: E402
+from cachedit_fx.config.options import Options, ParamsModifier
+from cachedit_fx.config.rules import OptionError
+from cachedit_fx.explanation import Explanation, explain
+from cachedit_fx.runtime.policies.base import Action, Decision, Reason
+from cachedit_fx.runtime.session import session
+from cachedit_fx.runtime.stats import BranchStats, CacheStats
+from cachedit_fx.runtime.warning import CacheWarning
+from cachedit_fx.schedules.masks import steps_mask
+from cachedit_fx.schedules.presets import presets
 
 __all__ = [
     "Action",

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import itertools
-import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from typing import Any, TypeVar, get_args
 
 import torch
 from rich.console import Console
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from cachedit_fx.backend import compile_graph, ends_at_break, pass_manager, rewrite
-from cachedit_fx.compiled_call import CompiledCall, Guards, capturing, first_break
-from cachedit_fx.options import CalibratorConfig, DBCacheConfig, OptionError, Options, ParamsModifier, parse_options
-from cachedit_fx.passes.base import facts
-from cachedit_fx.passes.detect_block_loops import BlockLoop, Detection, ModuleFacts
-from cachedit_fx.passes.plan_regions import RegionPlan, RegionReport
-from cachedit_fx.presets import preset as preset_settings
+from cachedit_fx.backend import compile_graph, pass_manager
+from cachedit_fx.config.cache import DBCacheConfig
+from cachedit_fx.config.calibrators import CalibratorConfig
+from cachedit_fx.config.options import Options, ParamsModifier, parse_options
+from cachedit_fx.config.rules import OptionError
+from cachedit_fx.passes.base import ModuleFacts
+from cachedit_fx.report.stats import render
+from cachedit_fx.runtime.compiled_call import CompiledCall, Guards
 from cachedit_fx.runtime.listener import listen, stop_listening
-from cachedit_fx.runtime.registry import cache_of_module, caches_of_weights, register, unregister
-from cachedit_fx.runtime.state import ModelCache
-from cachedit_fx.runtime.stats import CacheStats, render
-
-logger = logging.getLogger(__name__)
+from cachedit_fx.runtime.model_state import ModelState
+from cachedit_fx.runtime.registry import cache_of_module, register, states_of, unregister, unwrapped
+from cachedit_fx.runtime.stats import CacheStats
+from cachedit_fx.schedules.presets import preset as preset_settings
 
 Model = TypeVar("Model")
+
 
 RECOMPILE_LIMIT = 64
 """Graphs of one model. Dynamo's own eight are soon used up: every adapter that is loaded makes one, as do autocast,
@@ -72,7 +69,7 @@ def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa
         before.guards = guards
         known.set_policy(parsed)
         return module
-    cache = ModelCache(parsed)
+    cache = ModelState(parsed)
     cache.module = ModuleFacts.of(module)
     listener = listen(module)
     if listener is not None:
@@ -160,7 +157,7 @@ def _modifiers_of(modules: Sequence[torch.nn.Module], given: Any) -> list[Any]:
 def disable_cache(pipe_or_module: Model) -> Model:
     """Give back the plain, uncompiled module or pipeline. What was never enabled is left as it is."""
     for module in transformers_of(pipe_or_module):
-        module = _unwrap(module)
+        module = unwrapped(module)
         if cache_of_module(module) is not None:
             module._compiled_call_impl = None
             stop_listening(module)
@@ -184,10 +181,10 @@ def refresh_context(
         verbose: print the policy that now holds.
     """
     for module in transformers_of(pipe_or_module):
-        caches = [cache for cache in _caches(module) if cache.config is not None]
+        caches = [cache for cache in states_of(module) if cache.config is not None]
         if not caches:
             raise ValueError(
-                f"{type(_unwrap(module)).__name__} has no cache to refresh: call enable_cache first; a model that "
+                f"{type(unwrapped(module)).__name__} has no cache to refresh: call enable_cache first; a model that "
                 "torch.compile(backend='cachedit') returned has one from its first call on"
             )
         for cache in caches:
@@ -197,8 +194,8 @@ def refresh_context(
             options = replace(cache.options, cache=config, calibrator=calibrator_config or cache.options.calibrator)
             if options.structure() == cache.options.structure():
                 cache.set_policy(options)
-            elif cache is cache_of_module(_unwrap(module)):
-                compile(_unwrap(module), **{item.name: getattr(options, item.name) for item in fields(Options)})
+            elif cache is cache_of_module(unwrapped(module)):
+                compile(unwrapped(module), **{item.name: getattr(options, item.name) for item in fields(Options)})
             else:
                 raise OptionError(
                     "Fn_compute_blocks, Bn_compute_blocks, non_prune_block_ids, the class of the config and whether "
@@ -218,123 +215,12 @@ def summary(pipe_or_module: Any, details: bool = False) -> list[CacheStats]:
     """
     found: list[CacheStats] = []
     for module in transformers_of(pipe_or_module):
-        for cache in _caches(module):
+        for cache in states_of(module):
             if cache.latest is not None:
                 found.extend(cache.latest.summary())
     if details:
         Console().print(render(found, details=True) if found else "no statistics: nothing has run with the cache")
     return found
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What detection found in a module's graph; `print(explanation)` tells it all, `.code` is the rewritten graph."""
-
-    loops: tuple[BlockLoop, ...]
-    chain: tuple[str, ...]
-    regions: tuple[RegionPlan, ...]
-    notes: tuple[str, ...]
-    code: str
-    work: dict[str, float]
-
-    def __str__(self) -> str:
-        lines = ["Block loops" if self.loops else "Block loops: none"]
-        for loop in self.loops:
-            streams = ", ".join(f"{c.name} {_shape(c.shape)} {str(c.dtype)[6:]}" for c in loop.carried)
-            role = "chain" if loop.name in self.chain else "prologue"
-            lines.append(
-                f"  {loop.name}: {loop.num_blocks} blocks ({role}, found by {loop.evidence}, "
-                f"{self.work[loop.name]:.0%} of the work)"
-            )
-            lines.append(f"    carried: {streams}")
-            lines.append(
-                f"    invariant: {len(loop.invariant)}, per block: {len(loop.per_block)}, skips: {len(loop.skips)}"
-            )
-        lines.append("Regions" if self.regions else "Regions: none, so calls run uncached")
-        for region in self.regions:
-            whole = sum(not continued for continued in region.continued)
-            middle = f"blocks {region.first} to {region.num_blocks - region.last - 1}"
-            lines.append(
-                f"  {region.name}: {middle if region.block is None else f'block {region.block}'} of "
-                f"{region.num_blocks} may be bypassed; {len(region.live_outs)} results of "
-                f"{region.result_bytes / 2**20:.3g} MiB in all, {whole} stored whole"
-            )
-        lines.extend(f"Note: {note}" for note in self.notes)
-        return "\n".join([*lines, "", "Rewritten graph", self.code])
-
-
-def _shape(shape: tuple[Any, ...]) -> str:
-    return f"[{', '.join(str(size) for size in shape)}]"
-
-
-class _Captured(Exception):
-    """Ends a capture whose graph is not to run."""
-
-
-def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
-    """Capture `module(*args, **kwargs)`, run the passes, and say what they found. No kernel is executed.
-
-    Options are those that the module was compiled with, else the defaults. Where the model is several graphs, all but
-    the last do run, to get there; so does a graph without a chain, which may be one of several.
-    """
-    module = _unwrap(module)
-    caches = _caches(module)
-    options = caches[0].options if caches else Options()
-    known = ModuleFacts.of(module)
-    graphs: list[fx.GraphModule] = []
-
-    def stop(*_: Any) -> Any:
-        raise _Captured
-
-    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        outer = rewrite(gm, options, {}, known)
-        graphs.append(outer)
-        whole = not ends_at_break(gm) and facts(outer)["block_loops"].chain
-        return stop if whole else gm.forward
-
-    place = None
-    with torch.no_grad(), uncompiled(module):
-        for flags in (capturing(), contextlib.nullcontext()):  # as `CompiledCall` does
-            graphs.clear()
-            with flags, contextlib.suppress(_Captured, GuardOnDataDependentSymNode):
-                isolated: dict[str, Any] = {"isolate_recompiles": True}  # missing from torch 2.13's overloads
-                torch.compile(module, backend=backend, **isolated)(*args, **kwargs)
-            if len(graphs) == 1 or any(facts(graph)["block_loops"].chain for graph in graphs):
-                break
-        if len(graphs) != 1:
-            place = first_break(module, args, kwargs)
-    if not graphs:
-        raise ValueError(f"{type(module).__name__} could not be captured: it breaks at {place}")
-    notes = (f"{len(graphs)} graphs: the capture breaks, first at {place}",) if place else ()
-    return _explanation(graphs, notes)
-
-
-@contextlib.contextmanager
-def uncompiled(module: torch.nn.Module) -> Iterator[None]:
-    """Take the compiled call off the module for a while."""
-    compiled, module._compiled_call_impl = module._compiled_call_impl, None
-    try:
-        yield
-    finally:
-        module._compiled_call_impl = compiled
-
-
-def _explanation(graphs: Sequence[fx.GraphModule], notes: tuple[str, ...]) -> Explanation:
-    found = [facts(graph) for graph in graphs]
-    detections: list[Detection] = [item["block_loops"] for item in found]
-    reports: list[RegionReport] = [item.get("regions") or RegionReport((), ()) for item in found]
-    loops = tuple(itertools.chain.from_iterable(detection.loops for detection in detections))
-    total = max(sum(loop.cost for loop in loops), 1)
-    told = {note: None for detection in detections if detection.loops or len(graphs) == 1 for note in detection.notes}
-    told |= {refusal: None for report in reports for refusal in report.refusals}
-    return Explanation(
-        loops=loops,
-        chain=tuple(loop.name for detection in detections for loop in detection.chain_loops),
-        regions=tuple(itertools.chain.from_iterable(report.regions for report in reports)),
-        notes=(*notes, *told),
-        code="\n".join(graph.print_readable(print_output=False) for graph in graphs),
-        work={loop.name: loop.cost / total for loop in loops},
-    )
 
 
 def transformers_of(pipe_or_module: Any) -> list[torch.nn.Module]:
@@ -362,18 +248,4 @@ def transformers_of(pipe_or_module: Any) -> list[torch.nn.Module]:
 
 
 def _is_optimized(module: torch.nn.Module) -> bool:
-    return _unwrap(module) is not module
-
-
-def _unwrap(module: torch.nn.Module) -> torch.nn.Module:
-    inner = module._modules.get("_orig_mod")
-    return inner if isinstance(inner, torch.nn.Module) else module
-
-
-def _caches(module: torch.nn.Module) -> list[ModelCache]:
-    """The caches of a module, the one used last ahead."""
-    inner = _unwrap(module)
-    known = cache_of_module(inner)
-    if known is not None:
-        return [known]
-    return sorted(caches_of_weights(inner.parameters()), key=lambda cache: cache.used, reverse=True)
+    return unwrapped(module) is not module

@@ -14,11 +14,8 @@ handful of distinct pieces. Anything that cannot be keyed is compiled by itself.
 
 from __future__ import annotations
 
-import importlib
 import logging
-import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -27,12 +24,12 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
-from cachedit_fx.kernels import cpu
-from cachedit_fx.options import Options
-from cachedit_fx.passes.graph_analysis import target_key, value_of
+from cachedit_fx.config.options import Options
+from cachedit_fx.passes.graph_values import target_key, value_of
 from cachedit_fx.passes.outline_blocks import KIND
 
 logger = logging.getLogger(__name__)
+
 
 InnerCompiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
@@ -122,24 +119,6 @@ def inner_compiler(options: Options) -> InnerCompiler:
     return lambda gm, inputs: backend(gm, inputs, **extra)
 
 
-def warm_up(options: Options) -> None:
-    """Begin, while dynamo captures, what the first steps on a CPU would otherwise wait for: inductor finds out what the
-    C++ compiler and the processor can do (10 s with an empty cache folder), and the kernels' loops are compiled."""
-    tasks: list[Callable[[], Any]] = [cpu.library]
-    if options.inner_backend == "inductor":
-        importlib.import_module("torch._inductor.compile_fx")  # two threads importing at once may meet half a module
-        from torch._inductor.cpu_vec_isa import pick_vec_isa
-
-        tasks.insert(0, pick_vec_isa)
-
-    def run() -> None:
-        for task in tasks:
-            with suppress(Exception):  # whoever needs it meets the same error, and says so
-                task()
-
-    threading.Thread(target=run, name="cachedit_fx.warm_up").start()
-
-
 def compile_piece(piece: fx.GraphModule, compiler: InnerCompiler) -> Callable[..., Any]:
     """Compile one piece under a tracing context of its own.
 
@@ -214,3 +193,8 @@ def _strides(value: torch.Tensor) -> tuple[str, ...]:
     """Without those of dimensions of size 1, which mean nothing and are as they may: a slice of a stream of batch 1 is
     contiguous, but remembers the stride of what it was cut from. Inductor's own checks leave them out too."""
     return tuple("" if str(size) == "1" else str(step) for size, step in zip(value.shape, value.stride(), strict=True))
+
+
+def compile_whole(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    """The graph as it is, in one piece, from the inner compiler."""
+    return gm.forward if options.inner_backend == "eager" else inner_compiler(options)(gm, list(example_inputs))

@@ -31,11 +31,13 @@ from rich.markup import escape
 from rich.table import Table
 
 import cachedit_fx
-from cachedit_fx.bench import flux, kernel_bench
+from cachedit_fx.bench import flux
+from cachedit_fx.bench import kernels_bandwidth as kernel_bench
 from cachedit_fx.cli.kernels import hardware
-from cachedit_fx.cli.terminal import check_folder, quiet, whole_files
+from cachedit_fx.cli.terminal import quiet
 from cachedit_fx.kernels import l1_diff, quant_fp8, residual_apply, residual_store
-from cachedit_fx.kernels.base import HAS_TRITON
+from cachedit_fx.kernels.layout import HAS_TRITON
+from cachedit_fx.report.files import check_folder, whole_files
 
 console = Console(highlight=False)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

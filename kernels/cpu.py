@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from cachedit_fx.kernels import base
+from . import variants
+from .layout import Layout as TensorLayout
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ _loading = threading.Lock()
 
 
 class Layout(ctypes.Structure):
-    """`base.Layout`, as the loops take it. This and the next two are cpu.cpp's structs of the same names."""
+    """`TensorLayout`, as the loops take it. This and the next two are cpu.cpp's structs of the same names."""
 
     _fields_ = [("samples", c_int64), ("rows", c_int64), ("cols", c_int64)]
 
@@ -79,9 +80,9 @@ def loop(name: str, tensors: Sequence[torch.Tensor | None], *dtypes: torch.dtype
 
 @functools.cache
 def _loop(name: str, dtypes: tuple[torch.dtype, ...]) -> Callable[..., None] | None:
-    if any(dtype not in base.TYPES for dtype in dtypes):
+    if any(dtype not in variants.TYPES for dtype in dtypes):
         return None
-    found = getattr(library(), "_".join([name, *(base.TYPES[dtype] for dtype in dtypes)]), None)
+    found = getattr(library(), "_".join([name, *(variants.TYPES[dtype] for dtype in dtypes)]), None)
     if found is not None:
         found.argtypes, found.restype = ARGUMENTS[name], None
     return found
@@ -142,7 +143,7 @@ def _compile(command: Sequence[str], target: Path) -> None:
         made.replace(target)
 
 
-def strided(tensor: torch.Tensor | None, seen: base.Layout) -> Strided:
+def strided(tensor: torch.Tensor | None, seen: TensorLayout) -> Strided:
     return Strided(None if tensor is None else tensor.data_ptr(), *seen.strides(tensor))
 
 

@@ -15,21 +15,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from cachedit_fx.kernels import cpu
-from cachedit_fx.kernels.base import (
-    NUM_WARPS,
-    TILE,
-    TYPES,
-    Layout,
-    Variant,
-    device_of,
-    elements_of_tile,
-    jit,
-    layout,
-    library,
-    runs_on_triton,
-    tl,
-)
+from . import cpu
+from .layout import NUM_WARPS, TILE, Layout, device_of, elements_of_tile, jit, layout, library, runs_on_triton, tl
+from .variants import TYPES, Variant
 
 EPSILON = 1e-30
 """Keeps 0/0 apart from a number: two zero residuals have difference 0."""

@@ -21,8 +21,9 @@ from collections.abc import Iterator
 
 import torch
 
-from cachedit_fx.kernels import cpu
-from cachedit_fx.kernels.base import NUM_WARPS, TYPES, Variant, device_of, jit, library, runs_on_triton, tl
+from . import cpu
+from .layout import NUM_WARPS, device_of, jit, library, runs_on_triton, tl
+from .variants import TYPES, Variant
 
 LARGEST = 448.0
 """The largest finite e4m3 value. (Kernels cannot read these two.)"""

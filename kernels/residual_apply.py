@@ -17,14 +17,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from cachedit_fx.kernels import cpu
-from cachedit_fx.kernels.base import (
-    KEPT_DTYPES,
+from . import cpu
+from .layout import (
     NUM_WARPS,
     TILE,
-    TYPES,
     Layout,
-    Variant,
     device_of,
     elements_of_tile,
     jit,
@@ -34,6 +31,7 @@ from cachedit_fx.kernels.base import (
     runs_on_triton,
     tl,
 )
+from .variants import KEPT_DTYPES, TYPES, Variant
 
 MAX_TERMS = 6
 """Residuals of each result that one launch adds up: those of the fifth order."""

@@ -20,14 +20,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from cachedit_fx.kernels import cpu
-from cachedit_fx.kernels.base import (
-    KEPT_DTYPES,
+from . import cpu
+from .layout import (
     NUM_WARPS,
     TILE,
-    TYPES,
     Layout,
-    Variant,
     device_of,
     elements_of_tile,
     jit,
@@ -37,6 +34,7 @@ from cachedit_fx.kernels.base import (
     runs_on_triton,
     tl,
 )
+from .variants import KEPT_DTYPES, TYPES, Variant
 
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
 MAX_RESULTS = 2

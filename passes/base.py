@@ -8,6 +8,7 @@ knows no pass's arguments.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -62,3 +63,30 @@ def make_module(root: torch.nn.Module | dict[str, Any], graph: fx.Graph, name: s
     of all passes together.
     """
     return _LazyGraphModule(root, graph, name)
+
+
+@dataclass(frozen=True)
+class ModuleFacts:
+    """What is known of a module ahead of its graphs.
+
+    Attributes:
+        sample: name of its first argument, which is the noisy sample; None: the sample is known by its looks.
+        parameters: numbers in all its weights.
+        largest: numbers in the weights of its largest ModuleList.
+    """
+
+    sample: str | None = None
+    parameters: int = 0
+    largest: int = 0
+
+    @classmethod
+    def of(cls, module: torch.nn.Module) -> ModuleFacts:
+        def count(part: torch.nn.Module) -> int:
+            return sum(parameter.numel() for parameter in part.parameters())
+
+        sample = next(iter(inspect.signature(module.forward).parameters), None)
+        containers = (part for part in module.modules() if isinstance(part, torch.nn.ModuleList))
+        return cls(sample, count(module), max(map(count, containers), default=0))
+
+
+NOTHING_KNOWN = ModuleFacts()

@@ -18,8 +18,9 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from cachedit_fx.passes.base import Pass, PassResult, facts
-from cachedit_fx.passes.graph_analysis import holds_weight, numel, target_name, tensor_of
+from .base import Pass, PassResult, facts
+from .graph_cost import numel
+from .graph_values import holds_weight, target_name, tensor_of
 
 logger = logging.getLogger(__name__)
 

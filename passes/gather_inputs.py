@@ -19,7 +19,7 @@ from typing import Any, ClassVar, cast
 
 from torch import fx
 
-from cachedit_fx.passes.base import Pass, PassResult, facts
+from .base import Pass, PassResult, facts
 
 
 class GatherInputs(Pass):

@@ -24,10 +24,11 @@ from typing import Any, ClassVar
 from torch import fx
 from torch.fx.node import map_arg
 
-from cachedit_fx.passes.base import Pass, PassResult, facts, make_module
-from cachedit_fx.passes.graph_analysis import live_ins
-from cachedit_fx.passes.outline_blocks import PLACE
-from cachedit_fx.passes.plan_regions import Continuation, RegionPlan, RegionReport
+from .base import Pass, PassResult, facts, make_module
+from .graph_values import live_ins
+from .outline_blocks import PLACE
+from .plan_regions import RegionPlan, RegionReport
+from .trace_bases import Continuation
 
 
 class InsertCacheBranch(Pass):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import fx
 from torch._logging import trace_structured
 
-from cachedit_fx.passes.base import Pass, facts
+from .base import Pass, facts
 
 logger = logging.getLogger(__name__)
 

@@ -23,18 +23,9 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from cachedit_fx.passes.base import Pass, PassResult, facts
-from cachedit_fx.passes.graph_analysis import (
-    IN_PLACE_OPERATORS,
-    aliases,
-    body_nodes,
-    is_factory,
-    mutated_input,
-    positions_of,
-    root_of,
-    tensor_of,
-    value_of,
-)
+from .base import Pass, PassResult, facts
+from .graph_aliases import IN_PLACE_OPERATORS, aliases, is_factory, mutated_input, root_of
+from .graph_values import body_nodes, positions_of, tensor_of, value_of
 
 
 class Normalize(Pass):

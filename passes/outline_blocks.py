@@ -27,17 +27,10 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.fx.node import map_arg
 
-from cachedit_fx.passes.base import Pass, PassResult, facts, make_module
-from cachedit_fx.passes.detect_block_loops import Detection
-from cachedit_fx.passes.graph_analysis import (
-    body_nodes,
-    input_nodes,
-    is_data_movement,
-    open_contexts,
-    tensor_of,
-    value_of,
-)
-from cachedit_fx.passes.plan_regions import RegionPlan, RegionReport
+from .base import Pass, PassResult, facts, make_module
+from .block_loops import Detection
+from .graph_values import body_nodes, input_nodes, is_data_movement, open_contexts, tensor_of, value_of
+from .plan_regions import RegionPlan, RegionReport
 
 # Where in the order of body nodes an outer node's piece begins, and of which kind the piece is.
 PLACE, KIND = "cachedit_place", "cachedit_kind"

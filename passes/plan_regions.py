@@ -26,32 +26,29 @@ Analysis only. Requires `block_loops`; provides `regions` (a tuple of `RegionPla
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple
 
 from torch import fx
-from torch.fx.node import map_arg
 
-from cachedit_fx.options import OptionError
-from cachedit_fx.passes.base import Pass, PassResult, facts
-from cachedit_fx.passes.detect_block_loops import Block, BlockLoop, Detection
-from cachedit_fx.passes.graph_analysis import (
+from cachedit_fx.config.rules import OptionError
+
+from .base import Pass, PassResult, facts
+from .block_loops import Block, BlockLoop, Detection
+from .graph_aliases import dependents, mutated_input, root_of
+from .graph_cost import numel
+from .graph_values import (
     body_nodes,
-    dependents,
     holds_weight,
-    is_data_movement,
     live_ins,
     live_outs,
-    mutated_input,
-    numel,
     open_contexts,
     positions_of,
-    root_of,
     same_kind,
     tensor_of,
 )
+from .trace_bases import BaseTracer, Continuation
 
 
 class Cut(NamedTuple):
@@ -60,19 +57,6 @@ class Cut(NamedTuple):
     first: int
     last: int
     non_prune: Collection[int] | None = None
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """The bases of some values as a small graph: `inputs` in, one result per continued value out."""
-
-    inputs: tuple[fx.Node, ...]
-    graph: fx.Graph
-
-    @property
-    def is_trivial(self) -> bool:
-        """Whether every base is simply one of the inputs."""
-        return all(node.op in ("placeholder", "output") for node in self.graph.nodes)
 
 
 @dataclass(frozen=True)
@@ -249,7 +233,7 @@ def _plan(
     ins, outs = live_ins(kept), live_outs(kept)
 
     _refuse_odd_results(where, outs)
-    replay = _Replay(handed_on, position, start, hoisted)
+    replay = BaseTracer(handed_on, position, start, hoisted)
     continued = tuple(replay.add(value) for value in outs)
     if block is not None and not any(continued):
         raise RegionRefused(f"{where}: block {block} hands on nothing that enters it: a residual has no base")
@@ -300,7 +284,7 @@ def _plan_to_output(
         live_outs=outs,
         streams=tuple(value for value in ins if tensor_of(value) is not None and not holds_weight(value)),
         continued=(False,) * len(outs),
-        bases=_Replay({}, {}, start).finish(),
+        bases=BaseTracer({}, {}, start).finish(),
         hoisted=(),
         hidden_out=hidden_out,
         reference=reference,
@@ -344,7 +328,7 @@ def _compared(
         raise RegionRefused(f"{where}: block {first - 1} hands no hidden states on")
     if hidden_out is None:
         return None, None
-    head = _Replay(_handed_on(segment), positions_of(nodes), segment[0][0].blocks[0].start)
+    head = BaseTracer(_handed_on(segment), positions_of(nodes), segment[0][0].blocks[0].start)
     return hidden_out, head.finish() if head.add(hidden_out) else None
 
 
@@ -398,70 +382,3 @@ def _hidden_behind(segment: Sequence[tuple[BlockLoop, int]], first: int) -> fx.N
 def _hidden_ahead(segment: Sequence[tuple[BlockLoop, int]], index: int) -> fx.Node:
     """The hidden states that enter block `index`."""
     return [value for loop, slot in segment for value in loop.carried[slot].inputs][index]
-
-
-class _Replay:
-    """Builds the graph of bases: values made before `start` are inputs, carried outputs become carried inputs, and
-    data movement in between is copied."""
-
-    def __init__(
-        self,
-        handed_on: Mapping[fx.Node, fx.Node],
-        position: Mapping[fx.Node, int],
-        start: int,
-        hoisted: AbstractSet[fx.Node] = frozenset(),
-    ) -> None:
-        self._handed_on = handed_on
-        self._position = position
-        self._start = start
-        self._hoisted = hoisted
-        self._graph = fx.Graph()
-        self._inputs: dict[fx.Node, fx.Node] = {}
-        self._copies: dict[fx.Node, fx.Node] = {}
-        self._results: list[fx.Node] = []
-        self._first_body: fx.Node | None = None
-
-    def add(self, value: fx.Node) -> bool:
-        """Trace `value` back; False where it continues nothing."""
-        if tensor_of(value) is None or not self._can(value):
-            return False
-        self._results.append(self._copy(value))
-        return True
-
-    def finish(self) -> Continuation:
-        self._graph.output(tuple(self._results))
-        return Continuation(tuple(self._inputs), self._graph)
-
-    def _is_outside(self, node: fx.Node) -> bool:
-        return self._position.get(node, -1) < self._start or node in self._hoisted
-
-    def _can(self, node: fx.Node) -> bool:
-        if self._is_outside(node):
-            return True
-        if node in self._handed_on:
-            return self._can(self._handed_on[node])
-        return is_data_movement(node) and all(self._can(item) for item in node.all_input_nodes)
-
-    def _placeholder(self, node: fx.Node) -> fx.Node:
-        if self._first_body is None:
-            result = self._graph.placeholder(node.name)
-        else:
-            with self._graph.inserting_before(self._first_body):
-                result = self._graph.placeholder(node.name)
-        result.meta = dict(node.meta)
-        return result
-
-    def _copy(self, node: fx.Node) -> fx.Node:
-        if self._is_outside(node):
-            if node not in self._inputs:
-                self._inputs[node] = self._placeholder(node)
-            return self._inputs[node]
-        if node in self._handed_on:
-            return self._copy(self._handed_on[node])
-        if node not in self._copies:
-            args, kwargs = map_arg((node.args, node.kwargs), self._copy)
-            copy = self._graph.create_node(node.op, node.target, args, kwargs, node.name)
-            copy.meta = dict(node.meta)
-            self._copies[node] = copy
-            self._first_body = self._first_body or copy
-        return self._copies[node]

@@ -21,16 +21,19 @@ from typing import Any
 import torch
 
 from cachedit_fx import OptionError
+from cachedit_fx.bench.comparison import mean_psnr, psnr
 from cachedit_fx.bench.process import Worker
 from cachedit_fx.bench.rows import Row, RowError
 from cachedit_fx.bench.systems import Drawing, Setup, System
-from cachedit_fx.cli.comparison import mean_psnr, psnr
+from cachedit_fx.metrics.image import ssim
 
 UNCACHED = "uncached"
 """Name of the first row, and of the system without a cache."""
 
+
 TIMED = 4
 """Calls of the pipeline in a timed round, at most."""
+
 
 SAME = 0.99
 """A step that ran less than this share of the uncached one's FLOPs counts as cached."""
@@ -258,16 +261,6 @@ class Bench:
 
 def fewer_steps(steps: int) -> Row:
     return Row(f"{steps} steps", UNCACHED, steps=steps)
-
-
-def ssim(pictures: torch.Tensor, reference: torch.Tensor) -> list[float] | None:
-    """Structural similarity of each picture of a batch, values in 0..1; None where torchmetrics is not installed."""
-    try:
-        from torchmetrics.functional.image import structural_similarity_index_measure
-    except ImportError:
-        return None
-    found = structural_similarity_index_measure(pictures, reference, data_range=1.0, reduction="none")
-    return found.reshape(-1).tolist()
 
 
 def as_settings(settings: Settings) -> dict[str, Any]:

@@ -29,11 +29,12 @@ from typing import Any
 import torch
 
 import cachedit_fx
-from cachedit_fx.backend import CachedGraph, compile_graph
+from cachedit_fx.backend import compile_graph
 from cachedit_fx.bench.flux import Size, inputs, make
 from cachedit_fx.bench.peers import cache_dit
 from cachedit_fx.bench.process import answer_of
-from cachedit_fx.options import Options, parse_options
+from cachedit_fx.config.options import Options, parse_options
+from cachedit_fx.runtime.graph import CachedGraph
 
 PIECES, UNCUT, WHOLE, EAGER, PEER = "pieces alone", "no cache", "torch.compile", "eager", "cache-dit, cached"
 CACHED, COMPUTED = "cached", "computed"

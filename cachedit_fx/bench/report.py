@@ -11,7 +11,7 @@ from typing import Any
 
 from cachedit_fx.bench.measure import UNCACHED, Measured, Settings, as_settings
 from cachedit_fx.bench.rows import Row
-from cachedit_fx.cli.terminal import whole_files
+from cachedit_fx.report.files import whole_files
 
 FILE = "bench.json"
 

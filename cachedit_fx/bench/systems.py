@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import cachedit_fx
-from cachedit_fx.flops import FlopCounter
+from cachedit_fx.metrics.flops import FlopCounter
 
 Generate = Callable[[Any, Sequence[str], int, int], torch.Tensor]
 """(pipe, prompts, steps, seed) -> pictures, float [B, 3, H, W] in 0..1; picture i from the noise of seed + i."""

@@ -17,7 +17,8 @@ from rich.table import Table
 
 from cachedit_fx.cli import timings
 from cachedit_fx.cli.demo import InnerBackend, check_compiler
-from cachedit_fx.cli.terminal import check_folder, console, errors, machine, progress_bar, quiet, whole_files
+from cachedit_fx.cli.terminal import console, errors, progress_bar, quiet
+from cachedit_fx.report.files import check_folder, machine, whole_files
 
 if TYPE_CHECKING:
     from cachedit_fx.bench.measure import Bench, Measured, Settings
@@ -417,7 +418,7 @@ def _finish(report: Report, out: Path) -> None:
 
     report.notes += _doubts(report)
     with quiet():
-        from cachedit_fx.bench.plot import save_plot
+        from cachedit_fx.report.plots import save_plot
     save_json(report, out)
     with whole_files(out) as folder:
         (folder / "bench.md").write_text(markdown(report))

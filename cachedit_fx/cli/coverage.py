@@ -17,10 +17,11 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from cachedit_fx.cli.terminal import check_folder, console, errors, machine, progress_bar, quiet, whole_files
+from cachedit_fx.cli.terminal import console, errors, progress_bar, quiet
+from cachedit_fx.report.files import check_folder, machine, whole_files
 
 if TYPE_CHECKING:
-    from cachedit_fx.coverage import Row
+    from cachedit_fx.bench.coverage import Row
 
 NO_ENTRY = "no entry in the zoo: nobody has written a configuration and inputs for it"
 
@@ -35,14 +36,14 @@ def coverage(
             "size 1 or 2, two resolutions. Optional: [b]BLOCKS[/b], name → blocks of the chain; [b]EXCLUDED[/b], name "
             "→ why it is not in the zoo; [b]MISSING[/b], names that should be.",
         ),
-    ] = "examples/zoo",
+    ] = "tests/lib/zoo",
     only: Annotated[
         list[str] | None,
         typer.Option("--only", "-k", metavar="TEXT", help="Only models whose name contains TEXT; may be repeated."),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write the table there too, as Markdown ([i]examples/coverage.md[/i])."),
+        typer.Option(metavar="FILE", help="Write the table there too, as Markdown ([i]docs/models.md[/i])."),
     ] = None,
 ) -> None:
     """Put every model of a zoo through everything the cache promises, and print a table of what held.
@@ -64,7 +65,7 @@ def coverage(
 
     import torch
 
-    from cachedit_fx.coverage import Row, check
+    from cachedit_fx.bench.coverage import Row, check
 
     torch.set_num_threads(1)
     rows: list[Row] = []
@@ -106,7 +107,7 @@ def _load(models: str) -> ModuleType:
     except ImportError as error:
         raise typer.BadParameter(
             f"{models} cannot be imported ({error}). Give a Python file, a package's folder or a module; "
-            "the zoo of diffusers' classes is examples/zoo in a clone of the project",
+            "the zoo of diffusers' classes is tests/lib/zoo in a clone of the project",
             param_hint="MODELS",
         ) from None
     if not isinstance(getattr(found, "ZOO", None), dict) or not found.ZOO:
@@ -132,13 +133,13 @@ def _importable(file: Path) -> Iterator[None]:
 
 
 def _headings() -> tuple[str, ...]:
-    from cachedit_fx.coverage import CHECKS
+    from cachedit_fx.bench.coverage import CHECKS
 
     return ("model", "chain", *CHECKS, "FLOPs")
 
 
 def _cells(row: Row, yes: str, no: str, unknown: str) -> tuple[str, ...]:
-    from cachedit_fx.coverage import CHECKS
+    from cachedit_fx.bench.coverage import CHECKS
 
     marks = {True: yes, False: no, None: unknown}
     checks = (marks[row.passed.get(check)] for check in CHECKS)
@@ -164,7 +165,7 @@ def _told(rows: Sequence[Row]) -> list[str]:
 
 def markdown(rows: Sequence[Row], models: str, excluded: dict[str, str]) -> str:
     """The table as a file: what the columns mean, what falls short and why, what was left out."""
-    from cachedit_fx.coverage import CHECKS
+    from cachedit_fx.bench.coverage import CHECKS
 
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
     lines = [

@@ -16,10 +16,11 @@ import typer
 from rich import box
 from rich.table import Table
 
-from cachedit_fx.cli.terminal import check_folder, console, errors, machine, progress_bar, quiet, whole_files
+from cachedit_fx.cli.terminal import console, errors, progress_bar, quiet
+from cachedit_fx.report.files import check_folder, machine, whole_files
 
 if TYPE_CHECKING:
-    from cachedit_fx.cli.comparison import Row, Settings
+    from cachedit_fx.bench.comparison import Row, Settings
 
 PROMPTS = (
     "a large red circle at the center on white",
@@ -86,7 +87,7 @@ def demo(
     run's, the median of alternating runs; compiling is not in it. [bold]PSNR[/bold] is against the uncached pictures
     from the same noise: 30 dB is a visible difference, 40 hardly, 50 none.
     """
-    from cachedit_fx.cli.comparison import Settings, compare
+    from cachedit_fx.bench.comparison import Settings, compare
 
     settings = Settings(
         prompts=_checked_prompts(prompts or PROMPTS),
@@ -110,7 +111,7 @@ def demo(
 
             rows = compare(settings, tell)
             with quiet():
-                from cachedit_fx.cli.charts import save_differences, save_grid
+                from cachedit_fx.report.charts import save_differences, save_grid
             with whole_files(out) as folder:
                 save_grid(rows, settings.prompts, folder / "grid.png")
                 save_differences(rows, folder / "differences.png")

@@ -15,12 +15,13 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from cachedit_fx.cli.terminal import check_folder, console, errors, machine, progress_bar, quiet, whole_files
+from cachedit_fx.cli.terminal import console, errors, progress_bar, quiet
+from cachedit_fx.report.files import check_folder, machine, whole_files
 
 if TYPE_CHECKING:
     import torch
 
-    from cachedit_fx.bench.kernel_verify import Checked, Total
+    from cachedit_fx.bench.kernels_verify import Checked, Total
 
 kernels = typer.Typer(
     name="kernels",
@@ -67,8 +68,8 @@ def verify(
     if obstacle:
         raise typer.BadParameter(obstacle, param_hint="--out")
     with quiet():
-        from cachedit_fx.bench.kernel_verify import TARGETS, checker, tasks, totals
-        from cachedit_fx.kernels.base import HAS_TRITON
+        from cachedit_fx.bench.kernels_verify import TARGETS, checker, tasks, totals
+        from cachedit_fx.kernels.layout import HAS_TRITON
     if not HAS_TRITON:
         errors.print(f"[red]error:[/red] {NO_TRITON}", markup=True, soft_wrap=True)
         raise typer.Exit(1)
@@ -234,7 +235,7 @@ def bench(
     if obstacle:
         raise typer.BadParameter(obstacle, param_hint="--out")
     with quiet():
-        from cachedit_fx.bench.kernel_bench import (
+        from cachedit_fx.bench.kernels_bandwidth import (
             DTYPES,
             HEADINGS,
             as_csv,

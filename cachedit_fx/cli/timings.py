@@ -14,7 +14,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from cachedit_fx.cli.terminal import console, errors, machine, progress_bar, quiet, whole_files
+from cachedit_fx.cli.terminal import console, errors, progress_bar, quiet
+from cachedit_fx.report.files import machine, whole_files
 
 if TYPE_CHECKING:
     from cachedit_fx.bench.cold import Start

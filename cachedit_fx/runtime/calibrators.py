@@ -7,7 +7,7 @@ each of them once. Derivatives are never stored, and a computed step writes one 
 
     trail (steps so far, the latest first), present step ──► (c_0, c_1, ...)
 
-How well they predict, on the bundled model: `cachedit bench` (examples/choosing.md has the table).
+How well they predict, on the bundled model: `cachedit bench` (docs/choosing.md has the table).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cachedit_fx.options import (
+from cachedit_fx.config.calibrators import (
     CalibratorConfig,
     FoCaCalibratorConfig,
     LagrangeCalibratorConfig,

@@ -39,7 +39,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cachedit_fx.options import DBCacheConfig
+from cachedit_fx.config.cache import DBCacheConfig
 
 MAX_UNNAMED_BRANCHES = 4
 """Branches told apart by the timestep alone; some video models have four."""

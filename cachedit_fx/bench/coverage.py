@@ -1,0 +1,207 @@
+"""Does it work with this model? One model put through everything that the cache promises, with no help from outside.
+
+    make() ──► plain module: outputs, FLOPs of each block
+               compiled, uncached  ┐
+               compiled, threshold 0 ├─► equal to the plain one, bit for bit
+               compiled, always reuse  ─► equal on identical inputs, for the FLOPs of prologue + F + B + epilogue
+
+`cachedit coverage` makes a table of it, over diffusers' classes or over models of your own.
+"""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from cachedit_fx import api
+from cachedit_fx.capture import uncompiled
+from cachedit_fx.config.cache import DBCacheConfig
+from cachedit_fx.explanation import explain
+from cachedit_fx.metrics.flops import FlopCounter
+from cachedit_fx.passes.find_timestep import NAMES
+from cachedit_fx.runtime.warning import CacheWarning
+
+Inputs = Callable[[int], dict[str, Any]]
+"""Keyword arguments of one forward at size 1 or 2, two resolutions; the same at every call."""
+
+Make = Callable[[], tuple[nn.Module, Inputs]]
+
+CHECKS = {
+    "blocks": "the chain of block loops has the number of blocks that was stated",
+    "exact": "with threshold 0, and compiled with no cache at all, results equal the plain module's bit for bit",
+    "reuse": "a second call on identical inputs reuses, and its result is the computed one bit for bit",
+    "work": "such a call costs the FLOPs of prologue, first and last blocks and epilogue, no more",
+    "size": "a second resolution is computed and reused as exactly as the first, and the first still is",
+    "restart": "a second generation starts by itself and repeats the first bit for bit",
+    "statistics": "executed and cached steps and uncached calls are counted right, bytes are held",
+}
+"""The columns, in order, and what each means."""
+
+FIRST, LATER = 1.0, 0.9
+"""A step's timestep, over the first step's."""
+
+ALWAYS = DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=1, residual_diff_threshold=1e9, enable_separate_cfg=False)
+"""Reuses from the second step on. Every call is a step: identical inputs would look like another CFG branch."""
+
+
+@dataclass
+class Row:
+    """What was seen of one model.
+
+    Attributes:
+        name: the model's.
+        passed: check -> whether it held; a check that could not be made is missing.
+        loops: the chain, as `name x blocks`.
+        work: FLOPs of a reused step over a computed one's.
+        reason: why the row falls short, for people; empty where it does not.
+    """
+
+    name: str
+    passed: dict[str, bool] = field(default_factory=dict)
+    loops: tuple[str, ...] = ()
+    work: float | None = None
+    reason: str = ""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every check was made and held."""
+        return all(self.passed.get(name, False) for name in CHECKS)
+
+
+@torch.no_grad()
+def check(name: str, make: Make, blocks: int | None = None) -> Row:
+    """Put a model through every check.
+
+    Args:
+        name: for the row.
+        make: gives a module in eval mode and its inputs; the module is compiled and given back plain.
+        blocks: how many blocks its chain has; None accepts any number.
+
+    Never raises for what the model does: an exception becomes the row's reason.
+    """
+    row = Row(name)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            module, inputs = make()
+            try:
+                _check(row, module, inputs, blocks)
+            finally:
+                api.disable_cache(module)
+                torch.compiler.reset()
+        except Exception as error:
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            message = str(error).strip().partition("\n")[0]
+            row.reason = f"{type(error).__name__} at {at.filename}:{at.lineno}: {message}"
+    if not row.is_full and not row.reason:
+        said = [str(item.message) for item in caught if issubclass(item.category, CacheWarning)]
+        row.reason = "; ".join(dict.fromkeys(said)) or f"fails: {', '.join(c for c in CHECKS if not row.passed.get(c))}"
+    return row
+
+
+def _check(row: Row, module: nn.Module, inputs: Inputs, blocks: int | None) -> None:
+    small, large = inputs(1), inputs(2)
+    plain = _tensors(module(**small))
+    plain_later, plain_large = _tensors(module(**_at(small, LATER))), _tensors(module(**large))
+    if not plain or not all(item.isfinite().all() for item in plain) or _equal(plain, plain_later):
+        raise ValueError("the plain module must return finite tensors that depend on the timestep")
+
+    exact = []
+    for cache in (None, ALWAYS.reset(residual_diff_threshold=0)):
+        api.compile(module, inner_backend="eager", cache=cache)
+        exact += [_equal(_tensors(module(**small)), plain), _equal(_tensors(module(**_at(small, LATER))), plain_later)]
+    row.passed["exact"] = all(exact)
+
+    explanation = explain(module, **small)
+    chain = [loop for loop in explanation.loops if loop.name in explanation.chain]
+    row.loops = tuple(f"{loop.name} x {loop.num_blocks}" for loop in chain)
+    row.passed["blocks"] = bool(chain) and sum(loop.num_blocks for loop in chain) == (
+        blocks if blocks is not None else sum(loop.num_blocks for loop in chain)
+    )
+    middle = [block.name for region in explanation.regions for block in region.blocks[1:]]
+
+    api.compile(module, inner_backend="eager", cache=ALWAYS)
+    with FlopCounter() as full:
+        computed = _tensors(module(**small))
+    with FlopCounter() as less:
+        reused = _tensors(module(**small))
+    other = _tensors(module(**_at(small, LATER)))
+    row.passed["reuse"] = _equal(computed, plain) and _equal(reused, plain) and not _equal(other, plain_later)
+    row.passed["statistics"] = _counted(module, executed=3, cached=[1, 2])
+    row.passed["statistics"] &= all(stats.bytes_held > 0 for stats in api.summary(module))
+    row.work = less.flops / full.flops
+    row.passed["work"] = _costs(module, middle, small, full.flops, less.flops)
+
+    sizes = [_equal(_tensors(module(**large)), plain_large) for _ in range(2)] + [_counted(module, 2, [1])]
+    sizes += [_equal(_tensors(module(**small)), plain) for _ in range(2)] + [_counted(module, 2, [1])]
+    row.passed["size"] = all(sizes)
+
+    api.compile(module, inner_backend="eager", cache=ALWAYS.reset(enable_separate_cfg=None))
+    generations = []
+    for _ in range(2):
+        generations.append([_tensors(module(**_at(small, scale))) for scale in (FIRST, LATER, LATER**2)])
+        row.passed["statistics"] &= _counted(module, executed=3, cached=[1, 2])
+    first, second = generations
+    row.passed["restart"] = all(_equal(a, b) for a, b in zip(first, second, strict=True)) and _equal(first[0], plain)
+
+
+def _costs(module: nn.Module, middle: list[str], arguments: Mapping[str, Any], full: int, less: int) -> bool:
+    """Whether a reused step leaves out the FLOPs of the blocks in the middle, as the plain module spends them."""
+    counted = 0
+    started: list[int] = []
+    calls: Counter[str] = Counter()
+
+    with FlopCounter() as counter:
+
+        def stop(path: str) -> None:
+            nonlocal counted
+            spent, number = counter.flops - started.pop(), calls[path]
+            calls[path] += 1
+            counted += spent if (f"{path}@{number}" if number else path) in middle else 0
+
+        paths = {name.partition("@")[0] for name in middle}  # behind the @: which call of the module it is
+        blocks = {path: module.get_submodule(path) for path in paths}
+        handles = [b.register_forward_pre_hook(lambda *_: started.append(counter.flops)) for b in blocks.values()]
+        handles += [b.register_forward_hook(lambda *_, path=path: stop(path)) for path, b in blocks.items()]
+        try:
+            with uncompiled(module):
+                module(**arguments)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return full == counter.flops and 0 < less <= full - counted < full
+
+
+def _counted(module: nn.Module, executed: int, cached: list[int]) -> bool:
+    """Whether every region says so; several graphs have a region each."""
+    expected = (executed, cached, 0)
+    found = [(stats.executed_steps, stats.cached_steps, stats.uncached_calls) for stats in api.summary(module)]
+    return bool(found) and all(item == expected for item in found)
+
+
+def _tensors(result: Any) -> list[torch.Tensor]:
+    return [leaf.clone() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+
+
+def _equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+    return len(left) == len(right) > 0 and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def _at(arguments: Mapping[str, Any], scale: float) -> dict[str, Any]:
+    """The arguments of another step: every timestep scaled down."""
+    names = [name for name in arguments if name in NAMES or "time" in name]
+    if not names:
+        raise ValueError(f"none of the inputs is a timestep by its name: {', '.join(arguments)}")
+    return {**arguments, **{name: _scaled(arguments[name], scale) for name in names}}
+
+
+def _scaled(value: Any, scale: float) -> Any:
+    return (value * scale).to(value.dtype) if isinstance(value, torch.Tensor) else value * scale

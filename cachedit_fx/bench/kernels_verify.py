@@ -1,0 +1,393 @@
+"""What the compilers make of the kernels, without a GPU: registers, spills, widths of loads and stores, bytes.
+
+Every `Variant` is compiled ahead of time by Triton, and the assembly read: PTX and what ptxas says of it for NVIDIA,
+AMDGCN for AMD. Instructions are counted as they stand: a loop's body once. Triton's interpreter and its compiler cannot
+share a process, so that the work is done in processes of its own, `checker`, whatever the environment says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import math
+import multiprocessing
+import os
+import re
+import signal
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from cachedit_fx.kernels.layout import HAS_TRITON
+from cachedit_fx.kernels.variants import Type, Variant
+
+KERNELS = ("l1_diff", "residual_apply", "residual_store", "quant_fp8")
+"""Modules of `cachedit_fx.kernels` that have `variants`."""
+WIDE = 16
+"""Bytes of the widest load or store that every target has."""
+
+
+class Target(NamedTuple):
+    """A GPU to compile for, as Triton's `GPUTarget` names it."""
+
+    backend: str
+    arch: int | str
+    warp_size: int
+
+
+TARGETS = {
+    "sm80": Target("cuda", 80, 32),
+    "sm89": Target("cuda", 89, 32),
+    "sm90": Target("cuda", 90, 32),
+    "sm100": Target("cuda", 100, 32),
+    "gfx942": Target("hip", "gfx942", 64),
+}
+
+
+class Accesses(NamedTuple):
+    """Bytes of each load from global memory, and of each store to it, in a thread's program."""
+
+    loads: tuple[int, ...]
+    stores: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A variant on a target.
+
+    Attributes:
+        kernel, variant, target: names.
+        registers: of a thread; vector registers on AMD.
+        spills: bytes that are spilled and read back (NVIDIA), registers spilled (AMD).
+        accesses: of a thread.
+        problems: what is wrong with it, in words.
+        is_wide, is_exact: whether loads and stores are as wide as they can be (None where pointers are not aligned),
+            and whether the bytes are the least.
+        seconds: the time of the compilation.
+    """
+
+    kernel: str
+    variant: str
+    target: str
+    registers: int
+    spills: int
+    accesses: Accesses
+    problems: tuple[str, ...]
+    is_wide: bool | None
+    is_exact: bool
+    seconds: float
+
+    @property
+    def is_good(self) -> bool:
+        return not self.problems
+
+
+class Task(NamedTuple):
+    """A variant of a module, by its place, for one of `TARGETS`. Kernels do not pickle; this does."""
+
+    module: str
+    place: int
+    target: str
+
+
+def kernels() -> list[str]:
+    """The modules of `KERNELS` that are there."""
+    found = [name for name in KERNELS if importlib.util.find_spec(f"cachedit_fx.kernels.{name}")]
+    return [name for name in found if hasattr(importlib.import_module(f"cachedit_fx.kernels.{name}"), "variants")]
+
+
+def tasks(targets: Sequence[str], texts: Sequence[str] = ()) -> list[Task]:
+    """Every variant whose name contains one of `texts`, on each of these targets."""
+    modules = [f"cachedit_fx.kernels.{name}" for name in kernels()]
+    return [
+        Task(module, place, target)
+        for module in modules
+        for place, variant in enumerate(importlib.import_module(module).variants())
+        if not texts or any(text in variant.name for text in texts)
+        for target in targets
+    ]
+
+
+def leaves(given: Any, *path: int) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """What a nested tuple holds, with the indices that lead there."""
+    if isinstance(given, tuple):
+        for index, part in enumerate(given):
+            yield from leaves(part, *path, index)
+    else:
+        yield path, given
+
+
+class Specialization(NamedTuple):
+    """A variant as `triton.compiler.ASTSource` takes it: values and hints by paths of argument and tuple indices."""
+
+    signature: Mapping[str, Type]
+    constexprs: Mapping[tuple[int, ...], Any]
+    attrs: Mapping[tuple[int, ...], list[list[Any]]]
+
+
+def specialization(variant: Variant) -> Specialization:
+    """None is a constant for Triton; whatever is aligned is said to be a multiple of 16."""
+    names = list(variant.signature)
+    constexprs: dict[tuple[int, ...], Any] = {(names.index(name),): value for name, value in variant.constexprs.items()}
+    attrs = {}
+    for number, name in enumerate(names):
+        for path, kind in leaves(variant.signature[name], number):
+            if kind is None:
+                constexprs[path] = None
+            elif variant.aligned and (kind.startswith("*") or name in variant.multiples):
+                attrs[path] = [["tt.divisibility", 16]]
+    return Specialization({name: _typed(kind) for name, kind in variant.signature.items()}, constexprs, attrs)
+
+
+def _typed(kind: Type | None) -> Type:
+    if isinstance(kind, tuple):
+        return tuple(map(_typed, kind))
+    return "constexpr" if kind is None else kind
+
+
+_PTX = re.compile(
+    r"\b(ld|st)((?:\.[\w:]+)+)|\bcp\.async\.\w+\.shared\.global(?:\.[\w:]+)*\s+\[[^]]*\],\s*\[[^]]*\],\s*(\w+)"
+)
+
+
+def ptx_accesses(ptx: str) -> Accesses:
+    """Loads and stores of global memory in PTX, predicated or not; copies to shared memory are loads."""
+    widths: dict[str, list[int]] = {"ld": [], "st": []}
+    for match in _PTX.finditer(ptx):
+        op, suffixes, copied = match.groups()
+        if copied:
+            widths["ld"].append(int(copied, 0))
+            continue
+        _, *parts = suffixes.split(".")
+        if "global" in parts:
+            vector = next((int(part[1:]) for part in parts if re.fullmatch(r"v\d+", part)), 1)
+            widths[op].append(vector * int(re.sub(r"\D", "", parts[-1])) // 8)
+    return Accesses(tuple(widths["ld"]), tuple(widths["st"]))
+
+
+_PTXAS = {
+    "registers": re.compile(r"Used (\d+) registers"),
+    "spills": re.compile(r"(\d+) bytes spill (?:stores|loads)"),
+}
+
+
+def ptxas_usage(log: str) -> tuple[int, int]:
+    """Registers, and bytes of spills stored and loaded, that `ptxas -v` tells of."""
+    registers, spills = (list(map(int, pattern.findall(log))) for pattern in _PTXAS.values())
+    if not registers or not spills:
+        raise ValueError(f"ptxas told nothing of registers: {log!r}")
+    return max(registers), sum(spills)
+
+
+_AMD = re.compile(r"^\s*(?:global|buffer|flat)_(load|store)_(\w+)", re.MULTILINE)
+_AMD_UNIFORM = re.compile(r"^\s*s_load_dword\s+s\d+, s\[\d+:\d+\], 0x0\s*$", re.MULTILINE)
+"""A value that a wavefront has in common. The first argument is a pointer, two words: this one is no argument."""
+_AMD_WIDTHS = (
+    (re.compile(r"(?:lds_)?dword(?:x(\d))?"), lambda n: 4 * int(n or 1)),
+    (re.compile(r"(?:d16_)?(?:hi_)?[biu](\d+)"), lambda n: int(n) // 8),
+    (re.compile(r"[us]?(?:short|byte)(?:_d16)?(?:_hi)?"), None),
+)
+
+
+def amdgcn_accesses(text: str) -> Accesses:
+    """Loads and stores of global memory in AMDGCN."""
+    widths: dict[str, list[int]] = {"load": [], "store": []}
+    for op, kind in _AMD.findall(text):
+        widths[op].append(_amd_width(kind))
+    widths["load"] += [4 for _ in _AMD_UNIFORM.findall(text)]
+    return Accesses(tuple(widths["load"]), tuple(widths["store"]))
+
+
+def _amd_width(kind: str) -> int:
+    for pattern, width in _AMD_WIDTHS:
+        if match := pattern.fullmatch(kind):
+            return width(match[1]) if width else (2 if "short" in kind else 1)
+    raise ValueError(f"unknown width of an AMD instruction: {kind}")
+
+
+def amdgcn_usage(text: str) -> tuple[int, int]:
+    """Vector registers, and registers of both kinds that are spilled."""
+    found = {name: int(value) for name, value in re.findall(r"\.([vs]gpr_(?:spill_)?count):\s*(\d+)", text)}
+    return found["vgpr_count"], found["vgpr_spill_count"] + found["sgpr_spill_count"]
+
+
+def check(variant: Variant, target: str) -> Checked:
+    """Compile `variant`, read what came out, and judge it. In a process without Triton's interpreter."""
+    compiled, log, seconds = _compile(variant, TARGETS[target])
+    if TARGETS[target].backend == "cuda":
+        accesses, (registers, spills) = ptx_accesses(compiled.asm["ptx"]), ptxas_usage(log)
+    else:
+        accesses, (registers, spills) = amdgcn_accesses(compiled.asm["amdgcn"]), amdgcn_usage(compiled.asm["amdgcn"])
+    threads = variant.num_warps * TARGETS[target].warp_size
+    narrow, bytes_off = too_narrow(variant, accesses, threads), not_minimal(variant, accesses, threads)
+    problems = [f"{spills} spilled"] if spills else []
+    if variant.aligned:
+        problems += narrow
+    return Checked(
+        kernel=variant.kernel.__module__.rpartition(".")[2],
+        variant=variant.name,
+        target=target,
+        registers=registers,
+        spills=spills,
+        accesses=accesses,
+        problems=(*problems, *bytes_off),
+        is_wide=not narrow if variant.aligned else None,
+        is_exact=not bytes_off,
+        seconds=seconds,
+    )
+
+
+def _compile(variant: Variant, target: Target) -> tuple[Any, str, float]:
+    """What Triton made, what ptxas said, and the seconds it took. Nothing is taken from a cache, nor left in one."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    told = io.StringIO()
+    with tempfile.TemporaryDirectory(prefix="cachedit-kernels-") as folder, contextlib.ExitStack() as stack:
+        for knobs in (triton.knobs.cache, triton.knobs.compilation, triton.knobs.nvidia):
+            stack.enter_context(knobs.scope())
+        triton.knobs.cache.dir = folder
+        triton.knobs.compilation.always_compile = True
+        triton.knobs.nvidia.dump_ptxas_log = True
+        begun = time.perf_counter()
+        with contextlib.redirect_stdout(told):
+            source = ASTSource(variant.kernel, *specialization(variant))
+            compiled = triton.compile(source, GPUTarget(*target), {"num_warps": variant.num_warps})
+        return compiled, told.getvalue(), time.perf_counter() - begun
+
+
+class Shares(NamedTuple):
+    """A thread's loads, or its stores, in bytes: those of its own share of the tile, and those that threads have in
+    common: a row's scale, which all threads of a row read; a sum, which one of them writes."""
+
+    own: list[int]
+    common: list[int]
+
+
+def shares(widths: Iterable[int], least: int, threads: int) -> Shares:
+    """What is in common has one width, and leaves more bytes to do than one thread's and fewer than all threads'."""
+    every = sorted(widths)
+    for width in sorted(set(every)):
+        own, common = list(every), []
+        while width in own and threads * sum(own) > least:
+            own.remove(width)
+            common.append(width)
+        if is_minimal(Shares(own, common), least, threads):
+            return Shares(own, common)
+    return Shares(every, [])
+
+
+def is_minimal(found: Shares, least: int, threads: int) -> bool:
+    """Whether no byte is read, or written, again."""
+    return sum(found.common) <= least - threads * sum(found.own) <= threads * sum(found.common)
+
+
+def _both_shares(variant: Variant, accesses: Accesses, threads: int) -> tuple[tuple[str, int, Shares], ...]:
+    read, written = variant.read_bytes, variant.written_bytes + variant.written_once
+    loads, stores = shares(accesses.loads, read, threads), shares(accesses.stores, written, threads)
+    return ("read", read, loads), ("written", written, stores)
+
+
+def too_narrow(variant: Variant, accesses: Accesses, threads: int) -> list[str]:
+    """Loads and stores below 128 bits that could be wider.
+
+    A thread's share of a tensor is its share of the tile, the product of the constants named BLOCK_*. Where it has less
+    than 128 bits, one instruction of its size takes it.
+    """
+    elements = math.prod(value for name, value in variant.constexprs.items() if name.startswith("BLOCK_")) // threads
+    pointers = [kind for _, kind in leaves(tuple(variant.signature.values())) if kind and kind.startswith("*")]
+    may = Counter(elements * _size(kind) for kind in pointers)
+    both = _both_shares(variant, accesses, threads)
+    found = Counter(width for _, _, share in both for width in share.own if width < WIDE)
+    return [f"{n} accesses of {width} bytes" for width, n in sorted(found.items()) if n > may[width]]
+
+
+def _size(pointer: str) -> int:
+    return max(1, int(re.findall(r"\d+", pointer)[0]) // 8)
+
+
+def not_minimal(variant: Variant, accesses: Accesses, threads: int) -> list[str]:
+    """Bytes that the threads read or write, where these are not the least."""
+    return [
+        f"{threads * sum(found.own)} bytes {what}, {least} would do"
+        for what, least, found in _both_shares(variant, accesses, threads)
+        if not is_minimal(found, least, threads)
+    ]
+
+
+def _prepare() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asked
+    warnings.simplefilter("ignore")  # Triton 3.9 on a default of 3.10
+
+
+def _run(task: Task) -> Checked:
+    for place, variant in enumerate(importlib.import_module(task.module).variants()):
+        if place == task.place:
+            return check(variant, task.target)
+    raise IndexError(f"{task.module} has no variant {task.place}")
+
+
+@contextlib.contextmanager
+def checker(processes: int | None = None) -> Iterator[Callable[[Sequence[Task]], Iterator[Checked]]]:
+    """A function that checks tasks, in order, in processes of its own: as many as there are cores unless given."""
+    if not HAS_TRITON:
+        raise ModuleNotFoundError("Triton is not installed")
+    before = os.environ.pop("TRITON_INTERPRET", None)  # inherited by the processes below
+    try:
+        pool = multiprocessing.get_context("spawn").Pool(processes or cores(), _prepare)
+    finally:
+        if before is not None:
+            os.environ["TRITON_INTERPRET"] = before
+    with pool:
+        yield lambda todo: pool.imap(_run, todo)
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Total:
+    """What the variants of a kernel on a target have in common."""
+
+    kernel: str
+    target: str
+    variants: int
+    registers: int
+    spills: int
+    wide: int
+    aligned: int
+    exact: int
+    failed: int
+
+
+def totals(found: Iterable[Checked]) -> list[Total]:
+    """A row for each kernel and target, in the order of `KERNELS` and `TARGETS`."""
+    groups: dict[tuple[str, str], list[Checked]] = {}
+    for row in found:
+        groups.setdefault((row.kernel, row.target), []).append(row)
+
+    def order(key: tuple[str, str]) -> tuple[int, int]:
+        kernel, target = key
+        return KERNELS.index(kernel) if kernel in KERNELS else len(KERNELS), list(TARGETS).index(target)
+
+    return [
+        Total(
+            *key,
+            variants=len(rows),
+            registers=max(row.registers for row in rows),
+            spills=sum(row.spills for row in rows),
+            wide=sum(row.is_wide is True for row in rows),
+            aligned=sum(row.is_wide is not None for row in rows),
+            exact=sum(row.is_exact for row in rows),
+            failed=sum(not row.is_good for row in rows),
+        )
+        for key, rows in sorted(groups.items(), key=lambda item: order(item[0]))
+    ]

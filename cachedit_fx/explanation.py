@@ -1,0 +1,123 @@
+"""What detection found in a module: loops, chain, regions, the rewritten graph. No kernel is executed."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from cachedit_fx.backend import rewrite
+from cachedit_fx.capture import ends_at_break, uncompiled
+from cachedit_fx.config.options import Options
+from cachedit_fx.passes.base import ModuleFacts, facts
+from cachedit_fx.passes.block_loops import BlockLoop, Detection
+from cachedit_fx.passes.plan_regions import RegionPlan, RegionReport
+from cachedit_fx.runtime.compiled_call import capturing, first_break
+from cachedit_fx.runtime.registry import states_of, unwrapped
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What detection found in a module's graph; `print(explanation)` tells it all, `.code` is the rewritten graph."""
+
+    loops: tuple[BlockLoop, ...]
+    chain: tuple[str, ...]
+    regions: tuple[RegionPlan, ...]
+    notes: tuple[str, ...]
+    code: str
+    work: dict[str, float]
+
+    def __str__(self) -> str:
+        lines = ["Block loops" if self.loops else "Block loops: none"]
+        for loop in self.loops:
+            streams = ", ".join(f"{c.name} {_shape(c.shape)} {str(c.dtype)[6:]}" for c in loop.carried)
+            role = "chain" if loop.name in self.chain else "prologue"
+            lines.append(
+                f"  {loop.name}: {loop.num_blocks} blocks ({role}, found by {loop.evidence}, "
+                f"{self.work[loop.name]:.0%} of the work)"
+            )
+            lines.append(f"    carried: {streams}")
+            lines.append(
+                f"    invariant: {len(loop.invariant)}, per block: {len(loop.per_block)}, skips: {len(loop.skips)}"
+            )
+        lines.append("Regions" if self.regions else "Regions: none, so calls run uncached")
+        for region in self.regions:
+            whole = sum(not continued for continued in region.continued)
+            middle = f"blocks {region.first} to {region.num_blocks - region.last - 1}"
+            lines.append(
+                f"  {region.name}: {middle if region.block is None else f'block {region.block}'} of "
+                f"{region.num_blocks} may be bypassed; {len(region.live_outs)} results of "
+                f"{region.result_bytes / 2**20:.3g} MiB in all, {whole} stored whole"
+            )
+        lines.extend(f"Note: {note}" for note in self.notes)
+        return "\n".join([*lines, "", "Rewritten graph", self.code])
+
+
+def _shape(shape: tuple[Any, ...]) -> str:
+    return f"[{', '.join(str(size) for size in shape)}]"
+
+
+class _Captured(Exception):
+    """Ends a capture whose graph is not to run."""
+
+
+def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
+    """Capture `module(*args, **kwargs)`, run the passes, and say what they found. No kernel is executed.
+
+    Options are those that the module was compiled with, else the defaults. Where the model is several graphs, all but
+    the last do run, to get there; so does a graph without a chain, which may be one of several.
+    """
+    module = unwrapped(module)
+    caches = states_of(module)
+    options = caches[0].options if caches else Options()
+    known = ModuleFacts.of(module)
+    graphs: list[fx.GraphModule] = []
+
+    def stop(*_: Any) -> Any:
+        raise _Captured
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        outer = rewrite(gm, options, {}, known)
+        graphs.append(outer)
+        whole = not ends_at_break(gm) and facts(outer)["block_loops"].chain
+        return stop if whole else gm.forward
+
+    place = None
+    with torch.no_grad(), uncompiled(module):
+        for flags in (capturing(), contextlib.nullcontext()):  # as `CompiledCall` does
+            graphs.clear()
+            with flags, contextlib.suppress(_Captured, GuardOnDataDependentSymNode):
+                isolated: dict[str, Any] = {"isolate_recompiles": True}  # missing from torch 2.13's overloads
+                torch.compile(module, backend=backend, **isolated)(*args, **kwargs)
+            if len(graphs) == 1 or any(facts(graph)["block_loops"].chain for graph in graphs):
+                break
+        if len(graphs) != 1:
+            place = first_break(module, args, kwargs)
+    if not graphs:
+        raise ValueError(f"{type(module).__name__} could not be captured: it breaks at {place}")
+    notes = (f"{len(graphs)} graphs: the capture breaks, first at {place}",) if place else ()
+    return _explanation(graphs, notes)
+
+
+def _explanation(graphs: Sequence[fx.GraphModule], notes: tuple[str, ...]) -> Explanation:
+    found = [facts(graph) for graph in graphs]
+    detections: list[Detection] = [item["block_loops"] for item in found]
+    reports: list[RegionReport] = [item.get("regions") or RegionReport((), ()) for item in found]
+    loops = tuple(itertools.chain.from_iterable(detection.loops for detection in detections))
+    total = max(sum(loop.cost for loop in loops), 1)
+    told = {note: None for detection in detections if detection.loops or len(graphs) == 1 for note in detection.notes}
+    told |= {refusal: None for report in reports for refusal in report.refusals}
+    return Explanation(
+        loops=loops,
+        chain=tuple(loop.name for detection in detections for loop in detection.chain_loops),
+        regions=tuple(itertools.chain.from_iterable(report.regions for report in reports)),
+        notes=(*notes, *told),
+        code="\n".join(graph.print_readable(print_output=False) for graph in graphs),
+        work={loop.name: loop.cost / total for loop in loops},
+    )

@@ -1,0 +1,77 @@
+"""Measures how far a region's input has moved, and reads the difference back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from cachedit_fx.kernels.l1_diff import l1_diff
+
+
+def read_back(values: Sequence[torch.Tensor]) -> list[float]:
+    """All elements of `values` as numbers, in one transfer: the only place where the host waits for the device.
+
+    They meet in the widest of their dtypes: whole numbers beside float32 are exact up to 2^24.
+    """
+    if len(values) == 1 and values[0].numel() == 1:
+        return [float(values[0])]
+    if len(values) == 1:
+        numbers: list[float] = values[0].reshape(-1).tolist()
+    else:
+        device = values[0].device
+        numbers = torch.cat([value.reshape(-1).to(device) for value in values]).tolist()
+    return [float(number) for number in numbers]
+
+
+def on_host(tensor: torch.Tensor) -> bool:
+    """Whether reading the tensor does not make the host wait for a device."""
+    return tensor.device.type == "cpu"
+
+
+def _thinned(hidden: torch.Tensor, every: int) -> torch.Tensor:
+    """Every n-th of the tokens, which are the dimension before the last; a view."""
+    return hidden if every == 1 or hidden.ndim < 2 else hidden[..., ::every, :]
+
+
+class Residual:
+    """r = hidden - base in float32; without a base `hidden` itself, which is copied only where it is kept.
+
+    Args:
+        hidden: behind the first F blocks.
+        base: of the same shape, or None.
+        spare: a buffer that r may be written to, if it fits.
+    """
+
+    def __init__(self, hidden: torch.Tensor, base: torch.Tensor | None, spare: torch.Tensor | None) -> None:
+        self.hidden, self.base, self.spare = hidden, base, spare
+        self._is_written = False
+
+    def differences(self, previous: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The relative L1 difference from each of `previous`: float32, [len(previous)]."""
+        found = l1_diff(self.hidden, self.base, previous, self._out())
+        self._is_written = True
+        return found
+
+    def keep(self, old: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """r, in a buffer of its own, and a buffer that is free from now on, `old` being no longer needed."""
+        if self.base is None:
+            kept = self._buffer(old)
+            return kept.copy_(self.hidden), None
+        if not self._is_written:
+            self.differences(())
+        assert self.spare is not None
+        return self.spare, old
+
+    def _out(self) -> torch.Tensor | None:
+        if self.base is not None:
+            self.spare = self._buffer(self.spare)
+            return self.spare
+        return None
+
+    def _buffer(self, old: torch.Tensor | None) -> torch.Tensor:
+        """`old` where it fits, else a new one, usable with and without inference mode."""
+        if old is not None and old.shape == self.hidden.shape and old.device == self.hidden.device:
+            return old
+        with torch.inference_mode(False):
+            return torch.empty(self.hidden.shape, dtype=torch.float32, device=self.hidden.device)

@@ -1,0 +1,164 @@
+"""Which nodes name the same memory, and which write to it. Nothing here rewrites."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from .graph_values import target_name, tensor_of
+
+
+def dependents(sources: Iterable[fx.Node], within: Sequence[fx.Node]) -> set[fx.Node]:
+    """The nodes of `within` (in graph order) that use one of `sources`, directly or through others of `within`, or
+    through memory that these write to."""
+    reached = set(sources)
+    found: set[fx.Node] = set()
+    for node in within:
+        if any(item in reached for item in node.all_input_nodes):
+            reached.add(node)
+            found.add(node)
+            written = mutated_input(node)
+            if written is not None:
+                reached |= {written, root_of(written)}
+    return found
+
+
+# Python's in-place operators write to their first argument when it is a tensor.
+IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.ifloordiv: operator.floordiv,
+    operator.imod: operator.mod,
+    operator.ipow: operator.pow,
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+    operator.ixor: operator.xor,
+}
+
+
+# Methods and functions that may return a view of their first argument. `to`, `contiguous`, `reshape`, `flatten`,
+# `type_as` and `dropout` (outside training it returns its input) do so for some inputs only; for safety they count.
+# fmt: off
+_VIEW_NAMES = frozenset({
+    "alias", "as_strided", "broadcast_to", "chunk", "contiguous", "cpu", "cuda", "detach", "diagonal", "dropout",
+    "expand", "expand_as", "flatten", "float", "half", "bfloat16", "double", "to", "type_as", "ravel", "getitem",
+    "hsplit", "movedim", "moveaxis", "mT", "mH", "narrow", "permute", "real", "imag", "reshape", "reshape_as", "rot90",
+    "select", "slice", "split", "split_with_sizes", "squeeze", "swapaxes", "swapdims", "t", "T", "tensor_split",
+    "transpose", "unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as", "view_as_complex", "view_as_real",
+    "vsplit", "getattr",
+})
+
+
+# Those among them that return a copy where they must, and a view elsewhere; the tracer's values tell which. (Dropout
+# outside training is a view for eager mode, and a copy for the tracer.)
+_SOMETIMES_VIEWS = frozenset({
+    "contiguous", "cpu", "cuda", "float", "half", "bfloat16", "double", "to", "type_as", "ravel", "reshape",
+    "reshape_as", "flatten", "unflatten",
+})  # fmt: skip
+
+
+# fmt: off
+_FACTORIES = frozenset({
+    "clone", "empty", "empty_like", "zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "new_empty",
+    "new_zeros", "new_ones", "new_full", "rand", "randn", "rand_like", "randn_like",
+})
+
+
+# fmt: on
+def mutated_input(node: fx.Node) -> fx.Node | None:
+    """The node whose tensor `node` writes to in place, or None. (`out=` counts.)"""
+    out = node.kwargs.get("out")
+    if isinstance(out, fx.Node):
+        return out
+    first = node.args[0] if node.args else None
+    if not isinstance(first, fx.Node) or tensor_of(first) is None:
+        return None
+    if node.target in IN_PLACE_OPERATORS or node.target is operator.setitem:
+        return first
+    if getattr(node.target, "__module__", None) == "_operator":
+        return None  # and_, or_, not_: the underscore only keeps them apart from keywords
+    if node.kwargs.get("inplace") is True or _inplace_argument(node):
+        return first
+    name = target_name(node)
+    in_place = name.endswith("_") and not name.endswith("__") and not name.startswith("_")
+    return first if in_place and name not in ("requires_grad_",) else None
+
+
+def _inplace_argument(node: fx.Node) -> bool:
+    """`F.dropout(x, p, training, inplace)` and `F.silu(x, inplace)` and their like, called by position."""
+    positional: dict[Any, int] = {
+        F.dropout: 3,
+        F.silu: 1,
+        F.relu: 1,
+        F.leaky_relu: 2,
+        F.elu: 2,
+        F.hardtanh: 3,
+        F.mish: 1,
+    }
+    index = positional.get(node.target)
+    return index is not None and len(node.args) > index and node.args[index] is True
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the node may return a view of its first argument."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = target_name(node)
+    if name not in _VIEW_NAMES:
+        return False
+    source = node.args[0] if node.args else None
+    if name == "getitem" and isinstance(source, fx.Node) and tensor_of(source) is None and not is_view(source):
+        return False  # one of several results of its own: of sort, topk, max
+    return name not in _SOMETIMES_VIEWS or not _is_copy(node)
+
+
+def _is_copy(node: fx.Node) -> bool:
+    """Whether the tracer saw the node return other memory than its first argument's."""
+    source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    before, after = (tensor_of(source) if source is not None else None), tensor_of(node)
+    if before is None or after is None or before.layout is not torch.strided or after.layout is not torch.strided:
+        return False
+    try:
+        return before.untyped_storage()._cdata != after.untyped_storage()._cdata
+    except NotImplementedError:  # tensor subclasses that have no storage of their own
+        return False
+
+
+def aliases(root: fx.Node) -> list[fx.Node]:
+    """Every other node that may name `root`'s memory, in graph order: views of it, and in-place writes to it."""
+    found: set[fx.Node] = set()
+    pending = [root]
+    while pending:
+        name = pending.pop()
+        for user in name.users:
+            source = mutated_input(user)
+            if source is None and is_view(user):
+                source = user.args[0] if isinstance(user.args[0], fx.Node) else None
+            if source is name and user not in found:
+                found.add(user)
+                pending.append(user)
+    return sorted(found)
+
+
+def is_factory(node: fx.Node) -> bool:
+    """Whether the node returns memory that nothing else holds."""
+    return node.op in ("call_function", "call_method") and target_name(node) in _FACTORIES
+
+
+def root_of(node: fx.Node) -> fx.Node:
+    """The node whose memory `node` may be a view of: itself where it is none."""
+    while is_view(node) or mutated_input(node) is not None:
+        source = mutated_input(node)
+        if source is None:
+            source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        if source is None:
+            return node
+        node = source
+    return node

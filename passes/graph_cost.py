@@ -1,0 +1,66 @@
+"""How large a value is, and how much work a node does: estimates from shapes, for comparing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import optimization_hint
+
+from .graph_values import input_nodes, target_name, tensor_of, value_of
+
+UNKNOWN_SIZE = 512
+"""Stands for a length read from a mask, say, where costs are compared: the order of a sequence's."""
+
+
+_MATMULS = frozenset({"linear", "matmul", "bmm", "mm", "addmm", "baddbmm", "einsum", "__matmul__"})
+
+
+def hint(size: Any) -> int:
+    """A concrete number for a size that may be symbolic; `UNKNOWN_SIZE` for a part that depends on data."""
+    return optimization_hint(size, fallback=UNKNOWN_SIZE)
+
+
+def numel(tensor: torch.Tensor) -> int:
+    """Number of elements, symbols replaced by their hints."""
+    return math.prod(hint(size) for size in tensor.shape)
+
+
+def numel_of(node: fx.Node) -> int:
+    """Number of elements of the node's tensor; 0 where it has none."""
+    tensor = tensor_of(node)
+    return 0 if tensor is None else numel(tensor)
+
+
+def is_compute(node: fx.Node) -> bool:
+    """Whether the node multiplies matrices, convolves or attends."""
+    name = target_name(node)
+    return name in _MATMULS or name.startswith("conv") or "attention" in name
+
+
+def cost_of(node: fx.Node) -> int:
+    """An estimate of the node's floating-point operations, from shapes alone. Good for comparing, not for timing."""
+    output = value_of(node)
+    if isinstance(output, (list, tuple)):
+        output = next((item for item in output if isinstance(item, torch.Tensor)), None)
+    if not isinstance(output, torch.Tensor):
+        return 0
+    name = target_name(node)
+    inputs = [tensor for item in input_nodes(node) if (tensor := tensor_of(item)) is not None]
+    if name in _MATMULS and inputs and inputs[0].dim():
+        left = inputs[1] if name in ("addmm", "baddbmm") else inputs[0]
+        return 2 * numel(output) * hint(left.shape[-1])
+    if "attention" in name and len(inputs) > 1 and inputs[1].dim() > 1:
+        return 4 * numel(output) * hint(inputs[1].shape[-2])
+    if name.startswith("conv") and len(inputs) > 1 and inputs[1].dim() > 1:
+        weight = inputs[1]
+        return 2 * numel(output) * (numel(weight) // max(hint(weight.shape[0]), 1))
+    return numel(output)
+
+
+def ordered(nodes: Iterable[fx.Node], position: dict[fx.Node, int]) -> Iterator[fx.Node]:
+    """`nodes` in graph order."""
+    return iter(sorted(nodes, key=position.__getitem__))

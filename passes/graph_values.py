@@ -1,0 +1,170 @@
+"""Questions that several passes ask of a graph: values, fingerprints, what crosses a border. Nothing here rewrites.
+
+A *body node* is one that computes: neither a placeholder nor an attribute nor the output. Positions count body nodes in
+graph order, so a contiguous range of positions is always a convex sub-graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.utils import numpy_method_wrapper, numpy_operator_wrapper, numpy_to_tensor_wrapper
+from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
+from torch.fx.node import map_arg
+
+_OUTSIDE_BODY = frozenset({"placeholder", "get_attr", "output"})
+
+
+def body_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that compute, in graph order."""
+    return [node for node in graph.nodes if node.op not in _OUTSIDE_BODY]
+
+
+def value_of(node: fx.Node) -> Any:
+    """The fake value that the tracer recorded: a tensor, a number, or a tuple of such; None where there is none."""
+    if "example_value" in node.meta:
+        return node.meta["example_value"]
+    return node.meta.get("val")
+
+
+def tensor_of(node: fx.Node) -> torch.Tensor | None:
+    """The recorded fake tensor, or None where the node's value is not a single tensor."""
+    value = value_of(node)
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def input_nodes(node: fx.Node) -> list[fx.Node]:
+    """Every argument node of `node` in the order it stands in args and kwargs, repeats included."""
+    found: list[fx.Node] = []
+    map_arg((node.args, node.kwargs), found.append)
+    return found
+
+
+def describe_shape(shape: Sequence[Any]) -> tuple[str, ...]:
+    """Sizes as text, equal for two shapes that are alike. A size that depends on data has a symbol of its own wherever
+    it is read, though it may be one number: such sizes count as equal."""
+    return tuple(
+        "?" if isinstance(size, torch.SymInt) and has_free_unbacked_symbols(size) else str(size) for size in shape
+    )
+
+
+def describe_value(value: Any) -> Hashable:
+    """Shape, dtype and device of a value, without strides: what must agree for two values to be alike."""
+    if isinstance(value, torch.Tensor):
+        return (type(value).__name__, describe_shape(value.shape), value.dtype, str(value.device))
+    if isinstance(value, (list, tuple)):
+        return tuple(describe_value(item) for item in value)
+    return type(value).__name__
+
+
+def same_kind(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two nodes carry values of one shape, dtype and device."""
+    return describe_value(value_of(a)) == describe_value(value_of(b))
+
+
+def target_name(node: fx.Node) -> str:
+    """A readable name of what the node calls: `cat` for `torch.cat`, a method and `torch.ops.aten.cat.default`."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        target = target.overloadpacket
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+
+
+def fingerprint(node: fx.Node) -> Hashable:
+    """What a node does and to what kinds of values, without saying to which: equal for a block's node and its twin.
+
+    Constants are left out on purpose, as a layer's index or scale may differ from block to block; the lowering, which
+    must not confuse two blocks, keys on them.
+    """
+    inputs = tuple(describe_value(value_of(item)) for item in input_nodes(node))
+    target: Hashable = target_key(node.target) if node.op != "call_module" else "call_module"
+    return (node.op, target, inputs, describe_value(value_of(node)))
+
+
+def target_key(target: Any) -> Hashable:
+    """What a node calls. Dynamo wraps a numpy function anew at every call of it: there the function is meant, not the
+    wrapper."""
+    if isinstance(target, (numpy_to_tensor_wrapper, numpy_method_wrapper, numpy_operator_wrapper)):
+        return (type(target).__name__, *vars(target).values())
+    return target if isinstance(target, str) else (target, id(target))
+
+
+def positions_of(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
+    """Node -> its index in `nodes`."""
+    return {node: index for index, node in enumerate(nodes)}
+
+
+def holds_weight(node: fx.Node) -> bool:
+    """Whether a graph input is a parameter."""
+    return isinstance(value_of(node), torch.nn.Parameter) or "_parameters_" in str(node.target)
+
+
+def live_ins(nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+    """Values that `nodes` take from outside, in the order of their first use."""
+    inside = set(nodes)
+    found: dict[fx.Node, None] = {}
+    for node in nodes:
+        for item in input_nodes(node):
+            if item not in inside:
+                found.setdefault(item)
+    return tuple(found)
+
+
+def live_outs(nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+    """Values made by `nodes` that others use, in the order they are made."""
+    inside = set(nodes)
+    return tuple(node for node in nodes if any(user not in inside for user in node.users))
+
+
+# fmt: off
+_DATA_MOVEMENT = frozenset({
+    "cat", "concat", "concatenate", "stack", "chunk", "split", "split_with_sizes", "tensor_split", "unbind", "getitem",
+    "narrow", "select", "slice", "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "permute",
+    "transpose", "swapaxes", "movedim", "squeeze", "unsqueeze", "contiguous", "expand", "expand_as", "repeat", "clone",
+    "alias",
+})
+
+
+# fmt: on
+def is_data_movement(node: fx.Node) -> bool:
+    """Whether the node only moves numbers: concatenates, slices, reshapes."""
+    return node.op in ("call_function", "call_method") and target_name(node) in _DATA_MOVEMENT
+
+
+def is_weight(node: fx.Node) -> bool:
+    """Whether the node is a graph input that holds a parameter."""
+    return node.op == "placeholder" and isinstance(value_of(node), torch.nn.Parameter)
+
+
+def closes_context(node: fx.Node) -> bool:
+    """Whether the node leaves autocast or inference mode."""
+    return target_name(node) in ("_exit_autocast", "_exit_inference_mode")
+
+
+def open_contexts(nodes: Sequence[fx.Node]) -> list[tuple[int, int]]:
+    """Position ranges [enter, exit] within which autocast or the grad mode differs from that at the graph's start."""
+    spans: list[tuple[int, int]] = []
+    entered: dict[fx.Node, int] = {}
+    grad_since: int | None = None
+    for position, node in enumerate(nodes):
+        name = target_name(node)
+        if name in ("_enter_autocast", "_enter_inference_mode"):
+            entered[node] = position
+        elif closes_context(node):
+            opened = next((item for item in node.all_input_nodes if item in entered), None)
+            if opened is not None:
+                spans.append((entered.pop(opened), position))
+        elif name == "_set_grad_enabled":
+            if grad_since is None:
+                grad_since = position
+            else:
+                spans.append((grad_since, position))
+                grad_since = None
+    last = len(nodes)
+    spans.extend((position, last) for position in entered.values())
+    if grad_since is not None:
+        spans.append((grad_since, last))
+    return spans

@@ -1,0 +1,69 @@
+"""Evidence of block loops in structure: tandem repeats in the sequence of node fingerprints.
+
+a b c d a b c d a b c d e   ->   three blocks `a b c d`, cut at the phase where the fewest values cross
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+
+def tandem_repeats(
+    nodes: Sequence[fx.Node], prints: Sequence[Hashable], start: int, end: int
+) -> list[list[tuple[int, int]]]:
+    """Runs of alike neighbours in [start, end): for each run its blocks' ranges, cut where least is carried over."""
+    found: list[list[tuple[int, int]]] = []
+    codes_of: dict[Hashable, int] = {}
+    codes = np.array([codes_of.setdefault(item, len(codes_of)) for item in prints[start:end]], dtype=np.int64)
+    pending = [(0, len(codes))]
+    while pending:
+        low, high = pending.pop()
+        best = _longest_repeat(codes[low:high])
+        if best is None:
+            continue
+        first, period, length = best
+        first += low
+        found.append(_rotate(nodes, start + first, period, length))
+        pending += [(low, first), (first + length, high)]
+    return sorted(found)
+
+
+def _longest_repeat(codes: np.ndarray[Any, Any]) -> tuple[int, int, int] | None:
+    """(start, period, length) of the repeat that covers most in whole periods (what stands beyond them may belong to
+    the loop beside it); of equals the one of the shortest period, so that a stack of (linear, relu) shows as what it
+    is, a repeat too short to be a block."""
+    best: tuple[int, int, int] | None = None
+    covered = 0
+    size = len(codes)
+    for period in range(1, size // 2 + 1):
+        same = codes[:-period] == codes[period:]
+        edges = np.flatnonzero(np.diff(np.concatenate(([False], same, [False])).astype(np.int8)))
+        for first, last in zip(edges[::2], edges[1::2], strict=True):
+            length = int(last - first) + period
+            if last - first >= period and length - length % period > covered:
+                best, covered = (int(first), period, length), length - length % period
+    return best
+
+
+def _rotate(nodes: Sequence[fx.Node], start: int, period: int, length: int) -> list[tuple[int, int]]:
+    """Cut a repeat into as many blocks as it holds, at the phase where the fewest values cross."""
+    position = {node: start + index for index, node in enumerate(nodes[start : start + length])}
+    last_use = {
+        position[node]: max((position.get(user, start + length) for user in node.users), default=position[node])
+        for node in position
+    }
+
+    def crossing(border: int) -> int:
+        return sum(1 for at in range(start, border) if last_use[at] >= border)
+
+    def badness(phase: int) -> tuple[int, int, int]:
+        count = (length - phase) // period
+        return (-count, crossing(start + phase + max(count // 2, 1) * period), phase)
+
+    phase = min(range(min(period, length - 2 * period + 1)), key=badness)
+    count = (length - phase) // period
+    return [(start + phase + i * period, start + phase + (i + 1) * period) for i in range(count)]

@@ -1,0 +1,316 @@
+"""What is read from PTX and AMDGCN, what is caught, and that every specialisation of the kernels holds everywhere."""
+
+import importlib
+import itertools
+import multiprocessing
+import os
+from typing import Any
+
+import pytest
+import torch
+from lib.bad_kernels import variants
+
+from cachedit_fx.bench import kernels_verify as kernel_verify
+from cachedit_fx.bench.kernels_verify import (
+    KERNELS,
+    TARGETS,
+    Accesses,
+    Specialization,
+    Task,
+    amdgcn_accesses,
+    amdgcn_usage,
+    checker,
+    leaves,
+    not_minimal,
+    ptx_accesses,
+    ptxas_usage,
+    shares,
+    specialization,
+    tasks,
+    too_narrow,
+    totals,
+)
+from cachedit_fx.kernels import l1_diff, quant_fp8, residual_apply, residual_store
+from cachedit_fx.kernels.layout import HAS_TRITON
+from cachedit_fx.kernels.variants import Variant
+
+pytest.importorskip("triton")
+
+NVIDIA = [name for name, target in TARGETS.items() if target.backend == "cuda"]
+
+
+BAD = {variant.name: index for index, variant in enumerate(variants())} if HAS_TRITON else {}
+
+
+@pytest.fixture(scope="module")
+def run():
+    with checker(1) as run:
+        yield lambda todo: list(run(todo))
+
+
+@pytest.mark.parametrize("target", ["sm80", "sm90", "gfx942"])
+def test_bad_kernels_are_caught(run, target):
+    found = {row.variant: row for row in run([Task("lib.bad_kernels", BAD[name], target) for name in BAD])}
+    assert found["good"].is_good and found["good"].is_wide and found["good"].is_exact
+    assert found["good"].registers > 0 and found["good"].kernel == "bad_kernels"
+    assert found["unaligned"].is_good and found["unaligned"].is_wide is None
+    narrow = ["every other element"]
+    if target in NVIDIA:  # AMD's loads need not be aligned, and are joined in the end
+        narrow += ["shifted, and said to be aligned", "a mask that is not known to be a multiple"]
+    for name in narrow:
+        assert found[name].is_exact and not found[name].is_wide and "bytes" in found[name].problems[0]
+    assert "8192 bytes read, 4096 would do" in found["reads twice"].problems
+    assert found["writes less than it says"].problems == ("4096 bytes written, 8192 would do",)
+    if target in NVIDIA:  # 512 values a thread, and 255 registers
+        assert found["spills"].spills > 0 and f"{found['spills'].spills} spilled" in found["spills"].problems
+
+
+def test_the_environment_may_ask_for_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with checker(1) as run:
+        assert os.environ["TRITON_INTERPRET"] == "1"
+        assert next(run([Task("lib.bad_kernels", BAD["good"], "sm90")])).is_good
+
+
+def test_an_error_of_the_compiler_reaches_the_caller(run):
+    with pytest.raises(IndexError, match="no variant 99"):
+        run([Task("lib.bad_kernels", 99, "sm90")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_specialisation(run, kernel, target):
+    todo = [task for task in tasks([target]) if task.module.endswith(f".{kernel}")]
+    assert todo
+    short = {(row.variant, row.target): row.problems for row in run(todo) if not row.is_good}
+    assert not short
+
+
+def test_loads_and_stores_of_ptx():
+    text = """
+        ld.param.b64 %rd1, [kernel_param_0];
+        @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+        ld.global.L1::evict_last.v2.b64 { %rd2, %rd3 }, [ %rd1 + 16 ];
+        @!%p2 ld.global.b16 { %rs1 }, [ %rd1 + 32 ];
+        ld.global.nc.u8 %rs2, [%rd1];
+        ld.volatile.global.v8.b32 {%r1}, [%rd1];
+        ld.relaxed.gpu.global.f32 %f1, [%rd1];
+        ld.shared.v4.b32 {%r1, %r2, %r3, %r4}, [%r9];
+        cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10;
+        @%p1 st.global.v4.b32 [ %rd1 + 0 ], { %r1, %r2, %r3, %r4 };
+        st.global.b8 [%rd1], %rs1;
+        @%p3 st.shared.b32 [ %r5 + 0 ], %r6;
+    """
+    assert ptx_accesses(text) == Accesses((16, 16, 2, 1, 32, 4, 16), (16, 1))
+
+
+def test_loads_and_stores_of_amdgcn():
+    text = """
+        s_load_dwordx4 s[4:7], s[0:1], 0x0
+        s_load_dword s8, s[0:1], 0x38
+        s_load_dword s9, s[2:3], 0x0
+        global_load_dwordx4 v[0:3], v[8:9], off
+        buffer_load_dwordx2 v[4:5], v6, s[4:7], 0 offen
+        global_load_ushort v1, v[8:9], off
+        global_load_short_d16_hi v1, v[8:9], off
+        global_load_ubyte v1, v[8:9], off
+        flat_load_dword v1, v[8:9]
+        ds_read_b128 v[0:3], v4
+        global_load_b128 v[0:3], v[8:9], off
+        global_store_dwordx3 v[8:9], v[0:2], off
+        buffer_store_byte v1, v2, s[4:7], 0 offen
+        global_store_d16_hi_b16 v[8:9], v1, off
+    """
+    assert amdgcn_accesses(text) == Accesses((16, 8, 2, 2, 1, 4, 16, 4), (12, 1, 2))
+    with pytest.raises(ValueError, match="tile"):
+        amdgcn_accesses("  global_load_lds_tile v1, v2, off")
+
+
+def test_registers_and_spills():
+    log = "0 bytes stack frame, 8 bytes spill stores, 16 bytes spill loads\nptxas info : Used 40 registers, 400 bytes"
+    assert ptxas_usage(log) == (40, 24)
+    with pytest.raises(ValueError, match="ptxas"):
+        ptxas_usage("")
+    text = ".sgpr_count: 30\n .sgpr_spill_count: 2\n .vgpr_count:     17\n .vgpr_spill_count: 3\n"
+    assert amdgcn_usage(text) == (17, 5)
+
+
+@pytest.mark.parametrize(
+    ("widths", "least", "own", "common"),
+    [
+        ((16, 16), 8192, [16, 16], []),
+        ((16, 16, 4, 4), 8192 + 8, [16, 16], [4, 4]),  # two sums, written by one thread each
+        ((16, 16, 4), 8192 + 128, [16, 16], [4]),  # a scale for each of 32 rows
+        ((1, 1, 1, 1, 4), 1024 + 256, [1, 1, 1, 1], [4]),
+        ((16, 16, 16), 8192, [16, 16, 16], []),  # read again
+        ((16, 16, 4, 4, 4, 4), 8192 + 8, [4, 4, 4, 4, 16, 16], []),
+        ((16,), 8192, [16], []),
+    ],
+)
+def test_what_threads_have_in_common(widths, least, own, common):
+    assert shares(widths, least, 256) == (own, common)
+
+
+def made(**more):
+    given: dict[str, Any] = {
+        "read_bytes": 4096,
+        "written_bytes": 2048,
+        "signature": {"x": "*bf16", "out": "*u8", "n": "i32"},
+    } | more
+    return Variant(None, "a variant", constexprs={"BLOCK_ROWS": 8, "BLOCK_COLS": 256, "other": 3}, **given)
+
+
+def test_a_thread_that_has_less_than_128_bits():
+    """Eight bytes are all that a thread has of `out`, once."""
+    assert not too_narrow(made(), Accesses((16,), (8,)), 256)
+    assert too_narrow(made(), Accesses((8, 8), (8,)), 256) == ["3 accesses of 8 bytes"]
+    assert too_narrow(made(), Accesses((16,), (4, 4)), 256) == ["2 accesses of 4 bytes"]
+    assert not not_minimal(made(), Accesses((16,), (4, 4)), 256)
+    assert not_minimal(made(), Accesses((16,), ()), 256) == ["0 bytes written, 2048 would do"]
+
+
+def test_hints_and_constants_by_their_paths():
+    types = {"a": ("*bf16", None), "b": None, "c": (("*fp32", "*fp32"), "i32"), "n": ("i32", "i32"), "B": "constexpr"}
+    variant = Variant(None, "", types, {"B": 8}, 1, multiples=frozenset({"n"}))
+    hint = [["tt.divisibility", 16]]
+    paths = [(0, 0), (2, 0, 0), (2, 0, 1), (3, 0), (3, 1)]
+    expected = Specialization(
+        types | {"a": ("*bf16", "constexpr"), "b": "constexpr"},
+        {(4,): 8, (0, 1): None, (1,): None},
+        dict.fromkeys(paths, hint),
+    )
+    assert specialization(variant) == expected
+    assert not specialization(Variant(None, "", types, {"B": 8}, 1, aligned=False)).attrs
+
+
+def test_totals_and_their_order(run):
+    rows = run([Task("lib.bad_kernels", BAD[name], target) for target in ("gfx942", "sm90") for name in list(BAD)[:3]])
+    first, second = totals(rows)
+    assert (first.target, second.target) == ("sm90", "gfx942")
+    assert (first.variants, first.wide, first.aligned, first.exact, first.failed) == (3, 1, 2, 3, 1)
+
+
+def test_tasks_are_chosen_by_the_names_of_variants():
+    chosen = tasks(["sm90", "sm80"], ["l1_diff bf16, 2 previous, row", "residual_store"])
+    names = [list(importlib.import_module(task.module).variants())[task.place].name for task in chosen]
+    assert chosen and all(
+        "residual_store" in name or name.startswith("l1_diff bf16, 2 previous, row") for name in names
+    )
+    assert [task.target for task in chosen[:2]] == ["sm90", "sm80"]
+
+
+def test_names_of_variants_are_their_own():
+    for kernel in kernel_verify.kernels():
+        names = [variant.name for variant in importlib.import_module(f"cachedit_fx.kernels.{kernel}").variants()]
+        assert len(set(names)) == len(names)
+
+
+# What the launchers choose, as Triton's JIT sees it: without a GPU, by a driver that only names a target.
+
+LAYOUTS = ("contiguous", "sliced", "transposed", "unaligned")
+SHAPES = ((2, 64, 128), (1, 16, 256), (2, 7, 5), (5,), (16, 1), (1, 1, 1))
+
+
+def lying(shape, dtype, layout):
+    if layout == "sliced":
+        dim = max(len(shape) - 2, 0)
+        return torch.ones([size + 16 * (d == dim) for d, size in enumerate(shape)], dtype=dtype).narrow(
+            dim, 16, shape[dim]
+        )
+    if layout == "transposed":
+        return torch.ones(shape[::-1], dtype=dtype).permute(*reversed(range(len(shape))))
+    count = torch.Size(shape).numel()
+    start = layout == "unaligned"
+    return torch.ones(count + 8, dtype=dtype)[start : count + start].view(shape)
+
+
+def launch_everything(case):
+    """In a process of its own: what Triton would compile for the launches of one case."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    class Fake:
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    found = []
+
+    def instead_of_compiling(*, fn, compile, **_):
+        given = Specialization(compile["signature"], compile["constants"], compile["configs"][0])
+        found.append((fn.name.rpartition(".")[2], compile["num_warps"], given))
+        return True
+
+    triton.runtime.driver.set_active(Fake())
+    triton.knobs.runtime.jit_cache_hook = instead_of_compiling
+    kernel, shape, dtype, layout = case
+    x, y = lying(shape, dtype, layout), lying(shape, dtype, layout)
+    like = [torch.empty(shape, dtype=torch.float32) for _ in range(2)]
+    if kernel == "l1_diff":
+        for count, has_base in itertools.product(range(l1_diff.MAX_PREVIOUS + 1), (True, False)):
+            if count or has_base:
+                out = torch.empty(shape) if has_base else None
+                l1_diff.launch(x, y if has_base else None, like[:count], out, count == 2)
+    elif kernel == "residual_store":
+        for kind in ("wider", "float32", "model"):
+            outs = [residual_store.residual_like(x, kind) for _ in range(3)]
+            residual_store.launch([x] * 3, [y] * 3, outs)
+    elif kernel == "residual_apply":
+        for kind, terms, has_base in itertools.product(("wider", "float32", "model"), (1, 2, 6), (True, False)):
+            stored = [[residual_store.residual_like(x, kind)] * terms] * 3
+            outs = [torch.empty(shape, dtype=dtype) for _ in range(3)]
+            residual_apply.launch([x if has_base else None] * 3, stored, [0.5] * terms, outs)
+    elif len(shape) > 1:
+        heads = lying((*shape[:-1], 4, 64 if shape[-1] > 64 else 5), dtype, layout)
+        packed = quant_fp8.launch_quant(heads)
+        quant_fp8.launch_dequant(packed, 4, dtype)
+    return found
+
+
+@pytest.fixture(scope="module")
+def launched():
+    before = os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            yield lambda case: pool.apply(launch_everything, (case,))
+    finally:
+        if before is not None:
+            os.environ["TRITON_INTERPRET"] = before
+
+
+def covers(variant, own, name, num_warps, derived):
+    """Whether what Triton derived is `variant`, or knows more: further multiples of 16, numbers that are always 1."""
+    if (variant.kernel.__name__, variant.num_warps, list(own.signature)) != (name, num_warps, list(derived.signature)):
+        return False
+    ours, theirs = (dict(leaves(tuple(x.signature.values()))) for x in (own, derived))
+    if ours.keys() != theirs.keys() or not own.attrs.items() <= derived.attrs.items():
+        return False
+    for path, kind in theirs.items():
+        if kind == "constexpr" and ours[path] == "i32" and derived.constexprs[path] == 1:
+            continue
+        if kind != ours[path] or (kind == "constexpr" and derived.constexprs[path] != own.constexprs[path]):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_the_launchers_choose_is_one_of_the_variants(launched, kernel, dtype):
+    module = importlib.import_module(f"cachedit_fx.kernels.{kernel}")
+    known = [(variant, specialization(variant)) for variant in module.variants()]
+    seen: set[str] = set()
+    for shape, layout in itertools.product(SHAPES, LAYOUTS):
+        for name, num_warps, derived in launched((kernel, shape, dtype, layout)):
+            covering = [variant for variant, own in known if covers(variant, own, name, num_warps, derived)]
+            assert covering, (shape, layout, name, derived)
+            seen.update(variant.name for variant in covering)
+            # The number of partial sums is a multiple of 16 by chance only.
+            if shape in SHAPES[:2] and layout in ("contiguous", "sliced") and name != "_finish":
+                assert any(variant.aligned for variant in covering), (shape, layout, name, derived)
+    assert any("unaligned" in name for name in seen) and any("unaligned" not in name for name in seen)

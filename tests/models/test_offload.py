@@ -1,0 +1,103 @@
+"""Offloading, by accelerate's hooks and by diffusers': cached where the blocks stay in one graph; else uncached and
+right, with one warning that names the place where the graph breaks. The device is the CPU on both sides."""
+
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from diffusers.hooks import apply_group_offloading
+from lib import models
+from lib.wrapped import SKIPS, call, check, check_next_generation, enabled, generation, plain, steps
+
+from cachedit_fx import CacheWarning, disable_cache, summary
+
+CPU = torch.device("cpu")
+
+
+def flux():
+    return models.flux(double=2, single=2)
+
+
+def group_offload(model, kind, size=None):
+    apply_group_offloading(
+        model, onload_device=CPU, offload_device=CPU, offload_type=kind, num_blocks_per_group=size, use_stream=False
+    )
+
+
+WHOLE = {
+    "model offload": lambda model: cpu_offload_with_hook(model, execution_device=CPU),
+    "aligned devices": lambda model: add_hook_to_module(
+        model, AlignDevicesHook(execution_device=CPU, io_same_device=True)
+    ),
+}
+BREAKING = {
+    "sequential offload": lambda model: cpu_offload(model, execution_device=CPU),
+    "a group a block": lambda model: group_offload(model, "block_level", 1),
+    "a group a leaf": lambda model: group_offload(model, "leaf_level"),
+}
+
+
+@pytest.mark.parametrize("how", WHOLE)
+def test_hooks_on_the_whole_model_keep_it_one_graph(how):
+    model, inputs = flux()
+    expected = plain(model, inputs)
+    WHOLE[how](model)
+    assert torch.equal(check(model, inputs), expected)
+
+
+@pytest.mark.parametrize("how", WHOLE)
+def test_hooks_put_on_and_taken_off_after_compiling(how):
+    model, inputs = flux()
+    enabled(model, SKIPS)
+    expected = generation(model, inputs)
+    WHOLE[how](model)
+    assert torch.equal(check_next_generation(model, inputs), expected)
+    remove_hook_from_module(model)
+    assert torch.equal(check_next_generation(model, inputs), expected)
+
+
+def test_a_model_that_is_offloaded_between_generations():
+    """What an accelerator's offload does to weights: the same parameters, other memory."""
+    model, inputs = flux()
+    _, hook = cpu_offload_with_hook(model, execution_device=CPU)
+    enabled(model, SKIPS)
+    expected = generation(model, inputs)
+    hook.offload()
+    for weight in model.parameters():
+        weight.data = weight.data.clone()
+    assert torch.equal(check_next_generation(model, inputs), expected)
+
+
+@pytest.mark.parametrize("how", BREAKING)
+def test_hooks_within_the_model_break_it_into_frames(how):
+    model, inputs = flux()
+    expected = plain(model, inputs)
+    BREAKING[how](model)
+    enabled(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            assert torch.equal(call(model, inputs), expected)
+    assert steps(model) == [(0, [], 3)] and summary(model)[0].work == 1.0
+    (message,) = [str(item.message) for item in caught if item.category is CacheWarning]
+    place = re.search(r"([\w./-]+\.py):(\d+)", message)
+    assert place is not None, message
+    line = Path(place[1]).read_text().splitlines()[int(place[2]) - 1].strip()
+    assert line and line in message
+
+
+def test_enabled_anew_without_its_hooks_the_model_caches():
+    """Dynamo does not look again at a frame that it gave up, so enabling anew is needed."""
+    model, inputs = flux()
+    expected = plain(model, inputs)
+    cpu_offload(model, execution_device=CPU)
+    enabled(model)
+    with pytest.warns(CacheWarning):
+        call(model, inputs)
+    remove_hook_from_module(model, recurse=True)
+    disable_cache(model)
+    assert torch.equal(check(model, inputs), expected)

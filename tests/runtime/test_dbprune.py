@@ -1,0 +1,631 @@
+"""DBPrune end to end: what each setting does to the blocks of each step, and to the work that is really done."""
+
+import math
+import re
+import threading
+from typing import Any
+
+import pytest
+import torch
+from lib import models
+from lib.cases import Halves
+from lib.helpers import capture, planned
+from lib.toys import FALLING, CountingBackend, Timeless, denoise, make, noise
+
+import cachedit_fx
+from cachedit_fx import (
+    Action,
+    DBCacheConfig,
+    DBPruneConfig,
+    OptionError,
+    Reason,
+    TaylorSeerCalibratorConfig,
+    enable_cache,
+    explain,
+    refresh_context,
+    summary,
+)
+from cachedit_fx.config.options import parse_options
+from cachedit_fx.metrics.flops import FlopCounter
+from cachedit_fx.report.stats import markdown
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*inert threshold")
+EAGER: dict[str, Any] = {"inner_backend": "eager"}
+BASE = DBPruneConfig(Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=0.06)
+ALWAYS = BASE.reset(max_warmup_steps=1, residual_diff_threshold=1e9)
+"""Prunes every block that it may, so that limits alone decide."""
+STILL = ALWAYS.reset(enable_separate_cfg=False)
+"""For calls that all have one timestep: each is a step."""
+MASK = "1101001000"
+TEXTS = noise(1, 3, seed=2), noise(1, 3, seed=3) * 4
+
+
+def run(model, config, calibrator=None, **arguments):
+    enable_cache(model, config, calibrator, **EAGER)
+    result = denoise(model, **arguments)
+    (chain,) = summary(model)
+    return result, chain
+
+
+def pruned(chain, branch=0):
+    """The numbers of the blocks that each step pruned."""
+    parts = chain.branch(branch).parts.values()
+    return [[block for block, decision in blocks.items() if decision.action is Action.REUSE] for blocks in parts]
+
+
+def reasons(chain, branch=0):
+    return {decision.reason for decision in chain.branch(branch).every_decision}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# options
+
+
+def test_defaults_are_the_published_ones():
+    config = DBPruneConfig()
+    assert (config.enable_dynamic_prune_threshold, config.max_dynamic_prune_threshold) == (False, None)
+    assert (config.dynamic_prune_threshold_relax_ratio, config.non_prune_block_ids) == (1.25, ())
+    assert (config.Fn_compute_blocks, config.Bn_compute_blocks, config.residual_diff_threshold) == (8, 0, 0.08)
+
+
+def test_by_name_with_flat_options():
+    parsed = parse_options({"cache": "dbprune", "Fn_compute_blocks": 0, "non_prune_block_ids": range(2, 4)})
+    assert parsed.cache == DBPruneConfig(Fn_compute_blocks=0, non_prune_block_ids=[2, 3])
+    assert parse_options({"cache": "dbcache"}).cache == DBCacheConfig()
+
+
+@pytest.mark.parametrize("ids", [[1, 4], (1, 4), {1, 4}, range(1, 5, 3), [1, 4, 1]])
+def test_forms_of_block_ids_are_one(ids):
+    assert DBPruneConfig(non_prune_block_ids=ids).non_prune_block_ids == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"enable_dynamic_prune_threshold": 1}, ["True or False"]),
+        ({"max_dynamic_prune_threshold": 0}, ["max_dynamic_prune_threshold=0", "> 0", "None"]),
+        ({"max_dynamic_prune_threshold": 0.08, "enable_dynamic_prune_threshold": True}, ["=0.08", "larger"]),
+        ({"dynamic_prune_threshold_relax_ratio": -1.0}, ["dynamic_prune_threshold_relax_ratio=-1.0", "> 0"]),
+        ({"non_prune_block_ids": 3}, ["non_prune_block_ids=3", "list"]),
+        ({"non_prune_block_ids": [-1]}, [">= 0"]),
+        ({"non_prune_block_ids": "12"}, ["list"]),
+        ({"non_prune_blocks_ids": [1]}, ["nearest known one is 'non_prune_block_ids'", "cachedit_fx.DBPruneConfig"]),
+        ({"warmup_interval": 0}, [">= 1"]),
+    ],
+)
+def test_rejected_with_what_is_allowed(setting, words):
+    with pytest.raises(OptionError) as error:
+        parse_options({"cache": "dbprune"} | setting)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_settings_of_another_class_say_whose_they_are():
+    with pytest.raises(OptionError, match="non_prune_block_ids.* for DBPruneConfig only.* cache='dbprune'"):
+        parse_options({"non_prune_block_ids": [1]})
+    with pytest.raises(OptionError, match="for DBPruneConfig only"):
+        DBCacheConfig().reset(enable_dynamic_prune_threshold=True)
+    with pytest.raises(OptionError, match="cache='dbprun' .*did you mean 'dbprune'"):
+        parse_options({"cache": "dbprun"})
+
+
+def test_structure():
+    def structure(**fields):
+        return parse_options({"cache": DBPruneConfig(**fields)}).structure()
+
+    assert structure() == structure(residual_diff_threshold=0.5, enable_dynamic_prune_threshold=True)
+    assert structure(non_prune_block_ids=[2, 1]) == structure(non_prune_block_ids=[1, 2])
+    assert len({structure(), structure(Fn_compute_blocks=1), structure(non_prune_block_ids=[1])}) == 3
+    assert structure() != parse_options({"cache": DBCacheConfig()}).structure()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings, each by what it does to ten steps of six blocks
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """One model, compiled once: every policy below is a change of settings."""
+    model = enable_cache(make(), BASE, **EAGER)
+    denoise(model)
+    return model
+
+
+@pytest.mark.keep_compiled
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "-ppppppppp"),
+        ({"max_warmup_steps": 4}, "----pppppp"),
+        ({"max_warmup_steps": 0}, "-ppppppppp"),  # nothing is stored at step 0
+        ({"max_warmup_steps": 6, "warmup_interval": 2}, "-p-p-ppppp"),
+        ({"max_cached_steps": 3}, "-ppp------"),
+        ({"max_cached_steps": 0}, "----------"),
+        ({"max_continuous_cached_steps": 2}, "-pp-pp-pp-"),
+        ({"max_continuous_cached_steps": 0}, "----------"),
+        ({"residual_diff_threshold": 0}, "----------"),
+        ({"residual_diff_threshold": -1.0}, "----------"),
+        ({"max_accumulated_residual_diff_threshold": 0.0}, "----------"),
+        ({"steps_computation_mask": MASK}, "--p-pp-ppp"),
+        ({"steps_computation_mask": MASK, "residual_diff_threshold": 0}, "----------"),
+        ({"steps_computation_mask": MASK, "max_cached_steps": 2}, "--p-p-----"),
+        ({"steps_computation_mask": MASK, "residual_diff_threshold": 0, "steps_computation_policy": "static"},
+         "--p-pp-ppp"),
+        ({"num_inference_steps": 10}, "-ppppppppp"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_steps(toy, changes, expected):
+    """In a step that may prune, all five blocks behind the first one are: a limit never cuts a step in two."""
+    _, chain = run(toy, ALWAYS.reset(**changes))
+    denoise(toy)
+    for generation in (chain, *summary(toy)):  # limits hold for each by itself
+        assert pruned(generation) == [[1, 2, 3, 4, 5] if step == "p" else [] for step in expected]
+        assert generation.pruned_blocks == [5 if step == "p" else 0 for step in expected]
+        assert generation.actual_blocks == [6] * 10
+        assert generation.pruned_steps == generation.cached_steps == [i for i, s in enumerate(expected) if s == "p"]
+        assert generation.pruned_ratio == pytest.approx(expected.count("p") * 5 / 60)
+        assert generation.work == pytest.approx(1 - generation.pruned_ratio)
+
+
+@pytest.mark.keep_compiled
+def test_the_threshold_divides_pruned_from_computed(toy):
+    _, chain = run(toy, BASE)
+    measured = [d for d in chain.branch(0).every_decision if d.difference is not None]
+    assert 0 < sum(chain.pruned_blocks) < len(measured) == 8 * 5
+    assert all((d.action is Action.REUSE) == (d.difference < 0.06) for d in measured)
+    assert any(0 < count < 5 for count in chain.pruned_blocks)  # a step prunes some of its blocks
+    assert math.fsum(d.difference for d in measured[:5]) / 5 == pytest.approx(chain.residual_diffs[2])
+
+
+@pytest.mark.keep_compiled
+def test_the_accumulated_difference_is_each_blocks_own(toy):
+    _, free = run(toy, ALWAYS)
+    of_block = {
+        block: [row[block].difference for row in free.branch(0).parts.values()][1:] for block in (1, 2, 3, 4, 5)
+    }
+    limit = sorted(values[0] for values in of_block.values())[2]  # three blocks reach it with their first pruned step
+    _, chain = run(toy, ALWAYS.reset(max_accumulated_residual_diff_threshold=limit))
+    assert pruned(chain)[1] == [1, 2, 3, 4, 5]
+    assert pruned(chain)[2] == [block for block, values in of_block.items() if values[0] < limit]
+    assert len(pruned(chain)[2]) == 2 and Reason.ACCUMULATED in reasons(chain)
+    assert max(map(len, pruned(chain)[3:])) > 0  # a computed block starts anew
+
+
+@pytest.mark.keep_compiled
+def test_a_static_mask_measures_nothing(toy):
+    _, chain = run(toy, ALWAYS.reset(steps_computation_mask=MASK, steps_computation_policy="static"))
+    assert chain.residual_diffs == {} and reasons(chain) == {Reason.MASK_COMPUTES, Reason.MASK_REUSES}
+
+
+DYNAMIC = BASE.reset(enable_dynamic_prune_threshold=True, residual_diff_threshold=0.05)
+
+
+@pytest.mark.keep_compiled
+def test_dynamic_threshold(toy):
+    _, fixed = run(toy, DYNAMIC.reset(enable_dynamic_prune_threshold=False))
+    _, raised = run(toy, DYNAMIC)
+    assert Reason.BELOW_DYNAMIC in reasons(raised) and Reason.BELOW_DYNAMIC not in reasons(fixed)
+    assert sum(raised.pruned_blocks) > sum(fixed.pruned_blocks)
+    above = [d.difference for d in raised.branch(0).every_decision if d.reason is Reason.BELOW_DYNAMIC]
+    assert all(0.05 <= value < 0.1 for value in above)
+    _, capped = run(toy, DYNAMIC.reset(max_dynamic_prune_threshold=0.0501))
+    assert pruned(capped) == pruned(fixed)
+    _, higher = run(toy, DYNAMIC.reset(max_dynamic_prune_threshold=1.0))
+    assert sum(higher.pruned_blocks) > sum(raised.pruned_blocks)
+    _, strict = run(toy, DYNAMIC.reset(dynamic_prune_threshold_relax_ratio=0.1))
+    assert pruned(strict) == pruned(fixed)
+
+
+def by_hand(model, config, order=0):
+    """A toy with DBPrune written down plainly, as far as thresholds, warm-up and Taylor's order 0 and 1 go."""
+    kept: dict[int, tuple[torch.Tensor, list[tuple[int, list[torch.Tensor]]]]] = {}
+    counts: list[int] = []
+
+    def call(hidden_states, timestep, text):
+        step = len(counts)
+        seen: list[float] = []
+        counts.append(0)
+        angles = timestep.reshape(-1, 1).to(torch.float32) / 1000 * model.frequencies
+        temb, hidden = model.time(torch.cos(angles)), model.embed(hidden_states)
+        for number, block in enumerate(model.blocks):
+            threshold, difference = config.residual_diff_threshold, math.inf
+            if seen and config.enable_dynamic_prune_threshold:
+                raised = sum(seen[:5]) / len(seen[:5]) * config.dynamic_prune_threshold_relax_ratio
+                threshold = raised if threshold < raised < 2 * threshold else threshold
+            if number >= config.Fn_compute_blocks and step >= config.max_warmup_steps:
+                reference, values = kept[number]
+                difference = float((reference - hidden).abs().mean() / reference.abs().mean())
+                seen.append(difference)
+            if difference < threshold:
+                counts[-1] += 1
+                (latest, residuals), *before = values
+                if order and before:
+                    slopes = [(a - b) / (latest - before[0][0]) for a, b in zip(residuals, before[0][1], strict=True)]
+                    residuals = [r + s * (step - latest) for r, s in zip(residuals, slopes, strict=True)]
+                hidden, text = (hidden + residuals[0]).float(), (text + residuals[1]).float()
+            else:
+                results = block(hidden, text, temb)
+                residuals = [new.double() - old for new, old in zip(results, (hidden, text), strict=True)]
+                before = kept[number][1] if number in kept else []
+                kept[number] = hidden, [(step, residuals), *before][:2]
+                hidden, text = results
+        return model.out(hidden + text.mean(1, keepdim=True))
+
+    return call, counts
+
+
+@pytest.mark.parametrize("config", [BASE, DYNAMIC, BASE.reset(Fn_compute_blocks=3)], ids=["base", "dynamic", "F3"])
+@pytest.mark.parametrize("order", [None, 0, 1])
+def test_equals_what_is_written_down_plainly(config, order):
+    model = make()
+    call, counts = by_hand(model, config, order or 0)
+    expected = denoise(call)
+    calibrator = None if order is None else TaylorSeerCalibratorConfig(taylorseer_order=order)
+    found, chain = run(model, config, calibrator)
+    assert chain.pruned_blocks == counts and sum(counts) > 0
+    torch.testing.assert_close(found, expected, rtol=1e-6 if not order else 1e-5, atol=1e-6)
+
+
+def test_whole_outputs_are_predicted_too():
+    model = make()
+    results = [
+        run(model, ALWAYS.reset(max_continuous_cached_steps=1), TaylorSeerCalibratorConfig(kind))[0]
+        for kind in ("residual", "hidden_states")
+    ]
+    assert not torch.equal(*results)
+    torch.testing.assert_close(*results, rtol=0.05, atol=0.05)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# which blocks
+
+
+@pytest.mark.parametrize(
+    ("changes", "blocks"),
+    [
+        ({"Fn_compute_blocks": 0}, [0, 1, 2, 3, 4, 5]),
+        ({"Fn_compute_blocks": 2, "Bn_compute_blocks": 3}, [2]),
+        ({"Bn_compute_blocks": 1}, [1, 2, 3, 4]),
+        ({"non_prune_block_ids": [2, 4, 0, 99]}, [1, 3, 5]),
+        ({"Bn_compute_blocks": 2, "non_prune_block_ids": [1, 2]}, [3]),
+    ],
+    ids=str,
+)
+def test_first_last_and_excepted_blocks_are_never_pruned(changes, blocks):
+    model = make()
+    _, chain = run(model, ALWAYS.reset(**changes))
+    assert pruned(chain) == [[]] + [blocks] * 9
+    assert (chain.num_blocks, chain.pruned_blocks) == (6, [0] + [len(blocks)] * 9)
+    with torch.no_grad():
+        found = explain(model, noise(), torch.tensor([900.0]), TEXTS[0])
+    assert [region.block for region in found.regions] == blocks
+    assert all(region.middle == (region.blocks[number],) for region, number in zip(found.regions, blocks, strict=True))
+    assert f"block {blocks[0]} of 6 may be bypassed" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"Fn_compute_blocks": 4, "Bn_compute_blocks": 2}, "4 \\+ 2 leaves nothing to bypass of 6 blocks"),
+        ({"non_prune_block_ids": range(9)}, "non_prune_block_ids names every block that is left"),
+    ],
+)
+def test_nothing_left_to_prune_runs_uncached_and_says_so(changes, words):
+    model = make()
+    expected = denoise(model)
+    with pytest.warns(cachedit_fx.CacheWarning, match=words):
+        result, _ = run(model, ALWAYS.reset(**changes))
+    assert torch.equal(result, expected)
+
+
+def text(tokens=5):
+    return torch.randn(1, tokens, models.WIDTH)
+
+
+def test_blocks_are_numbered_over_the_chain_and_glue_stays_outside():
+    graph = capture(models.TwoLoops(3, 4), *models.inputs(), text())
+    regions = planned(graph.gm, 1, 1, non_prune=[4]).regions
+    assert [region.middle[0].name for region in regions] == [
+        "double_blocks.1", "double_blocks.2", "single_blocks.0", "single_blocks.2",
+    ]  # fmt: skip
+    assert {region.loops for region in regions} == {("double_blocks", "single_blocks")}
+    assert all((region.start, region.end) == (block.start, block.end) for region in regions for block in region.middle)
+    assert all(all(region.continued) and region.reference is None for region in regions)
+    by_loop = planned(graph.gm, 1, 1, "loop", non_prune=[2]).regions
+    assert [region.middle[0].name for region in by_loop] == ["double_blocks.1", "single_blocks.1"]
+
+
+def test_one_entry_of_statistics_for_each_loop():
+    model, inputs = make(models.TwoLoops), (*models.inputs(), text())
+    enable_cache(model, STILL, scope="loop", **EAGER)
+    with torch.no_grad():
+        for _ in range(3):
+            model(*inputs)
+    assert [(chain.name, chain.num_blocks, chain.pruned_blocks) for chain in summary(model)] == [
+        ("chain_0", 3, [0, 2, 2]),
+        ("chain_1", 4, [0, 3, 3]),
+    ]
+
+
+class Lends(models.Toy):
+    """Its third block makes, without the stream, what the block behind it uses too."""
+
+    def forward(self, hidden_states, timestep):
+        temb = models.time_embedding(timestep, hidden_states.shape[-1])
+        x, lent = self.embed(hidden_states), temb
+        for index, block in enumerate(self.blocks):
+            if index == 2:
+                lent = torch.tanh(block.modulation(temb)).mean() + 1
+            x = block(x, temb) * lent if index >= 2 else block(x, temb)
+        return self.project(x)
+
+
+def test_what_others_use_of_a_block_is_hoisted_out_of_it():
+    model, inputs = make(Lends), models.inputs()
+    with torch.no_grad():
+        plain = model(*inputs)
+        enable_cache(model, STILL, **EAGER)
+        assert any(region.hoisted for region in explain(model, *inputs).regions)
+        assert all(torch.equal(model(*inputs), plain) for _ in range(3))
+    assert summary(model)[0].pruned_blocks == [0, 3, 3]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# exactness and work
+
+CASES: dict[str, Any] = {
+    "toy": lambda: (models.Toy(5), models.inputs()),
+    "two loops": lambda: (models.TwoLoops(3, 4), (*models.inputs(), text())),
+    "image only": lambda: (models.TwoLoops(3, 4, style="image"), (*models.inputs(), text())),
+    "last differs": lambda: (models.LastDiffers(), (*models.inputs(), text())),
+    "refined": lambda: (models.Refined(), (*models.inputs(), text())),
+    "parallel": lambda: (models.Parallel(), (*models.inputs(), text())),
+    "controlled": lambda: (models.Controlled(), (*models.inputs(), [text(6) for _ in range(4)])),
+    "skips": lambda: (models.UShaped(), models.inputs()),
+    "in place": lambda: (models.InPlace(5), models.inputs()),
+    "shared": lambda: (models.Shared(4), models.inputs()),
+    "two graphs": lambda: (Halves(), models.inputs()),
+    "flux": models.flux,
+    "hunyuan": models.hunyuan_dit,
+}
+
+
+@pytest.mark.parametrize(("name", "first"), [*((name, 0) for name in CASES), ("two loops", 1), ("flux", 4)])
+def test_exact_where_computed_and_on_identical_inputs(name, first):
+    torch.manual_seed(0)
+    model, inputs = CASES[name]()
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+    model.eval()
+
+    def call():
+        (*_, result) = torch.utils._pytree.tree_leaves(model(*args, **kwargs))
+        return result
+
+    with torch.no_grad():
+        plain = call()
+        enable_cache(model, STILL.reset(Fn_compute_blocks=first, residual_diff_threshold=0), **EAGER)
+        assert torch.equal(call(), plain) and torch.equal(call(), plain)
+        enable_cache(model, STILL.reset(Fn_compute_blocks=first), **EAGER)
+        assert all(torch.equal(call(), plain) for _ in range(3))
+    for chain in summary(model):
+        count = chain.num_blocks - first
+        assert chain.pruned_blocks == [0, count, count]
+        assert set(chain.branch(0).differences) == {0.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changes", [{}, {"Bn_compute_blocks": 2}, {"non_prune_block_ids": [2, 3]}], ids=str)
+def test_the_work_of_pruned_blocks_is_gone(dtype, changes):
+    model = make(Timeless, width=16).to(dtype)
+    inputs = noise(2, 5, 16).to(dtype), noise(2, 3, 16, seed=2).to(dtype)
+    with torch.no_grad():
+        with FlopCounter() as embed:
+            model.embed(inputs[0])
+        with FlopCounter() as block:
+            model.blocks[0](inputs[0], inputs[1], inputs[1].mean(1))
+        enable_cache(model, ALWAYS.reset(**changes), **EAGER)
+        model(*inputs)  # compiles
+        refresh_context(model)
+        with FlopCounter() as computed:
+            result = model(*inputs)
+        with FlopCounter() as reused:
+            again = model(*inputs)
+    (chain,) = summary(model)
+    assert torch.equal(result, again)
+    assert chain.pruned_blocks == [0, 5 if not changes else 3]
+    assert embed.flops and computed.flops == 2 * embed.flops + 6 * block.flops
+    assert reused.flops == computed.flops - chain.pruned_blocks[1] * block.flops
+
+
+def block_flops(model, blocks, arguments):
+    """What each block costs, and the whole model."""
+    costs: list[int] = []
+    with torch.no_grad(), FlopCounter() as counter:
+        started: list[int] = []
+        handles = [block.register_forward_pre_hook(lambda *_: started.append(counter.flops)) for block in blocks]
+        handles += [
+            block.register_forward_hook(lambda *_: costs.append(counter.flops - started[-1])) for block in blocks
+        ]
+        model(**arguments)
+    for handle in handles:
+        handle.remove()
+    return costs, counter.flops
+
+
+def test_flux_spends_what_its_computed_blocks_cost():
+    torch.manual_seed(0)
+    model, inputs = models.flux()
+    steps = [inputs | {"hidden_states": inputs["hidden_states"] * (1 + 0.1 * step)} for step in range(6)]
+    blocks = [
+        block for name, block in model.named_modules() if re.fullmatch(r"(single_)?transformer_blocks\.\d+", name)
+    ]
+    costs, whole = block_flops(model, blocks, inputs)
+    assert len(costs) == 7 and len(set(costs)) > 1
+    enable_cache(model, STILL.reset(residual_diff_threshold=0.09), **EAGER)
+    spent = []
+    with torch.no_grad():
+        model(**steps[0])
+        refresh_context(model)
+        for arguments in steps:
+            with FlopCounter() as counter:
+                model(**arguments)
+            spent.append(counter.flops)
+    (chain,) = summary(model)
+    assert any(0 < count < 6 for count in chain.pruned_blocks), chain.pruned_blocks
+    assert spent == [whole - sum(costs[block] for block in blocks) for blocks in pruned(chain)]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "counting"])
+def test_twins_share_one_compilation(backend):
+    counts = []
+    for blocks in (4, 9):
+        torch._dynamo.reset()
+        model, counting = make(blocks=blocks), CountingBackend()
+        expected = denoise(make(blocks=blocks))
+        inner = backend if backend == "aot_eager" else counting
+        enable_cache(model, ALWAYS.reset(residual_diff_threshold=0), inner_backend=inner)
+        torch.testing.assert_close(denoise(model), expected)
+        counts.append(counting.pieces)
+    assert counts[0] == counts[1] <= 4
+
+
+@pytest.mark.parametrize("granularity", ["block", "region"])
+def test_granularity(granularity):
+    model = make()
+    expected, chain = run(make(), BASE.reset(non_prune_block_ids=[2]))
+    enable_cache(model, BASE.reset(non_prune_block_ids=[2]), granularity=granularity, **EAGER)
+    assert torch.equal(denoise(model), expected)
+    assert pruned(summary(model)[0]) == pruned(chain) and sum(chain.pruned_blocks)
+
+
+def test_a_caller_may_write_to_its_input():
+    """The first block takes the model's input as it is: what it is compared with must be a copy of that."""
+    torch.manual_seed(0)
+    model, (hidden, timestep) = models.LastDiffers(), models.inputs()
+    prompt = text()
+    enable_cache(model, STILL.reset(Fn_compute_blocks=0), **EAGER)
+    with torch.no_grad():
+        model(hidden, timestep, prompt)
+        hidden.mul_(3)
+        model(hidden, timestep, prompt)
+    (chain,) = summary(model)
+    assert chain.branch(0).parts[1][0].difference == pytest.approx(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# branches, generations, sessions
+
+
+def recorded(model):
+    return [branch.parts for chain in summary(model) for branch in chain.branches]
+
+
+@pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS, (TEXTS[0], noise(1, 7, seed=3))], ids=["one", "cfg", "lengths"])
+def test_two_generations_back_to_back_equal_two_fresh_ones(texts):
+    """With branches in graphs of their own too (two lengths); limits hold for each branch and generation."""
+    config = BASE.reset(max_warmup_steps=0, max_cached_steps=4)
+    model = enable_cache(make(), config, **EAGER)
+    for start, steps in [(noise(), 10), (noise(seed=5), 7), (noise(tokens=7), 7)]:
+        fresh = enable_cache(make(), config, **EAGER)
+        expected = denoise(fresh, FALLING[:steps], texts, start)
+        assert torch.equal(denoise(model, FALLING[:steps], texts, start), expected)
+        assert recorded(model) == recorded(fresh) and len(recorded(model)) == len(texts)
+        (chain,) = summary(model)
+        assert 0 < len(chain.pruned_steps) <= 4
+        assert len(chain.cfg_pruned_blocks) == len(chain.cfg_actual_blocks) == (steps if len(texts) == 2 else 0)
+
+
+def test_names_of_the_second_branch():
+    _, chain = run(make(), BASE, texts=TEXTS)
+    first, second = chain.branches
+    assert chain.cfg_pruned_steps == second.cached_steps and chain.cfg_pruned_blocks == second.reused
+    assert chain.cfg_pruned_ratio == sum(second.reused) / 60 != chain.pruned_ratio == sum(first.reused) / 60
+    assert chain.work == pytest.approx(1 - (sum(first.reused) + sum(second.reused)) / 120)
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["conditional first", "unconditional first"])
+def test_one_difference_of_a_block_for_both_branches(first):
+    config = ALWAYS.reset(enable_separate_cfg=True)
+    model = make()
+    _, apart = run(model, config, texts=TEXTS)
+    assert apart.branch(0).differences != apart.branch(1).differences
+    _, shared = run(model, config.reset(cfg_diff_compute_separate=False, cfg_compute_first=first), texts=TEXTS)
+    assert shared.branch(0).differences == shared.branch(1).differences == apart.branch(0).differences
+
+
+def test_fused_calls_are_steps():
+    _, chain = run(make(), ALWAYS.reset(enable_separate_cfg=False), texts=TEXTS)
+    assert chain.pruned_blocks == [0] + [5] * 19
+
+
+def test_threads_and_sessions_do_not_meet():
+    model = enable_cache(make(), BASE, **EAGER)
+    expected, seed_5 = denoise(model), denoise(model, start=noise(seed=5))
+    found = {}
+
+    def work(name, seed):
+        with cachedit_fx.session(name):
+            found[name] = denoise(model, start=noise(seed=seed))
+
+    threads = [threading.Thread(target=work, args=("a", 1)), threading.Thread(target=work, args=("b", 5))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(found["a"], expected) and torch.equal(found["b"], seed_5)
+
+
+def test_a_policy_changes_without_compiling_and_the_class_with():
+    counting = CountingBackend()
+    model = enable_cache(make(), BASE, inner_backend=counting)
+    denoise(model)
+    pieces = counting.pieces
+    refresh_context(model, cache_config=ALWAYS)
+    denoise(model)
+    assert counting.pieces == pieces and sum(summary(model)[0].pruned_blocks) == 45
+    refresh_context(model, cache_config=DBCacheConfig(1, max_warmup_steps=1, residual_diff_threshold=1e9))
+    denoise(model)
+    (region,) = summary(model)
+    assert counting.pieces > pieces
+    assert (region.name, len(region.cached_steps), region.pruned_blocks) == ("region_0", 9, [])
+    assert region.pruned_ratio is None and region.actual_blocks == region.pruned_steps == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# statistics
+
+
+def test_differences_that_are_not_numbers_are_counted_by_block():
+    model, hidden = make(Timeless), noise()
+    enable_cache(model, ALWAYS, **EAGER)
+    hidden[0, 0, 0] = torch.nan
+    with torch.no_grad(), pytest.warns(cachedit_fx.CacheWarning, match="infinite or not a number"):
+        for _ in range(3):
+            model(hidden, TEXTS[0])
+    (chain,) = summary(model)
+    assert chain.non_finite == 10 and chain.pruned_blocks == [0, 0, 0] and chain.residual_diffs == {}
+
+
+def test_a_threshold_that_never_triggers_is_reported():
+    _, chain = run(make(), BASE.reset(residual_diff_threshold=1e-6))
+    smallest = min(chain.branch(0).differences)
+    assert f"smallest difference {smallest:.3g}" in str(chain.inert_threshold_message(BASE))
+    _, chain = run(make(), BASE)
+    assert chain.inert_threshold_message(BASE) is None
+
+
+def test_bytes_held_are_those_of_every_block():
+    _, chain = run(make(), ALWAYS)
+    hidden, prompt = 5 * 8, 3 * 8
+    assert chain.bytes_held == 5 * (4 * hidden + 8 * (hidden + prompt))  # what entered; two residuals, one precision up
+
+
+def test_tables(capsys):
+    model = enable_cache(make(), ALWAYS.reset(non_prune_block_ids=[3]), **EAGER)
+    denoise(model)
+    (chain,) = summary(model, details=True)
+    printed = capsys.readouterr().out
+    assert "prune 4 of 4" in printed and "36 x below" in printed
+    assert str(chain).startswith("chain_0: 9 of 10 steps pruned, 36 blocks in all, work 40%")
+    assert "| chain_0 | 0 | 1+5+0 | 9/10 | 40% |" in markdown([chain])

@@ -1,0 +1,75 @@
+"""Inductor's caches on disk know a piece by its graph: what leaves it the same hits, what changes it misses."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from lib.toys import FALLING, denoise, make
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
+
+from cachedit_fx import compile
+from cachedit_fx.passes import outline_blocks
+
+pytestmark = pytest.mark.slow
+STATIC: dict[str, Any] = {"steps_computation_mask": "10", "steps_computation_policy": "static"}
+
+
+def looked_up(**options: Any) -> tuple[int, int]:
+    """Hits and misses of the two graph caches, as a new process would have them."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = compile(make(blocks=3), **{"Fn_compute_blocks": 1, **STATIC, **options})
+    denoise(model, FALLING[:2])
+    inductor, autograd = counters["inductor"], counters["aot_autograd"]
+    hits = inductor["fxgraph_cache_hit"] + autograd["autograd_cache_hit"]
+    return hits, inductor["fxgraph_cache_miss"] + autograd["autograd_cache_miss"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def empty_cache() -> Iterator[None]:
+    """With one model's pieces in it."""
+    with fresh_cache():
+        hits, misses = looked_up()
+        assert hits == 0 and misses > 0
+        yield
+
+
+def test_the_same_again_hits():
+    hits, misses = looked_up()
+    assert hits > 0 and misses == 0
+
+
+def test_a_policy_is_in_no_piece():
+    hits, misses = looked_up(residual_diff_threshold=0.5, calibrator="taylorseer")
+    assert hits > 0 and misses == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"inner_options": {"fallback_random": True}},
+        {"granularity": "region"},
+        {"compiled_pieces": "all"},
+    ],
+    ids=str,
+)
+def test_an_option_that_reaches_the_pieces_misses(options):
+    _, misses = looked_up(**options)
+    assert misses > 0
+
+
+def test_a_pass_that_makes_other_pieces_misses(monkeypatch):
+    """As an edit of its source would."""
+    right = outline_blocks._Outliner._canonical
+
+    def doubled(self, inner, node, local):
+        result = right(self, inner, node, local)
+        twice = inner.call_function(torch.mul, (result, 2.0))
+        twice.meta = dict(result.meta)
+        return twice
+
+    monkeypatch.setattr(outline_blocks._Outliner, "_canonical", doubled)
+    _, misses = looked_up()
+    assert misses > 0

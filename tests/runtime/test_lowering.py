@@ -1,0 +1,293 @@
+"""Lowering: what has one key and what has not, each distinct piece compiled once, inductor close to eager."""
+
+import itertools
+import operator
+import threading
+
+import pytest
+import torch
+from lib import models
+from lib.helpers import Computes, Restores, capture, rewritten
+from torch import fx, nn
+from torch._inductor import compile_fx, cpu_vec_isa
+
+from cachedit_fx.backend import cachedit
+from cachedit_fx.config.options import parse_options
+from cachedit_fx.kernels import cpu
+from cachedit_fx.lowering import Lowered, lower, structure_key
+from cachedit_fx.passes.base import facts
+from cachedit_fx.runtime.warm_up import warm_up
+
+
+def text(batch=1, tokens=5):
+    return torch.randn(batch, tokens, models.WIDTH)
+
+
+class Counting:
+    """An inner compiler that remembers the pieces it was given, and runs them as they are."""
+
+    def __init__(self):
+        self.pieces, self.inputs = [], []
+
+    def __call__(self, gm, inputs, **extra):
+        self.pieces.append(gm)
+        self.inputs.append(inputs)
+        self.extra = extra
+        return gm.forward
+
+
+def lowered(graph, inner, first=1, last=0, **options):
+    settings = parse_options({"inner_backend": inner, **options})
+    gm = rewritten(graph.gm, first, last, canonical_layout=inner != "eager")
+    return gm, lower(gm, settings)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Keys
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def piece(*inputs, function=torch.add, args=(2,), **kwargs):
+    """x -> function(x, *args, **kwargs), for an input (or several) like `inputs`."""
+    graph = fx.Graph()
+    nodes = []
+    for index, value in enumerate(inputs):
+        node = graph.placeholder(f"x{index}")
+        node.meta["example_value"] = value
+        nodes.append(node)
+    graph.output((graph.call_function(function, (*nodes, *args), kwargs),))
+    return fx.GraphModule({}, graph)
+
+
+def key(*inputs, **given):
+    return structure_key(piece(*inputs, **given))
+
+
+X = torch.zeros(2, 3, 4)
+
+
+def test_constants_are_told_apart():
+    """By value and by type: 1 == 1.0 == True, and compile to three things."""
+    constants = [1, 1.0, True, "1", None, (1,), [1], (1.0,), slice(1), slice(None, None, 1), {"n": 1}, torch.float32]
+    for a, b in itertools.product(constants, constants):
+        same = a is b
+        assert (key(X, args=(a,)) == key(X, args=(b,))) == same, (a, b)
+        assert (key(X, alpha=a) == key(X, alpha=b)) == same, (a, b)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.zeros(2, 3, 5),
+        torch.zeros(2, 3, 4, 1),
+        torch.zeros(2, 3, 4, dtype=torch.bfloat16),
+        torch.zeros(2, 3, 4, device="meta"),
+        torch.zeros(2, 4, 3).transpose(1, 2),
+        torch.zeros(2, 6, 4)[:, :3],
+        nn.Parameter(torch.zeros(2, 3, 4)),
+        torch.zeros(2, 3, 4, requires_grad=True),
+        torch.zeros(2, 3, 4).to_sparse(),
+        2,
+        torch.nn.Buffer(torch.zeros(2, 3, 4)[None])[0].int(),
+    ],
+    ids=["shape", "rank", "dtype", "device", "strides", "outer stride", "parameter", "grad", "layout", "number", "int"],
+)
+def test_inputs_are_told_apart(other):
+    assert key(X) == key(torch.ones(2, 3, 4))
+    assert key(X) != key(other)
+
+
+def test_strides_of_single_elements_mean_nothing():
+    assert key(torch.zeros(1, 3, 4)) == key(torch.zeros(1, 6, 4)[:, :3])
+    assert key(torch.zeros(1, 3, 4)) != key(torch.zeros(3, 1, 4).transpose(0, 1)[..., ::2])
+    assert key(torch.zeros(2, 3, 4)) != key(torch.zeros(2, 6, 4)[:, :3])
+
+
+def test_targets_and_wiring_are_told_apart():
+    assert key(X, function=torch.add) != key(X, function=torch.sub)
+    assert key(X, function=torch.add) != key(X, function=operator.add)
+    assert key(X, alpha=2) != key(X, beta=2)
+    assert key(X, X, args=()) != key(X)
+
+    def wired(swap):
+        module = piece(X, X, args=())
+        call = next(node for node in module.graph.nodes if node.op == "call_function")
+        call.args = call.args[::-1] if swap else call.args
+        return structure_key(module)
+
+    assert wired(False) == wired(False) != wired(True)
+
+
+def test_names_do_not_matter():
+    first, second = piece(X), piece(X)
+    for node in second.graph.nodes:
+        node.name = f"other_{node.name}"
+    assert structure_key(first) == structure_key(second)
+
+
+def test_tensor_subclasses_are_told_apart():
+    torchao = pytest.importorskip("torchao.quantization")
+
+    def quantized(config):
+        linear = nn.Linear(32, 32, bias=False)
+        torchao.quantize_(linear, config)
+        return linear.weight
+
+    int8 = quantized(torchao.Int8WeightOnlyConfig())
+    assert key(int8) == key(quantized(torchao.Int8WeightOnlyConfig()))
+    assert key(int8) != key(nn.Parameter(torch.zeros(32, 32)))
+    assert key(int8) != key(quantized(torchao.Int8DynamicActivationInt8WeightConfig()))
+
+
+def test_submodules_are_never_shared():
+    def holding():
+        graph = fx.Graph()
+        graph.output((graph.get_attr("weight"),))
+        module = fx.GraphModule({"weight": nn.Parameter(torch.zeros(2))}, graph)
+        return module
+
+    assert structure_key(holding()) != structure_key(holding())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One compilation for twins
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "module, extra, blocks, distinct",
+    [
+        (models.Toy, (), 1, 3),
+        (lambda: models.Toy(9), (), 1, 3),
+        (models.TwoLoops, (text(),), 2, 4),
+        (models.LastDiffers, (text(),), 2, 3),
+    ],
+)
+@pytest.mark.parametrize("pieces", ["blocks", "all"])
+def test_twins_are_compiled_once(module, extra, blocks, distinct, pieces):
+    """And of what is no block, nothing is compiled that was not asked for."""
+    graph, inner = capture(module(), *models.inputs(), *extra), Counting()
+    gm, count = lowered(graph, inner, compiled_pieces=pieces)
+    expected = distinct if pieces == "all" else blocks
+    assert count == distinct and len(inner.pieces) == expected
+    assert graph.same(gm, Computes())
+    cache = Restores()
+    assert graph.same(gm, cache) and graph.same(gm, cache)
+    held = [m for m in gm.modules() if isinstance(m, Lowered)]
+    assert len({id(m) for m in held}) == expected
+
+
+def test_a_different_constant_is_compiled_by_itself():
+    class Scaled(models.Toy):
+        """Blocks that differ in a number only: alike, one loop, but not twins."""
+
+        def make_block(self, index, width):
+            block = models.Block(width)
+            block.norm.eps = 1e-5 if index < 2 else 1e-3
+            return block
+
+    graph, inner = capture(Scaled(), *models.inputs()), Counting()
+    gm, count = lowered(graph, inner)
+    assert facts(gm)["block_loops"].loops[0].num_blocks == 4
+    assert count == 4
+    assert graph.same(gm, Computes())
+
+
+def test_the_inner_compiler_gets_fake_inputs_and_the_options():
+    graph, inner = capture(models.Toy(), *models.inputs()), Counting()
+    lowered(graph, inner, inner_options={"level": 3})
+    assert inner.extra == {"level": 3}
+    for gm, inputs in zip(inner.pieces, inner.inputs, strict=True):
+        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        assert [node.meta["example_value"] for node in placeholders] == inputs
+        assert all(hasattr(value, "fake_mode") for value in inputs)
+
+
+def test_eager_shares_the_pieces_themselves():
+    graph = capture(models.Toy(), *models.inputs())
+    gm, count = lowered(graph, "eager")
+    assert count == 3
+    region = gm._modules["region_0_compute"]
+    assert region is not None and region._modules["blocks_1"] is region._modules["blocks_3"]
+    assert graph.same(gm, Computes())
+
+
+def test_flux_has_five_pieces_at_batch_1():
+    """The streams that a single block hands on are slices of batch 1, contiguous whatever they were cut from."""
+    model, inputs = models.flux()
+    graph, inner = capture(model, **inputs), Counting()
+    gm, count = lowered(graph, inner)
+    assert count == 5
+    assert graph.same(gm, Computes())
+
+
+def compiled(module, inner, **options):
+    return torch.compile(module, backend=cachedit, fullgraph=True, options={"inner_backend": inner, **options})
+
+
+def test_flux_has_five_pieces_at_any_length():
+    model, _ = models.flux()
+    inner = Counting()
+    fast = compiled(model, inner, Fn_compute_blocks=1)
+    counts = []
+    with torch.no_grad():
+        for shape in ((2, 24, 5), (3, 20, 9), (2, 30, 7), (4, 12, 6)):
+            inputs = models.flux_inputs(*shape)
+            assert torch.equal(fast(**inputs)[0], model(**inputs)[0])
+            counts.append(len(inner.pieces))
+    assert counts == [3, 6, 6, 6]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inner compilers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_aot_eager():
+    graph = capture(models.TwoLoops(2, 3), *models.inputs(), text())
+    gm, count = lowered(graph, "aot_eager")
+    assert count == 4
+    assert graph.same(gm, Computes())
+
+
+@pytest.mark.parametrize(("inner", "expected"), [("eager", ["loops"]), ("inductor", ["processor", "loops"])])
+def test_warming_up_is_silent_about_what_fails(monkeypatch, inner, expected):
+    """Whoever needs it later says so."""
+    begun = []
+
+    def failing():
+        begun.append("loops")
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(cpu, "library", failing)
+    monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", lambda: begun.append("processor"))
+    raised: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    warm_up(parse_options({"inner_backend": inner}))
+    for thread in threading.enumerate():
+        if thread.name == "cachedit_fx.warm_up":
+            thread.join()
+    assert begun == expected and not raised
+
+
+@pytest.mark.slow
+def test_inductor_at_three_resolutions(monkeypatch):
+    """Two and three blocks: two kinds of block, once for all sizes."""
+    module = models.TwoLoops(2, 3).eval()
+    found, original = [], compile_fx.compile_fx
+
+    def counting(gm, inputs, **given):
+        found.append(gm)
+        return original(gm, inputs, **given)
+
+    monkeypatch.setattr(compile_fx, "compile_fx", counting)
+    fast = compiled(module, "inductor", Fn_compute_blocks=1)
+    counts = []
+    with torch.no_grad():
+        for batch, tokens, length in ((2, 6, 5), (3, 10, 7), (2, 8, 9)):
+            inputs = (*models.inputs(batch, tokens), text(batch, length))
+            for tensor, dims in zip(inputs, ((0, 1), 0, (0, 1)), strict=True):
+                torch._dynamo.mark_dynamic(tensor, dims)
+            torch.testing.assert_close(fast(*inputs), module(*inputs), rtol=1e-4, atol=1e-5)
+            counts.append(len(found))
+    assert counts == [2, 2, 2]

@@ -1,0 +1,226 @@
+"""Generations that must not meet: threads, named sessions, models, and what becomes of them."""
+
+import gc
+import threading
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from lib.toys import FALLING, denoise, make, noise
+
+from cachedit_fx import DBCacheConfig, disable_cache, enable_cache, refresh_context, session, summary
+from cachedit_fx.backend import cachedit
+from cachedit_fx.runtime import model_state
+from cachedit_fx.runtime.registry import cache_of_module, states_of
+
+pytestmark = [pytest.mark.keep_compiled, pytest.mark.filterwarnings("ignore:.*inert threshold")]
+BASE = DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=0.1)
+TEXT = noise(1, 3, seed=2)
+REQUESTS = {"a": noise(seed=11), "b": noise(seed=12) * 2, "c": noise(seed=13) / 2}
+
+
+def enabled(seed: int = 0):
+    model = enable_cache(make(seed=seed), BASE, inner_backend="eager")
+    denoise(model, FALLING[:1])  # compiles
+    return refresh_context(model)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return enabled()
+
+
+def cache_of(model):
+    found = cache_of_module(model)
+    assert found is not None
+    return found
+
+
+def decisions(regions):
+    return [branch.decisions for region in regions for branch in region.branches]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What each request gives when the model has nothing else to do."""
+    found = {}
+    for name, start in REQUESTS.items():
+        model = enabled()
+        found[name] = denoise(model, start=start), decisions(summary(model))
+    results = [decided for _, decided in found.values()]
+    assert results[0] != results[1] != results[2], "requests that behave alike show nothing"
+    return found
+
+
+def euler(model, hidden, timestep):
+    with torch.no_grad():
+        return hidden - 0.05 * model(hidden, torch.tensor([timestep]), TEXT)
+
+
+def test_interleaved_sessions(model, alone):
+    """A server steps three requests in turn."""
+    hidden = dict(REQUESTS)
+    for timestep in FALLING:
+        for name in hidden:
+            with session(name):
+                hidden[name] = euler(model, hidden[name], timestep)
+    for name, (expected, decided) in alone.items():
+        assert torch.equal(hidden[name], expected)
+        with session(name):
+            assert decisions(cache_of(model).session().summary()) == decided
+
+
+UNEQUAL = [("a", t) for t in FALLING[:5]]
+UNEQUAL += [call for late, early in zip(FALLING[5:], FALLING[:5], strict=True) for call in (("a", late), ("b", early))]
+UNEQUAL += [("b", t) for t in FALLING[5:]]
+"""One request is at its fifth step when another begins."""
+
+
+def test_sessions_of_unequal_pace(model, alone):
+    """Keys may be any hashable object."""
+    hidden = dict(REQUESTS)
+    for name, timestep in UNEQUAL:
+        with session((name, 1)):
+            hidden[name] = euler(model, hidden[name], timestep)
+    for name in "ab":
+        assert torch.equal(hidden[name], alone[name][0])
+
+
+def test_without_sessions_they_do_meet(model, alone):
+    """Or the test above could not fail."""
+    hidden = dict(REQUESTS)
+    for name, timestep in UNEQUAL:
+        hidden[name] = euler(model, hidden[name], timestep)
+    assert any(not torch.equal(hidden[name], alone[name][0]) for name in "ab")
+
+
+def test_a_session_within_a_session(model, alone):
+    hidden = dict(REQUESTS)
+    for timestep in FALLING:
+        with session("outer"):
+            hidden["a"] = euler(model, hidden["a"], timestep)
+            with session("inner"):
+                hidden["b"] = euler(model, hidden["b"], timestep)
+    for name in "ab":
+        assert torch.equal(hidden[name], alone[name][0])
+
+
+def test_a_session_ends_with_an_error(model, alone):
+    with pytest.raises(RuntimeError), session("broken"):
+        raise RuntimeError
+    assert torch.equal(denoise(model, start=REQUESTS["a"]), alone["a"][0])
+    assert decisions(summary(model)) == alone["a"][1]
+
+
+def test_none_is_no_key():
+    with pytest.raises(ValueError, match="None"), session(None):
+        pass
+
+
+def test_more_sessions_than_are_kept(model, monkeypatch):
+    """The one unused for longest is dropped and starts anew; the others go on."""
+    monkeypatch.setattr(model_state, "MAX_SESSIONS", 3)
+    for timestep in FALLING[:4]:
+        for name in ("s0", "s1", "s2"):
+            with session(name):
+                euler(model, noise(), timestep)
+    with session("s0"):
+        euler(model, noise(), FALLING[4])
+    with session("s3"):  # s1 goes
+        euler(model, noise(), FALLING[0])
+    steps = {}
+    for name in ("s0", "s2", "s1"):
+        with session(name):
+            euler(model, noise(), FALLING[5])
+            (region,) = summary(model)
+            steps[name] = region.executed_steps
+    assert steps == {"s0": 6, "s2": 5, "s1": 1}
+    assert len(cache_of(model)._by_key) == 3
+
+
+def run_in_threads(jobs):
+    """Run the jobs at once, step by step in lockstep as far as the interpreter lets them; raise what they raised."""
+    results, errors, barrier = {}, [], threading.Barrier(len(jobs))
+
+    def work(name, job):
+        try:
+            barrier.wait(60)
+            results[name] = job()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=item) for item in jobs.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not errors, errors
+    return results
+
+
+def test_threads_on_one_model_have_sessions_of_their_own(model, alone):
+    turn = threading.Barrier(2)
+
+    def job(name):
+        def run():
+            hidden = REQUESTS[name]
+            for timestep in FALLING:
+                turn.wait(60)
+                hidden = euler(model, hidden, timestep)
+            return hidden
+
+        return run
+
+    results = run_in_threads({name: job(name) for name in "ab"})
+    for name in "ab":
+        assert torch.equal(results[name], alone[name][0])
+
+
+@pytest.mark.parametrize("by_name", [False, True], ids=["compile", "torch.compile"])
+def test_two_threads_with_two_models(by_name, alone):
+    options: dict[str, Any] = {"cache": BASE, "inner_backend": "eager"}
+
+    def prepare(seed):
+        plain = make(seed=seed)
+        return torch.compile(plain, backend=cachedit, options=options) if by_name else enabled(seed)
+
+    names = ("a", "b")
+    expected = {}
+    for seed, name in enumerate(names):
+        fast = enabled(seed)
+        expected[name] = denoise(fast, start=REQUESTS[name]), decisions(summary(fast))
+    fast = {name: prepare(seed) for seed, name in enumerate(names)}  # these compile inside the threads
+    results = run_in_threads({name: lambda name=name: denoise(fast[name], start=REQUESTS[name]) for name in names})
+    for name in names:
+        assert torch.equal(results[name], expected[name][0])
+        assert decisions(summary(fast[name])) == expected[name][1]
+
+
+def test_a_session_is_gone_with_its_thread(model):
+    before = len(cache_of(model)._by_thread)
+    run_in_threads({"a": lambda: denoise(model, start=REQUESTS["a"])})
+    denoise(model, FALLING[:1])
+    gc.collect()
+    assert len(cache_of(model)._by_thread) == before
+
+
+@pytest.mark.parametrize("how", ["compile", "torch.compile", "disabled"])
+def test_state_is_gone_with_its_model(how):
+    """Dynamo keeps backends and compiled code of a class for good; the buffers must not hang on them."""
+    plain = make()
+    if how == "torch.compile":
+        fast = torch.compile(plain, backend=cachedit, options=dict[str, Any](cache=BASE, inner_backend="eager"))
+    else:
+        fast = enable_cache(plain, BASE, inner_backend="eager")
+    denoise(fast)
+    (cache,) = states_of(plain)
+    kept = weakref.ref(cache), weakref.ref(cache.latest)
+    del cache, fast
+    if how == "disabled":
+        disable_cache(plain)
+    else:
+        del plain
+    for _ in range(2):  # the module is a cycle, and its cache another one that the registry lets go of then
+        gc.collect()
+    assert [reference() for reference in kept] == [None, None]

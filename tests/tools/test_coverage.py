@@ -1,0 +1,80 @@
+"""`cachedit coverage` over models of one's own: the table, the file, the exit code, and what it refuses."""
+
+import re
+
+import pytest
+from lib.command_line import invoke, plain
+
+from cachedit_fx.bench.coverage import CHECKS
+
+MODELS = """
+from lib import models
+import torch
+
+def inputs(size):
+    torch.manual_seed(size)
+    hidden, timestep = models.inputs(tokens=4 * size)
+    return {"x": hidden, "timestep": timestep}
+
+class Breaks(models.Toy):
+    def forward(self, x, timestep):
+        temb = models.time_embedding(timestep)
+        for block in self.blocks:
+            x = block(x, temb)
+            torch._dynamo.graph_break()
+        return x
+
+class Named(models.Toy):
+    def forward(self, x, timestep):
+        return super().forward(x, timestep)
+
+ZOO = {
+    "Good": lambda: (Named().eval(), inputs),
+    "Short": lambda: (Breaks().eval(), inputs),
+    "Raises": lambda: 1 / 0,
+}
+EXCLUDED = {"Other": "no denoiser"}
+MISSING = ["Newcomer"]
+"""
+
+
+@pytest.fixture
+def models_file(tmp_path):
+    file = tmp_path / "some_models.py"
+    file.write_text(MODELS)
+    return file
+
+
+def test_the_table_says_what_held_and_what_did_not(models_file, tmp_path):
+    out = tmp_path / "found" / "table.md"
+    result = invoke("coverage", models_file, "--out", out)
+    assert result.exit_code == 1, result.output
+    rows = {
+        line.split("|")[1].strip(): line.count("✓") for line in out.read_text().splitlines() if line.startswith("|")
+    }
+    assert rows == {"model": 0, "---": 0, "Good": len(CHECKS), "Short": 2, "Raises": 0, "Newcomer": 0}
+    text = out.read_text()
+    assert "1 of 4 models pass every check" in text and "**Other**: no denoiser" in text
+    assert re.search(r"some_models\.py:\d+, in forward, `torch\._dynamo\.graph_break", text)
+    assert "ZeroDivisionError" in text and "**Newcomer**: no entry" in text
+    assert "1 of 4 models" in plain(result.output)
+    assert [path.name for path in out.parent.iterdir()] == ["table.md"]
+
+
+def test_one_model_alone(models_file):
+    result = invoke("coverage", models_file, "--only", "good")
+    assert result.exit_code == 0 and "1 of 1 models" in plain(result.output)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.py"], "nowhere.py cannot be imported"),
+        (["json"], "json has no ZOO"),
+        (["MODELS", "--only", "absent"], "no name contains absent"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_runs(models_file, arguments, message):
+    given = [models_file if argument == "MODELS" else argument for argument in arguments]
+    result = invoke("coverage", *given)
+    assert result.exit_code == 2 and message in plain(result.output)
