@@ -1,39 +1,56 @@
-"""A torch.compile backend that lets diffusion transformers skip the work that consecutive denoising steps repeat."""
+"""A torch.compile backend that lets diffusion transformers skip the work that consecutive denoising steps repeat.
 
+Importing the package imports nothing else, not even torch. A public name is imported from its module when it is first
+asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module as _import_module
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from cachedit_fx.api import compile, disable_cache, enable_cache, refresh_context, summary
+    from cachedit_fx.config.cache import DBCacheConfig
+    from cachedit_fx.config.calibrators import (
+        CalibratorConfig,
+        FoCaCalibratorConfig,
+        LagrangeCalibratorConfig,
+        TaylorSeerCalibratorConfig,
+    )
+    from cachedit_fx.config.options import Options, ParamsModifier
+    from cachedit_fx.config.rules import OptionError
+    from cachedit_fx.explanation import Explanation, explain
+    from cachedit_fx.runtime.policies.base import Action, Decision, Reason
+    from cachedit_fx.runtime.policies.dbprune import DBPruneConfig
+    from cachedit_fx.runtime.session import session
+    from cachedit_fx.runtime.stats import BranchStats, CacheStats
+    from cachedit_fx.runtime.warning import CacheWarning
+    from cachedit_fx.schedules.masks import steps_mask
+    from cachedit_fx.schedules.presets import presets
 
-def _find_sources_of_checkout() -> None:
-    """Make `cachedit_fx.kernels` and `cachedit_fx.passes` importable in a checkout, where both lie beside this folder.
-
-    A wheel holds them inside the package and needs nothing. In a checkout they have no `__init__.py` (a top-level
-    `kernels` package would be taken for the one on PyPI, by transformers among others), so neither an editable
-    install's finder nor a start in the checkout's root would find them; with the root on this package's path both do.
-    """
-    root = _Path(__file__).resolve().parent.parent
-    if (root / "pyproject.toml").is_file() and (root / "passes").is_dir() and str(root) not in __path__:
-        __path__.append(str(root))
-
-
-_find_sources_of_checkout()
-
-from cachedit_fx.api import compile, disable_cache, enable_cache, refresh_context, summary
-from cachedit_fx.config.cache import DBCacheConfig, DBPruneConfig
-from cachedit_fx.config.calibrators import (
-    CalibratorConfig,
-    FoCaCalibratorConfig,
-    LagrangeCalibratorConfig,
-    TaylorSeerCalibratorConfig,
-)
-from cachedit_fx.config.options import Options, ParamsModifier
-from cachedit_fx.config.rules import OptionError
-from cachedit_fx.explanation import Explanation, explain
-from cachedit_fx.runtime.policies.base import Action, Decision, Reason
-from cachedit_fx.runtime.session import session
-from cachedit_fx.runtime.stats import BranchStats, CacheStats
-from cachedit_fx.runtime.warning import CacheWarning
-from cachedit_fx.schedules.masks import steps_mask
-from cachedit_fx.schedules.presets import presets
+_MODULES = {
+    "api": ("compile", "disable_cache", "enable_cache", "refresh_context", "summary"),
+    "config.cache": ("DBCacheConfig",),
+    "config.calibrators": (
+        "CalibratorConfig",
+        "FoCaCalibratorConfig",
+        "LagrangeCalibratorConfig",
+        "TaylorSeerCalibratorConfig",
+    ),
+    "config.options": ("Options", "ParamsModifier"),
+    "config.rules": ("OptionError",),
+    "explanation": ("Explanation", "explain"),
+    "runtime.policies.base": ("Action", "Decision", "Reason"),
+    "runtime.policies.dbprune": ("DBPruneConfig",),
+    "runtime.session": ("session",),
+    "runtime.stats": ("BranchStats", "CacheStats"),
+    "runtime.warning": ("CacheWarning",),
+    "schedules.masks": ("steps_mask",),
+    "schedules.presets": ("presets",),
+}
+"""Module -> the public names that it defines."""
 
 __all__ = [
     "Action",
@@ -62,3 +79,31 @@ __all__ = [
     "steps_mask",
     "summary",
 ]
+
+
+def _find_sources_of_checkout() -> None:
+    """Make `cachedit_fx.kernels` and `cachedit_fx.passes` importable in a checkout, where both lie next to this folder.
+
+    A wheel holds them inside the package and needs nothing. In a checkout they have no `__init__.py`: transformers,
+    among others, would take a top-level `kernels` package for the one on PyPI. So neither an editable install's finder
+    nor a start in the checkout's root would find them. With the root on this package's path both do.
+    """
+    root = _Path(__file__).resolve().parent.parent
+    if (root / "pyproject.toml").is_file() and (root / "passes").is_dir() and str(root) not in __path__:
+        __path__.append(str(root))
+
+
+_find_sources_of_checkout()
+
+
+def __getattr__(name: str) -> Any:
+    module = next((module for module, names in _MODULES.items() if name in names), None)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(_import_module(f"{__name__}.{module}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

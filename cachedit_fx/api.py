@@ -9,7 +9,6 @@ from dataclasses import fields, replace
 from typing import Any, TypeVar, get_args
 
 import torch
-from rich.console import Console
 from torch import fx
 
 from cachedit_fx.backend import compile_graph, pass_manager
@@ -17,12 +16,11 @@ from cachedit_fx.config.cache import DBCacheConfig
 from cachedit_fx.config.calibrators import CalibratorConfig
 from cachedit_fx.config.options import Options, ParamsModifier, parse_options
 from cachedit_fx.config.rules import OptionError
-from cachedit_fx.passes.base import ModuleFacts
-from cachedit_fx.report.stats import render
+from cachedit_fx.passes.base import Traced
 from cachedit_fx.runtime.compiled_call import CompiledCall, Guards
 from cachedit_fx.runtime.listener import listen, stop_listening
 from cachedit_fx.runtime.model_state import ModelState
-from cachedit_fx.runtime.registry import cache_of_module, register, states_of, unregister, unwrapped
+from cachedit_fx.runtime.registry import register, state_of_module, states_of, unregister, unwrapped
 from cachedit_fx.runtime.stats import CacheStats
 from cachedit_fx.schedules.presets import preset as preset_settings
 
@@ -43,7 +41,7 @@ def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa
 
     Args:
         module: a diffusion transformer, taking one denoising step's inputs.
-        **options: any field of `cachedit_fx.options.Options` or, flat, of its `cache`; and `fullgraph`, `dynamic`,
+        **options: any field of `cachedit_fx.Options` or, flat, of its `cache`; and `fullgraph`, `dynamic`,
             `recompile_limit` (64 unless given), `mode` as in `torch.compile`. The first three hold until they are given
             again, and so does `guards`: "always" passes dynamo's guards at every call, "generation" at the first two
             calls of a kind in each generation only, which is safe as long as nothing about the module but the contents
@@ -54,36 +52,37 @@ def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa
         OptionError: on an unknown or invalid option, before anything is compiled.
     """
     own = ("fullgraph", "dynamic", "recompile_limit")
-    given: dict[str, Any] = {name: options.pop(name) for name in own if name in options}
+    chosen: dict[str, Any] = {name: options.pop(name) for name in own if name in options}
     guards: Guards | None = options.pop("guards", None)
     if guards not in (None, *get_args(Guards)):
         raise OptionError(f"guards={guards!r}: expected {' or '.join(map(repr, get_args(Guards)))}")
     parsed = parse_options(options)
     _check_against(module, parsed)
-    known, compiled = cache_of_module(module), module._compiled_call_impl
+    state, compiled = state_of_module(module), module._compiled_call_impl
     before = compiled if isinstance(compiled, CompiledCall) else None
     kept = before.torch_options if before else {}
-    torch_options: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT, **kept, **given}
+    torch_options: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT, **kept, **chosen}
     guards = guards or (before.guards if before else "always")
-    if known and before and torch_options == kept and known.options.structure() == parsed.structure():
+    if state and before and torch_options == kept and state.options.structure() == parsed.structure():
         before.guards = guards
-        known.set_policy(parsed)
+        state.set_policy(parsed)
         return module
-    cache = ModelState(parsed)
-    cache.module = ModuleFacts.of(module)
+    state = ModelState(parsed)
+    state.traced = Traced.of(module)
     listener = listen(module)
     if listener is not None:
-        cache.hint = listener.hint
-
-    owned = weakref.ref(cache)  # by the module's call: dynamo keeps a backend for good, and the cache holds buffers
+        state.hint = listener.hint
+    weakly = weakref.ref(
+        state
+    )  # dynamo keeps a backend for good, and the state holds buffers; the module's call owns it
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        cache = owned()
-        assert cache is not None
-        return compile_graph(gm, example_inputs, cache.options, cache)
+        state = weakly()
+        assert state is not None
+        return compile_graph(gm, example_inputs, state.options, state)
 
-    module._compiled_call_impl = CompiledCall(module, backend, cache, torch_options, guards)
-    register(module, cache)
+    module._compiled_call_impl = CompiledCall(module, backend, state, torch_options, guards)
+    register(module, state)
     return module
 
 
@@ -91,7 +90,7 @@ def _check_against(module: torch.nn.Module, options: Options) -> None:
     """Raise now on names that would otherwise fail, or do nothing, in the middle of a compilation."""
     pass_manager(options)
     parameters = inspect.signature(module.forward).parameters
-    open_ended = any(item.kind is inspect.Parameter.VAR_KEYWORD for item in parameters.values())
+    open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     if options.timestep is not None and options.timestep not in parameters and not open_ended:
         raise OptionError(
             f"timestep={options.timestep!r}: {type(module).__name__}.forward has no such argument; it has "
@@ -158,7 +157,7 @@ def disable_cache(pipe_or_module: Model) -> Model:
     """Give back the plain, uncompiled module or pipeline. What was never enabled is left as it is."""
     for module in transformers_of(pipe_or_module):
         module = unwrapped(module)
-        if cache_of_module(module) is not None:
+        if state_of_module(module) is not None:
             module._compiled_call_impl = None
             stop_listening(module)
             unregister(module)
@@ -181,20 +180,20 @@ def refresh_context(
         verbose: print the policy that now holds.
     """
     for module in transformers_of(pipe_or_module):
-        caches = [cache for cache in states_of(module) if cache.config is not None]
-        if not caches:
+        states = [state for state in states_of(module) if state.config is not None]
+        if not states:
             raise ValueError(
                 f"{type(unwrapped(module)).__name__} has no cache to refresh: call enable_cache first; a model that "
                 "torch.compile(backend='cachedit') returned has one from its first call on"
             )
-        for cache in caches:
-            config = cache_config or cache.config or DBCacheConfig()
+        for state in states:
+            config = cache_config or state.config or DBCacheConfig()
             if num_inference_steps is not None:
                 config = config.reset(num_inference_steps=num_inference_steps)
-            options = replace(cache.options, cache=config, calibrator=calibrator_config or cache.options.calibrator)
-            if options.structure() == cache.options.structure():
-                cache.set_policy(options)
-            elif cache is cache_of_module(unwrapped(module)):
+            options = replace(state.options, cache=config, calibrator=calibrator_config or state.options.calibrator)
+            if options.structure() == state.options.structure():
+                state.set_policy(options)
+            elif state is state_of_module(unwrapped(module)):
                 compile(unwrapped(module), **{item.name: getattr(options, item.name) for item in fields(Options)})
             else:
                 raise OptionError(
@@ -203,7 +202,9 @@ def refresh_context(
                     "them, or use cachedit_fx.compile, which does so by itself"
                 )
             if verbose:
-                Console().print(config)
+                from rich import print as rich_print
+
+                rich_print(config)
     return pipe_or_module
 
 
@@ -213,14 +214,18 @@ def summary(pipe_or_module: Any, details: bool = False) -> list[CacheStats]:
 
     Accepts a pipeline, a module, or what `torch.compile` returned.
     """
-    found: list[CacheStats] = []
+    stats: list[CacheStats] = []
     for module in transformers_of(pipe_or_module):
-        for cache in states_of(module):
-            if cache.latest is not None:
-                found.extend(cache.latest.summary())
+        for state in states_of(module):
+            if state.latest is not None:
+                stats.extend(state.latest.summary())
     if details:
-        Console().print(render(found, details=True) if found else "no statistics: nothing has run with the cache")
-    return found
+        from rich import print as rich_print
+
+        from cachedit_fx.report.stats import render
+
+        rich_print(render(stats, details=True) if stats else "no statistics: nothing has run with the cache")
+    return stats
 
 
 def transformers_of(pipe_or_module: Any) -> list[torch.nn.Module]:

@@ -43,6 +43,14 @@ def capturing() -> AbstractContextManager[None]:
     return flags
 
 
+def isolated_compile(function: Callable[..., Any], backend: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`torch.compile`, with a recompile limit of its own: dynamo's counts per code object, which models of a class
+    share."""
+    isolated: dict[str, Any] = {"isolate_recompiles": True}  # missing from torch 2.13's overloads
+    compiled: Callable[..., Any] = torch.compile(function, backend=backend, **isolated, **options)
+    return compiled
+
+
 class _Whole(Exception):
     """Ends a capture that came through in one piece, before anything is run."""
 
@@ -59,10 +67,9 @@ def first_break(module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[st
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         return stop
 
-    isolated: dict[str, Any] = {"isolate_recompiles": True}  # missing from torch 2.13's overloads
     with capturing():
         try:
-            torch.compile(module._call_impl, backend=backend, fullgraph=True, **isolated)(*args, **kwargs)
+            isolated_compile(module._call_impl, backend, fullgraph=True)(*args, **kwargs)
         except _Whole:
             return None
         except TorchDynamoException as error:

@@ -13,12 +13,12 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from cachedit_fx.backend import rewrite
-from cachedit_fx.capture import ends_at_break, uncompiled
+from cachedit_fx.capture import capturing, ends_at_break, first_break, isolated_compile, uncompiled
 from cachedit_fx.config.options import Options
-from cachedit_fx.passes.base import ModuleFacts, facts
+from cachedit_fx.passes.base import Traced
 from cachedit_fx.passes.block_loops import BlockLoop, Detection
+from cachedit_fx.passes.manager import Outcome
 from cachedit_fx.passes.plan_regions import RegionPlan, RegionReport
-from cachedit_fx.runtime.compiled_call import capturing, first_break
 from cachedit_fx.runtime.registry import states_of, unwrapped
 
 
@@ -74,50 +74,53 @@ def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     the last do run, to get there; so does a graph without a chain, which may be one of several.
     """
     module = unwrapped(module)
-    caches = states_of(module)
-    options = caches[0].options if caches else Options()
-    known = ModuleFacts.of(module)
-    graphs: list[fx.GraphModule] = []
+    states = states_of(module)
+    options = states[0].options if states else Options()
+    traced = Traced.of(module)
+    outcomes: list[Outcome] = []
 
     def stop(*_: Any) -> Any:
         raise _Captured
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        outer = rewrite(gm, options, {}, known)
-        graphs.append(outer)
-        whole = not ends_at_break(gm) and facts(outer)["block_loops"].chain
-        return stop if whole else gm.forward
+        outcomes.append(rewrite(gm, options, traced))
+        return stop if _has_chain(outcomes[-1]) and not ends_at_break(gm) else gm.forward
 
     place = None
     with torch.no_grad(), uncompiled(module):
         for flags in (capturing(), contextlib.nullcontext()):  # as `CompiledCall` does
-            graphs.clear()
+            outcomes.clear()
             with flags, contextlib.suppress(_Captured, GuardOnDataDependentSymNode):
-                isolated: dict[str, Any] = {"isolate_recompiles": True}  # missing from torch 2.13's overloads
-                torch.compile(module, backend=backend, **isolated)(*args, **kwargs)
-            if len(graphs) == 1 or any(facts(graph)["block_loops"].chain for graph in graphs):
+                isolated_compile(module, backend)(*args, **kwargs)
+            if len(outcomes) == 1 or any(map(_has_chain, outcomes)):
                 break
-        if len(graphs) != 1:
+        if len(outcomes) != 1:
             place = first_break(module, args, kwargs)
-    if not graphs:
+    if not outcomes:
         raise ValueError(f"{type(module).__name__} could not be captured: it breaks at {place}")
-    notes = (f"{len(graphs)} graphs: the capture breaks, first at {place}",) if place else ()
-    return _explanation(graphs, notes)
+    notes = (f"{len(outcomes)} graphs: the capture breaks, first at {place}",) if place else ()
+    return _explanation(outcomes, notes)
 
 
-def _explanation(graphs: Sequence[fx.GraphModule], notes: tuple[str, ...]) -> Explanation:
-    found = [facts(graph) for graph in graphs]
-    detections: list[Detection] = [item["block_loops"] for item in found]
-    reports: list[RegionReport] = [item.get("regions") or RegionReport((), ()) for item in found]
+def _has_chain(outcome: Outcome) -> bool:
+    detection = outcome.facts.get(Detection)
+    return detection is not None and bool(detection.chain)
+
+
+def _explanation(outcomes: Sequence[Outcome], notes: tuple[str, ...]) -> Explanation:
+    detections = [detection for outcome in outcomes if (detection := outcome.facts.get(Detection)) is not None]
+    reports = [report for outcome in outcomes if (report := outcome.facts.get(RegionReport)) is not None]
     loops = tuple(itertools.chain.from_iterable(detection.loops for detection in detections))
     total = max(sum(loop.cost for loop in loops), 1)
-    told = {note: None for detection in detections if detection.loops or len(graphs) == 1 for note in detection.notes}
-    told |= {refusal: None for report in reports for refusal in report.refusals}
+    remarks = {
+        note: None for detection in detections if detection.loops or len(outcomes) == 1 for note in detection.notes
+    }
+    remarks |= {refusal: None for report in reports for refusal in report.refusals}
     return Explanation(
         loops=loops,
         chain=tuple(loop.name for detection in detections for loop in detection.chain_loops),
         regions=tuple(itertools.chain.from_iterable(report.regions for report in reports)),
-        notes=(*notes, *told),
-        code="\n".join(graph.print_readable(print_output=False) for graph in graphs),
+        notes=(*notes, *remarks),
+        code="\n".join(outcome.graph_module.print_readable(print_output=False) for outcome in outcomes),
         work={loop.name: loop.cost / total for loop in loops},
     )

@@ -42,27 +42,33 @@ class Lowered(torch.nn.Module):
         self.forward = compiled
 
 
-def lower(gm: fx.GraphModule, options: Options) -> int:
-    """Replace every piece below `gm` by its compiled form, in place; twins get one and the same.
+def lower(gm: fx.GraphModule, options: Options) -> Callable[..., Any] | None:
+    """Replace every piece below `gm` by its compiled form, in place; identical pieces share one.
 
-    Returns the number of distinct pieces. With `inner_backend="eager"` a piece is its own compiled form. Afterwards
-    `gm.forward` may be called, and `gm` itself no longer rewritten.
+    Returns `gm`'s forward, or None if `gm` has no pieces. With `inner_backend="eager"` a piece is its own compiled
+    form. Afterwards `gm` can no longer be rewritten.
     """
-    compiler = inner_compiler(options)
+    compiler, pieces = inner_compiler(options), 0
     lowered: dict[tuple[Hashable, bool], torch.nn.Module] = {}
     for holder in (gm, *_branches(gm)):
         for node in holder.graph.nodes:
-            if node.op != "call_module":
+            if node.op != "call_module" or KIND not in node.meta:
                 continue
             piece = holder.get_submodule(str(node.target))
             assert isinstance(piece, fx.GraphModule)
+            pieces += 1
             key = structure_key(piece), _is_compiled(node.meta[KIND], options)
             if key not in lowered:
                 lowered[key] = Lowered(compile_piece(piece, compiler)) if key[1] else piece
                 logger.info("%s: %s", node.target, "compiled" if key[1] else "as captured")
             setattr(holder, str(node.target), lowered[key])
+    if not pieces:
+        return None
+    logger.info("%d pieces, %d distinct", pieces, len(lowered))
     _bind(gm)
-    return len(lowered)
+    _LazyGraphModule.force_recompile(gm)
+    forward: Callable[..., Any] = gm.forward
+    return forward
 
 
 def _bind(gm: fx.GraphModule) -> None:

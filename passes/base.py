@@ -1,86 +1,144 @@
-"""The interface that every pass shares.
+"""The contract of the passes: analyses, rewrites, and the facts between them.
 
-A pass takes a graph module and returns a graph module with the number of matches. What one pass learns and another
-needs travels as a named *fact* in `GraphModule.meta`: a pass names the facts that it requires, uses if they are there,
-and provides, and the manager finds the order. Options are bound in the constructor, so that whoever runs the passes
-knows no pass's arguments.
+    Analysis   graph, facts ──► one fact                 pure: repeated whenever a rewrite has made its fact stale
+    Rewrite    graph, facts ──► graph, matches, facts    says which facts stay true: `preserves`
+
+A fact is a frozen dataclass, known by its type. Passes name the facts that they need. The manager finds the order,
+drops the facts that a rewrite made stale, and analyses anew on demand. Options are bound in the constructor, so that
+the manager knows no pass's arguments.
 """
 
 from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
-META_KEY = "cachedit_fx"
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
-class PassResult:
-    """What a pass hands back: the graph module to go on with, and how many places it matched."""
+class FlatGraph:
+    """Fact: the graph is as dynamo captured it, no block outlined. Every run of the manager starts with it.
 
-    graph_module: fx.GraphModule
-    matches: int
+    A rewrite of the flat graph requires and preserves this fact, so that it runs before blocks are outlined wherever it
+    stands in the list.
+    """
+
+
+class Facts:
+    """What is known of one graph, by the type of the fact."""
+
+    def __init__(self, facts: Iterable[Any] = ()) -> None:
+        self._by_kind: dict[type, Any] = {}
+        for fact in facts:
+            self.put(fact)
+
+    def __contains__(self, kind: type) -> bool:
+        return kind in self._by_kind
+
+    def __getitem__(self, kind: type[Kind]) -> Kind:
+        fact: Kind = self._by_kind[kind]
+        return fact
+
+    def get(self, kind: type[Kind]) -> Kind | None:
+        """The fact of this type; None if it is not known."""
+        return self._by_kind.get(kind)
+
+    def put(self, fact: Any) -> None:
+        """Enter a fact under its type."""
+        self._by_kind[type(fact)] = fact
+
+    def keep(self, kinds: Collection[type]) -> None:
+        """Drop all facts but these."""
+        self._by_kind = {kind: fact for kind, fact in self._by_kind.items() if kind in kinds}
+
+    @property
+    def kinds(self) -> tuple[type, ...]:
+        """The types of what is known."""
+        return tuple(self._by_kind)
 
 
 class Pass(ABC):
-    """One analysis or one rewrite of a dynamo-level graph.
+    """An analysis or a rewrite.
 
     Attributes:
-        name: what `options={"passes": {name: False}}` calls it.
-        requires: facts without which it is skipped.
-        uses: facts that it reads where they are there; whoever provides them runs first.
-        provides: facts that it leaves in the graph module's meta.
-        conflicts: names of passes that cannot run beside it.
+        name: the pass in `options={"passes": {name: False}}`, in the log, and in its artifacts.
+        requires: facts that it cannot do without. If one is not to be had, the pass is skipped.
+        uses: facts that it reads if they are known; their analyses run first.
     """
 
     name: ClassVar[str]
-    requires: ClassVar[frozenset[str]] = frozenset()
-    uses: ClassVar[frozenset[str]] = frozenset()
-    provides: ClassVar[frozenset[str]] = frozenset()
-    conflicts: ClassVar[frozenset[str]] = frozenset()
+    requires: ClassVar[tuple[type, ...]] = ()
+    uses: ClassVar[tuple[type, ...]] = ()
+
+
+class Analysis(Pass, Generic[Kind]):
+    """Learns one fact about a graph and leaves the graph as it is.
+
+    Attributes:
+        provides: the type of the fact.
+    """
+
+    provides: ClassVar[type]
 
     @abstractmethod
-    def run(self, gm: fx.GraphModule) -> PassResult:
-        """Analyse or rewrite `gm`. No match: return it untouched with a count of zero."""
-
-
-def facts(gm: fx.GraphModule) -> dict[str, Any]:
-    """The facts that passes have left on this graph module."""
-    result: dict[str, Any] = gm.meta.setdefault(META_KEY, {})
-    return result
-
-
-def make_module(root: torch.nn.Module | dict[str, Any], graph: fx.Graph, name: str) -> fx.GraphModule:
-    """A graph module whose code is generated when it is first called or printed.
-
-    Of the pieces of a model most are twins of another, and never called: generating their code took most of the time
-    of all passes together.
-    """
-    return _LazyGraphModule(root, graph, name)
+    def run(self, gm: fx.GraphModule, facts: Facts) -> Kind | None:
+        """The fact; None if there is nothing to be known."""
 
 
 @dataclass(frozen=True)
-class ModuleFacts:
-    """What is known of a module ahead of its graphs.
+class Rewritten:
+    """What a rewrite hands back: the graph module to go on with, how many places it matched, new facts."""
+
+    graph_module: fx.GraphModule
+    matches: int
+    facts: tuple[Any, ...] = ()
+
+
+class Rewrite(Pass):
+    """Changes a graph.
 
     Attributes:
-        sample: name of its first argument, which is the noisy sample; None: the sample is known by its looks.
+        provides: types of the facts that it makes true. With matches, it hands back all of them.
+        preserves: types of the facts that are still true after it. The manager drops all others if it matched.
+    """
+
+    provides: ClassVar[tuple[type, ...]] = ()
+    preserves: ClassVar[tuple[type, ...]] = ()
+
+    @abstractmethod
+    def run(self, gm: fx.GraphModule, facts: Facts) -> Rewritten:
+        """Rewrite `gm`. If nothing matches, return it untouched with a count of zero."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What is known beside the graph: of the module that it is, or is a part of, and of the frame that was traced.
+
+    Attributes:
+        sample: name of the module's first argument, which is the noisy sample. None: the sample is told by its looks.
         parameters: numbers in all its weights.
         largest: numbers in the weights of its largest ModuleList.
+        numbers: arguments of the frame that are Python numbers, by name. Dynamo makes them constants of the graph.
     """
 
     sample: str | None = None
     parameters: int = 0
     largest: int = 0
+    numbers: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
     @classmethod
-    def of(cls, module: torch.nn.Module) -> ModuleFacts:
+    def of(cls, module: torch.nn.Module) -> Traced:
+        """What a module tells before any of its graphs is seen."""
+
         def count(part: torch.nn.Module) -> int:
             return sum(parameter.numel() for parameter in part.parameters())
 
@@ -88,5 +146,18 @@ class ModuleFacts:
         containers = (part for part in module.modules() if isinstance(part, torch.nn.ModuleList))
         return cls(sample, count(module), max(map(count, containers), default=0))
 
+    def with_numbers(self, numbers: Mapping[str, float]) -> Traced:
+        """The same, for a frame with these numbers."""
+        return replace(self, numbers=MappingProxyType(dict(numbers)))
 
-NOTHING_KNOWN = ModuleFacts()
+
+NOTHING_KNOWN = Traced()
+
+
+def make_module(root: torch.nn.Module | dict[str, Any], graph: fx.Graph, name: str) -> fx.GraphModule:
+    """A graph module whose code is generated when it is first called or printed.
+
+    Most pieces of a model are identical to another, and never called. Generating their code took most of the time of
+    all passes together.
+    """
+    return _LazyGraphModule(root, graph, name)

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 
-from .base import ModuleFacts
+from .base import Traced
 from .block_loops import BlockLoop, LoopNotFound
 from .find_timestep import source_name
 from .graph_aliases import dependents
@@ -37,17 +37,17 @@ def choose_chain(
     nodes: Sequence[fx.Node],
     loops: Sequence[BlockLoop],
     chosen: Sequence[str] | None,
-    module: ModuleFacts,
+    traced: Traced,
 ) -> tuple[tuple[int, ...], tuple[int, ...], list[str]]:
     notes: list[str] = []
-    named = next((node for node in gm.graph.nodes if _is_sample(node, module.sample)), None)
+    named = next((node for node in gm.graph.nodes if _is_sample(node, traced.sample)), None)
     sample = named or _sample_input(gm)
     made = dependents({sample}, nodes) | {sample} if sample is not None else set()
     streamed = [any(item.inputs[0] in made for item in loop.carried) for loop in loops]
     if not loops:
         return (), (), ["no block loop: no run of alike sub-graphs in which each takes what the one before it made"]
     inside = sum(map(numel_of, filter(is_weight, gm.graph.nodes)))
-    elsewhere = module.parameters - inside
+    elsewhere = traced.parameters - inside
     if chosen is not None:
         by_name = {loop.name: index for index, loop in enumerate(loops)}
         unknown = [name for name in chosen if name not in by_name]
@@ -58,11 +58,11 @@ def choose_chain(
         chain = sorted(by_name[name] for name in chosen)
         notes.append(f"chain chosen by option: {', '.join(loops[i].name for i in chain)}")
     elif named is not None and not any(streamed):
-        return (), (), [f"no chain: {module.sample} runs through none of {', '.join(loop.name for loop in loops)}"]
+        return (), (), [f"no chain: {traced.sample} runs through none of {', '.join(loop.name for loop in loops)}"]
     else:
         chain = _connected_bulk(nodes, loops, streamed, notes)
         own = sum(numel_of(value) for index in chain for value in loops[index].weights)
-        if own < MIN_GRAPH_SHARE * min(elsewhere, module.largest):
+        if own < MIN_GRAPH_SHARE * min(elsewhere, traced.largest):
             names = " + ".join(loops[index].name for index in chain)
             return (
                 (),

@@ -11,7 +11,7 @@ A block loop is a run of alike sub-graphs in which each takes what the one befor
   plain functions) and for parts of a graph that the names leave open.
 
 Whatever the source, the dataflow decides: without a value of constant shape that is carried from block to block there
-is no loop. Analysis only: the graph is not touched. Requires `normalized`; provides `block_loops` (a `Detection`).
+is no loop.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from .base import NOTHING_KNOWN, ModuleFacts, Pass, PassResult, facts
+from .base import NOTHING_KNOWN, Analysis, Facts, FlatGraph, Traced
 from .block_loops import BlockLoop, Detection
 from .choose_chain import choose_chain
 from .classify_values import build_loop
@@ -35,42 +35,38 @@ from .graph_values import (
 )
 from .loops_by_name import Span, alike_parts, are_alike, repeats_itself, spans_by_name
 from .loops_by_structure import tandem_repeats
+from .normalize import Normalized
 
 
-class DetectBlockLoops(Pass):
-    """Provides a `Detection`.
+class DetectBlockLoops(Analysis[Detection]):
+    """Finds the block loops and chooses the chain.
 
     Args:
         loops: names of the loops that make up the chain; None chooses them.
-        use_names: whether module names may be used as evidence (structure alone must do where False).
-        module: what is known of the module that the graph is, or is a part of.
+        use_names: whether module names may be used as evidence. Structure alone must do if not.
+        traced: what is known of the module that the graph is, or is a part of.
     """
 
     name: ClassVar[str] = "detect_block_loops"
-    requires: ClassVar[frozenset[str]] = frozenset({"normalized"})
-    provides: ClassVar[frozenset[str]] = frozenset({"block_loops"})
+    requires: ClassVar[tuple[type, ...]] = (FlatGraph, Normalized)
+    provides: ClassVar[type] = Detection
 
     def __init__(
-        self,
-        loops: Sequence[str] | None = None,
-        use_names: bool = True,
-        module: ModuleFacts = NOTHING_KNOWN,
+        self, loops: Sequence[str] | None = None, use_names: bool = True, traced: Traced = NOTHING_KNOWN
     ) -> None:
         self.loops = tuple(loops) if loops is not None else None
         self.use_names = use_names
-        self.module = module
+        self.traced = traced
 
-    def run(self, gm: fx.GraphModule) -> PassResult:
-        detection = detect(gm, self.loops, self.use_names, self.module)
-        facts(gm)["block_loops"] = detection
-        return PassResult(gm, len(detection.loops))
+    def run(self, gm: fx.GraphModule, facts: Facts) -> Detection:
+        return detect(gm, self.loops, self.use_names, self.traced)
 
 
 def detect(
     gm: fx.GraphModule,
     chosen: Sequence[str] | None = None,
     use_names: bool = True,
-    module: ModuleFacts = NOTHING_KNOWN,
+    traced: Traced = NOTHING_KNOWN,
 ) -> Detection:
     """Find the loops of `gm` and choose the chain. See `DetectBlockLoops`."""
     nodes = body_nodes(gm.graph)
@@ -93,7 +89,7 @@ def detect(
     loops.sort(key=lambda loop: loop.start)
     ends = [*(loop.start for loop in loops[1:]), len(nodes)]
     loops = [_grown(loop, nodes, prints, end) for loop, end in zip(loops, ends, strict=False)]
-    chain, hidden, notes = choose_chain(gm, nodes, loops, chosen, module)
+    chain, hidden, notes = choose_chain(gm, nodes, loops, chosen, traced)
     return Detection(tuple(loops), chain, hidden, tuple(notes), len(nodes))
 
 

@@ -3,8 +3,8 @@
 By name first (`timestep` and its usual variants, as the end of the input's source name), then by use: a small input
 that reaches a sine or cosine through element-wise operations alone is what a sinusoidal time embedding is made of.
 
-A timestep that the tracer saw as a Python number is a constant of the graph and no input: then the number is passed in
-by who knows it (the tracer's frame). Analysis only. Provides `timestep` (a `TimestepSource`, or None).
+A timestep that the tracer saw as a Python number is a constant of the graph and no input. Then the number comes from
+the tracer's frame.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from .base import Pass, PassResult, facts
+from .base import Analysis, Facts, FlatGraph
 from .graph_cost import numel
-from .graph_values import holds_weight, target_name, tensor_of
+from .graph_values import is_weight, target_name, tensor_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,36 +48,36 @@ def timestep_of(source: TimestepSource | None, args: Sequence[Any]) -> torch.Ten
         return None
     if source.input_index is None:
         return source.constant
-    found: torch.Tensor | float = args[source.input_index]
-    return found
+    timestep: torch.Tensor | float = args[source.input_index]
+    return timestep
 
 
-class FindTimestep(Pass):
-    """Provides `timestep`.
+class FindTimestep(Analysis[TimestepSource]):
+    """Finds the graph input, or the number, that is the timestep.
 
     Args:
-        name: the argument's name; None finds it.
+        argument: its name as an argument of `forward`; None finds it.
         numbers: arguments of the traced frame that are Python numbers, by name.
     """
 
     name: ClassVar[str] = "find_timestep"
-    provides: ClassVar[frozenset[str]] = frozenset({"timestep"})
+    requires: ClassVar[tuple[type, ...]] = (FlatGraph,)
+    provides: ClassVar[type] = TimestepSource
 
-    def __init__(self, argument: str | None = None, numbers: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, argument: str | None = None, numbers: Mapping[str, float] | None = None) -> None:
         self.argument = argument
         self.numbers = dict(numbers or {})
 
-    def run(self, gm: fx.GraphModule) -> PassResult:
+    def run(self, gm: fx.GraphModule, facts: Facts) -> TimestepSource | None:
         inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        found = self._by_name(inputs) or (self._by_use(inputs) if self.argument is None else None)
-        if found is None and self.argument is not None:
-            names = sorted({source_name(node) for node in inputs if not holds_weight(node)})
+        source = self._by_name(inputs) or (self._by_use(inputs) if self.argument is None else None)
+        if source is None and self.argument is not None:
+            names = sorted({source_name(node) for node in inputs if not is_weight(node)})
             logger.warning("timestep=%r: this graph has no such input; it has %s", self.argument, names)
-        facts(gm)["timestep"] = found
-        return PassResult(gm, int(found is not None))
+        return source
 
     def _by_name(self, inputs: list[fx.Node]) -> TimestepSource | None:
-        by_name = {source_name(node): index for index, node in enumerate(inputs) if not holds_weight(node)}
+        by_name = {source_name(node): index for index, node in enumerate(inputs) if not is_weight(node)}
         for name in (self.argument,) if self.argument else NAMES:
             if name in by_name:
                 return TimestepSource(name, input_index=by_name[name])
@@ -88,7 +88,7 @@ class FindTimestep(Pass):
     def _by_use(self, inputs: list[fx.Node]) -> TimestepSource | None:
         for index, node in enumerate(inputs):
             tensor = tensor_of(node)
-            if tensor is None or tensor.dim() > 1 or holds_weight(node) or numel(tensor) > 4096:
+            if tensor is None or tensor.dim() > 1 or is_weight(node) or numel(tensor) > 4096:
                 continue
             if _reaches_sine(node):
                 return TimestepSource(source_name(node), input_index=index)

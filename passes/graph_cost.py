@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -59,8 +58,3 @@ def cost_of(node: fx.Node) -> int:
         weight = inputs[1]
         return 2 * numel(output) * (numel(weight) // max(hint(weight.shape[0]), 1))
     return numel(output)
-
-
-def ordered(nodes: Iterable[fx.Node], position: dict[fx.Node, int]) -> Iterator[fx.Node]:
-    """`nodes` in graph order."""
-    return iter(sorted(nodes, key=position.__getitem__))

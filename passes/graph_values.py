@@ -6,6 +6,7 @@ graph order, so a contiguous range of positions is always a convex sub-graph.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -65,6 +66,13 @@ def same_kind(a: fx.Node, b: fx.Node) -> bool:
     return describe_value(value_of(a)) == describe_value(value_of(b))
 
 
+def op_counts(gm: fx.GraphModule) -> Counter[str]:
+    """How often each op stands in the graph and in the graphs of its submodules."""
+    graphs = (module.graph for module in gm.modules() if isinstance(module, fx.GraphModule))
+    nodes = (node for graph in graphs for node in graph.nodes)
+    return Counter(target_name(node) for node in nodes if node.op in ("call_function", "call_method"))
+
+
 def target_name(node: fx.Node) -> str:
     """A readable name of what the node calls: `cat` for `torch.cat`, a method and `torch.ops.aten.cat.default`."""
     target = node.target
@@ -95,11 +103,6 @@ def target_key(target: Any) -> Hashable:
 def positions_of(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
     """Node -> its index in `nodes`."""
     return {node: index for index, node in enumerate(nodes)}
-
-
-def holds_weight(node: fx.Node) -> bool:
-    """Whether a graph input is a parameter."""
-    return isinstance(value_of(node), torch.nn.Parameter) or "_parameters_" in str(node.target)
 
 
 def live_ins(nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
@@ -136,7 +139,8 @@ def is_data_movement(node: fx.Node) -> bool:
 
 def is_weight(node: fx.Node) -> bool:
     """Whether the node is a graph input that holds a parameter."""
-    return node.op == "placeholder" and isinstance(value_of(node), torch.nn.Parameter)
+    is_parameter = isinstance(value_of(node), torch.nn.Parameter) or "_parameters_" in str(node.target)
+    return node.op == "placeholder" and is_parameter
 
 
 def closes_context(node: fx.Node) -> bool:

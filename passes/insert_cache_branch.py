@@ -1,63 +1,77 @@
 """Puts a guarded branch around each region of an outlined graph.
 
     blocks_0 = self.blocks_0(h, ...)                blocks_0 = self.blocks_0(h, ...)
-    blocks_1 = self.blocks_1(blocks_0, ...)   ->    decision = cache.decide(0, h, blocks_0, (blocks_0, ...))
-    blocks_2 = self.blocks_2(blocks_1, ...)         region_0 = cache.run(0, decision,
+    blocks_1 = self.blocks_1(blocks_0, ...)   ->    entry_0 = region_call.decide(0, h, blocks_0, (blocks_0, ...))
+    blocks_2 = self.blocks_2(blocks_1, ...)         region_0 = region_call.run(entry_0,
     ...                                                 self.region_0_compute, (blocks_0, ..., weights),
                                                         self.region_0_bases, (blocks_0, ...))
                                                     ...
 
-The graph gets one input more, `cache`, ahead of all others: the run time's side of one call. Whatever decides, stores
-and predicts is behind its two methods, so that the policy is not in the graph and changing it compiles nothing.
-`region_k_compute` is the region as it was; `region_k_bases` gives, for each of its results, the base that a stored
-residual is added to, or None where the result is stored whole.
-
-Requires `regions`, `pieces`, `origin`; provides `cache_input`.
+The graph gets a new first input, `region_call`: the run time's side of one call. Its two methods decide, store and
+predict, so that the policy is not in the graph and changing it compiles nothing. `region_k_compute` is the region as it
+was. `region_k_bases` gives for each result the base that a stored residual is added to, or None for a result that is
+stored whole.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import fx
 from torch.fx.node import map_arg
 
-from .base import Pass, PassResult, facts, make_module
+from .base import Facts, Rewrite, Rewritten, make_module
+from .block_loops import Detection
+from .find_timestep import TimestepSource
 from .graph_values import live_ins
-from .outline_blocks import PLACE
+from .outline_blocks import PLACE, Outline
 from .plan_regions import RegionPlan, RegionReport
 from .trace_bases import Continuation
 
 
-class InsertCacheBranch(Pass):
-    """Regions become `cache.run(...)`, guarded by `cache.decide(...)`."""
+@dataclass(frozen=True)
+class CacheBranch:
+    """Fact: the graph's first input is the run time's side of a call, which decides about its regions.
+
+    Attributes:
+        regions: as planned, by the numbers that the graph gives them.
+    """
+
+    regions: tuple[RegionPlan, ...] = field(repr=False)
+
+
+class InsertCacheBranch(Rewrite):
+    """Turns each region into `region_call.run(...)`, guarded by `region_call.decide(...)`."""
 
     name: ClassVar[str] = "insert_cache_branch"
-    requires: ClassVar[frozenset[str]] = frozenset({"regions", "pieces", "origin"})
-    provides: ClassVar[frozenset[str]] = frozenset({"cache_input"})
+    requires: ClassVar[tuple[type, ...]] = (RegionReport, Outline)
+    provides: ClassVar[tuple[type, ...]] = (CacheBranch,)
+    preserves: ClassVar[tuple[type, ...]] = (TimestepSource, Detection, RegionReport)
 
-    def run(self, gm: fx.GraphModule) -> PassResult:
-        report: RegionReport = facts(gm)["regions"]
-        if not report.regions:
-            return PassResult(gm, 0)
-        cache = _add_cache_input(gm.graph)
-        origin = dict(facts(gm)["origin"])
-        for number, region in enumerate(report.regions):
-            _guard(gm, number, region, cache, origin)
+    def run(self, gm: fx.GraphModule, facts: Facts) -> Rewritten:
+        regions = facts[RegionReport].regions
+        if not regions:
+            return Rewritten(gm, 0)
+        region_call = _add_input(gm.graph)
+        origin = dict(facts[Outline].origin)
+        for number, region in enumerate(regions):
+            _guard(gm, number, region, region_call, origin)
         gm.delete_all_unused_submodules()
-        facts(gm)["cache_input"] = True
-        return PassResult(gm, len(report.regions))
+        return Rewritten(gm, len(regions), (CacheBranch(regions),))
 
 
-def _add_cache_input(graph: fx.Graph) -> fx.Node:
+def _add_input(graph: fx.Graph) -> fx.Node:
     first = next(iter(graph.nodes))
     with graph.inserting_before(first):
-        return graph.placeholder("cache", type_expr=Any)
+        return graph.placeholder("region_call", type_expr=Any)
 
 
-def _guard(gm: fx.GraphModule, number: int, region: RegionPlan, cache: fx.Node, origin: dict[fx.Node, fx.Node]) -> None:
+def _guard(
+    gm: fx.GraphModule, number: int, region: RegionPlan, region_call: fx.Node, origin: dict[fx.Node, fx.Node]
+) -> None:
     members = [node for node in gm.graph.nodes if region.start <= node.meta.get(PLACE, -1) < region.end]
     results = [origin[value] for value in region.live_outs if value in origin]
     inputs = live_ins(members)
@@ -70,12 +84,12 @@ def _guard(gm: fx.GraphModule, number: int, region: RegionPlan, cache: fx.Node, 
     with gm.graph.inserting_before(members[0]):
         hidden, reference = _compared(gm, region, origin)
         streams = tuple(origin[value] for value in dict.fromkeys((*region.bases.inputs, *region.streams)))
-        decision = gm.graph.call_method("decide", (cache, number, reference, hidden, streams))
-        decision.name = f"decision_{number}"
+        entry = gm.graph.call_method("decide", (region_call, number, reference, hidden, streams))
+        entry.name = f"entry_{number}"
     with gm.graph.inserting_before(behind):
         computed = gm.graph.get_attr(compute), tuple(inputs)
         bypassed = gm.graph.get_attr(bases), tuple(continued)
-        call = gm.graph.call_method("run", (cache, number, decision, *computed, *bypassed))
+        call = gm.graph.call_method("run", (region_call, entry, *computed, *bypassed))
         call.name = region.name
         call.meta = {"example_value": tuple(node.meta.get("example_value") for node in results)}
         for index, value in enumerate(value for value in region.live_outs if value in origin):

@@ -10,34 +10,39 @@ undone. A write through a view goes to a copy, of which the views that are still
 made and filled before it is read (rotary embeddings through `empty_like` and `setitem`, experts that add to zeros)
 crosses nothing and is left alone: rewriting it would only cost copies. What is written to a graph input is written back
 to it at the graph's end, for the caller to see.
-
-Requires nothing.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
-from .base import Pass, PassResult, facts
+from .base import Facts, FlatGraph, Rewrite, Rewritten
 from .graph_aliases import IN_PLACE_OPERATORS, aliases, is_factory, mutated_input, root_of
 from .graph_values import body_nodes, positions_of, tensor_of, value_of
 
 
-class Normalize(Pass):
-    """In-place writes made pure; getitems beside their producers."""
+@dataclass(frozen=True)
+class Normalized:
+    """Fact: no in-place write and no tuple crosses the border of a block. A rewrite that adds neither preserves it."""
+
+
+class Normalize(Rewrite):
+    """Makes in-place writes pure, and puts getitems next to their producers."""
 
     name: ClassVar[str] = "normalize"
-    provides: ClassVar[frozenset[str]] = frozenset({"normalized"})
+    requires: ClassVar[tuple[type, ...]] = (FlatGraph,)
+    provides: ClassVar[tuple[type, ...]] = (Normalized,)
+    preserves: ClassVar[tuple[type, ...]] = (FlatGraph,)
 
-    def run(self, gm: fx.GraphModule) -> PassResult:
+    def run(self, gm: fx.GraphModule, facts: Facts) -> Rewritten:
         matches = _gather_getitems(gm.graph) + _lift_lengths(gm.graph) + _purify_writes(gm.graph)
-        facts(gm)["normalized"] = True
-        return PassResult(gm, matches)
+        return Rewritten(gm, matches, (Normalized(),))
 
 
 def _gather_getitems(graph: fx.Graph) -> int:

@@ -11,15 +11,13 @@ the pieces are head, region and tail. Glue that only moves data stays in the out
 With `canonical_layout`, carried values and a region's results leave their pieces contiguous: a block that hands on a
 slice of a larger tensor would otherwise give its successor other strides than its own, and so another compilation;
 and what is restored from the store has the strides that were compiled for.
-
-Requires `block_loops`; uses `regions` where there are any. Provides `pieces`.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -27,8 +25,9 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.fx.node import map_arg
 
-from .base import Pass, PassResult, facts, make_module
+from .base import Facts, FlatGraph, Rewrite, Rewritten, make_module
 from .block_loops import Detection
+from .find_timestep import TimestepSource
 from .graph_values import body_nodes, input_nodes, is_data_movement, open_contexts, tensor_of, value_of
 from .plan_regions import RegionPlan, RegionReport
 
@@ -52,29 +51,42 @@ class Piece:
     nodes: tuple[fx.Node, ...]
 
 
-class OutlineBlocks(Pass):
-    """Provides `pieces`: the names of the modules it made, in order.
+@dataclass(frozen=True)
+class Outline:
+    """Fact: the graph is outlined.
+
+    Attributes:
+        pieces: names of the modules that the pieces became, in order.
+        origin: node of the flat graph -> the node of this graph that has its value.
+    """
+
+    pieces: tuple[str, ...]
+    origin: Mapping[fx.Node, fx.Node] = field(repr=False)
+
+
+class OutlineBlocks(Rewrite):
+    """Makes each block a module of its own, and what lies between them too.
 
     Args:
         granularity: "block" or "region".
-        canonical_layout: make carried values and region results contiguous where they leave a piece.
+        canonical_layout: make carried values and region results contiguous when they leave a piece.
     """
 
     name: ClassVar[str] = "outline_blocks"
-    requires: ClassVar[frozenset[str]] = frozenset({"block_loops"})
-    uses: ClassVar[frozenset[str]] = frozenset({"regions"})
-    provides: ClassVar[frozenset[str]] = frozenset({"pieces", "origin"})
+    requires: ClassVar[tuple[type, ...]] = (FlatGraph, Detection)
+    uses: ClassVar[tuple[type, ...]] = (RegionReport,)
+    provides: ClassVar[tuple[type, ...]] = (Outline,)
+    preserves: ClassVar[tuple[type, ...]] = (TimestepSource, Detection, RegionReport)
 
     def __init__(self, granularity: str = "block", canonical_layout: bool = True) -> None:
         self.granularity = granularity
         self.canonical_layout = canonical_layout
 
-    def run(self, gm: fx.GraphModule) -> PassResult:
-        detection: Detection = facts(gm)["block_loops"]
-        report: RegionReport | None = facts(gm).get("regions")
+    def run(self, gm: fx.GraphModule, facts: Facts) -> Rewritten:
+        detection, report = facts[Detection], facts.get(RegionReport)
         regions = report.regions if report else ()
         if not detection.chain:
-            return PassResult(gm, 0)
+            return Rewritten(gm, 0)
         nodes = body_nodes(gm.graph)
         pieces = plan_pieces(nodes, detection, regions, self.granularity)
         streams = {
@@ -86,8 +98,9 @@ class OutlineBlocks(Pass):
         }
         streams |= {value for region in regions for value in region.live_outs}
         wanted = {value for region in regions for value in _outer_values(region)}
-        outer = _Outliner(gm, pieces, wanted, streams if self.canonical_layout else set()).run()
-        return PassResult(outer, len(pieces))
+        outliner = _Outliner(gm, pieces, wanted, streams if self.canonical_layout else set())
+        outer = outliner.run()
+        return Rewritten(outer, len(pieces), (Outline(tuple(outliner.names), outliner.outer),))
 
 
 def _outer_values(region: RegionPlan) -> Iterable[fx.Node]:
@@ -174,11 +187,7 @@ class _Outliner:
                 self._outline(piece)
         output = next(node for node in reversed(self.gm.graph.nodes) if node.op == "output")
         self.graph.output(map_arg(output.args[0], self.outer.__getitem__)).meta = dict(output.meta)
-        result = make_module(self.gm, self.graph, "CachedTransformer")
-        result.meta = dict(self.gm.meta)
-        facts(result)["pieces"] = tuple(self.names)
-        facts(result)["origin"] = self.outer
-        return result
+        return make_module(self.gm, self.graph, "CachedTransformer")
 
     def _copy_outer(self, node: fx.Node) -> fx.Node:
         copy = self.graph.node_copy(node, self.outer.__getitem__)

@@ -15,32 +15,32 @@ H_F - H_in.
 With `to_output` the region is all that follows the head, to the end of the graph, and everything that leaves it is
 stored whole; with F = 0 it is the whole graph.
 
-With `non_prune` every block of the middle but those is a region of its own, and what is compared is what enters it:
+With the unit "block" every block of the middle is a region of its own, and its input is compared:
 
     block 0 .. F-1 │ block F │ block F+1 │ ............ │ block N-B-1 │ block N-B .. N-1
          head      │ region  │ region    │ glue, region │ region      │      tail
-
-Analysis only. Requires `block_loops`; provides `regions` (a tuple of `RegionPlan`).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 from torch import fx
 
+from cachedit_fx.config.cache import Cut
+from cachedit_fx.config.options import Scope
 from cachedit_fx.config.rules import OptionError
 
-from .base import Pass, PassResult, facts
+from .base import Analysis, Facts, FlatGraph
 from .block_loops import Block, BlockLoop, Detection
 from .graph_aliases import dependents, mutated_input, root_of
 from .graph_cost import numel
 from .graph_values import (
     body_nodes,
-    holds_weight,
+    is_weight,
     live_ins,
     live_outs,
     open_contexts,
@@ -49,14 +49,6 @@ from .graph_values import (
     tensor_of,
 )
 from .trace_bases import BaseTracer, Continuation
-
-
-class Cut(NamedTuple):
-    """Where a chain, or a loop of it, is cut: F, B, and with DBPrune the blocks that are never pruned."""
-
-    first: int
-    last: int
-    non_prune: Collection[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -125,50 +117,39 @@ class RegionReport:
     refusals: tuple[str, ...]
 
 
-class PlanRegions(Pass):
-    """Provides a `RegionReport`.
+class PlanRegions(Analysis[RegionReport]):
+    """Plans the regions of the chain.
 
     Args:
-        first, last: F and B.
+        cuts: where the chain is cut; then, with scope "loop", where its loops are, in order, if they have cuts of their
+            own. With the unit "block" every block of the middle is a region of its own, but those that the cut keeps;
+            blocks are numbered over the chain, or in each loop with scope "loop".
         scope: "model" makes one region over the whole chain, "loop" one for each of its loops.
-        non_prune: None bypasses the middle as a whole. Otherwise every block of it is a region of its own but these,
-            numbered as F and B are counted: over the chain, or in each loop.
-        of_loops: with scope "loop", the cuts of the chain's loops in its order; those beyond have the shared one.
         to_output: the region runs to the end of the graph.
     """
 
     name: ClassVar[str] = "plan_regions"
-    requires: ClassVar[frozenset[str]] = frozenset({"block_loops"})
-    provides: ClassVar[frozenset[str]] = frozenset({"regions"})
+    requires: ClassVar[tuple[type, ...]] = (FlatGraph, Detection)
+    provides: ClassVar[type] = RegionReport
 
-    def __init__(
-        self,
-        first: int,
-        last: int,
-        scope: str = "model",
-        non_prune: Collection[int] | None = None,
-        of_loops: Sequence[Cut] = (),
-        to_output: bool = False,
-    ) -> None:
-        self.cut = Cut(first, last, non_prune)
-        self.scope = scope
-        self.of_loops = tuple(of_loops)
-        self.to_output = to_output
+    def __init__(self, cuts: Sequence[Cut], scope: Scope = "model", to_output: bool = False) -> None:
+        self.cut, *self.loop_cuts = cuts or [Cut(0, 0)]
+        self.scope, self.to_output = scope, to_output
 
-    def run(self, gm: fx.GraphModule) -> PassResult:
-        detection: Detection = facts(gm)["block_loops"]
+    def run(self, gm: fx.GraphModule, facts: Facts) -> RegionReport:
+        detection = facts[Detection]
         chain = list(zip(detection.chain_loops, detection.hidden, strict=True))
-        if chain and len(self.of_loops) > len(chain):
+        if chain and len(self.loop_cuts) > len(chain):
             raise OptionError(
-                f"params_modifiers has {len(self.of_loops)} entries, and the chain {len(chain)} block loops: "
+                f"params_modifiers has {len(self.loop_cuts)} entries, and the chain {len(chain)} block loops: "
                 f"{', '.join(loop.name for loop, _ in chain)}"
             )
         nodes = body_nodes(gm.graph)
         regions: list[RegionPlan] = []
         refusals: list[str] = []
-        for index, segment in enumerate([chain] if self.scope == "model" else [[item] for item in chain]):
-            cut = self.of_loops[index] if index < len(self.of_loops) else self.cut
-            for block in _parts(segment, cut):
+        for index, segment in enumerate([chain] if self.scope == "model" else [[entry] for entry in chain]):
+            cut = self.loop_cuts[index] if index < len(self.loop_cuts) else self.cut
+            for block in _units(segment, cut):
                 try:
                     region = self._region(f"region_{len(regions)}", segment, nodes, cut, block)
                     regions.append(replace(region, loop=index if self.scope == "loop" else None))
@@ -176,13 +157,12 @@ class PlanRegions(Pass):
                     refusals.append(str(refusal))
         if chain and not regions and not refusals:
             refusals.append("non_prune_block_ids names every block that is left; leave out those that may be pruned")
-        facts(gm)["regions"] = RegionReport(tuple(regions), tuple(dict.fromkeys(refusals)))
-        return PassResult(gm, len(regions))
+        return RegionReport(tuple(regions), tuple(dict.fromkeys(refusals)))
 
     def _region(
         self, name: str, segment: Sequence[tuple[BlockLoop, int]], nodes: Sequence[fx.Node], cut: Cut, block: int | None
     ) -> RegionPlan:
-        first, last, _ = cut
+        first, last = cut.first, cut.last
         if self.to_output:
             return _plan_to_output(name, segment, nodes, first)
         region = _plan(name, segment, nodes, first, last, block)
@@ -192,14 +172,14 @@ class PlanRegions(Pass):
         return region
 
 
-def _parts(segment: Sequence[tuple[BlockLoop, int]], cut: Cut) -> Iterable[int | None]:
-    """What becomes a region: the blocks with these numbers; None stands for the middle as a whole."""
+def _units(segment: Sequence[tuple[BlockLoop, int]], cut: Cut) -> Iterable[int | None]:
+    """The blocks that become regions; None stands for the middle as a whole."""
     if not segment:
         return []
     total = sum(loop.num_blocks for loop, _ in segment)
-    if cut.non_prune is None or cut.first + cut.last >= total:
-        return [None]  # of an empty middle it is the whole that is refused
-    return [block for block in range(cut.first, total - cut.last) if block not in cut.non_prune]
+    if cut.unit == "region" or cut.first + cut.last >= total:
+        return [None]  # an empty middle is refused as a whole
+    return [block for block in range(cut.first, total - cut.last) if block not in cut.kept]
 
 
 class RegionRefused(Exception):
@@ -282,7 +262,7 @@ def _plan_to_output(
         end=len(nodes),
         live_ins=ins,
         live_outs=outs,
-        streams=tuple(value for value in ins if tensor_of(value) is not None and not holds_weight(value)),
+        streams=tuple(value for value in ins if tensor_of(value) is not None and not is_weight(value)),
         continued=(False,) * len(outs),
         bases=BaseTracer({}, {}, start).finish(),
         hoisted=(),

@@ -1,8 +1,11 @@
-"""When blocks are bypassed: the settings of DBCache and DBPrune."""
+"""When blocks are bypassed: the settings that every policy shares. DBCache has no others.
+
+A policy with more settings derives its config from `DBCacheConfig` (`cachedit_fx.runtime.policies`).
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias, get_args
 
 from cachedit_fx.config.rules import (
     FLAG,
@@ -19,6 +22,23 @@ from cachedit_fx.config.rules import (
     setting,
 )
 
+Unit: TypeAlias = Literal["region", "block"]
+"""What is bypassed as one: the middle of the chain, or each block of it."""
+MaskPolicy: TypeAlias = Literal["dynamic", "static"]
+RefreshPolicy: TypeAlias = Literal["once", "repeat"]
+
+
+class Cut(NamedTuple):
+    """Where a chain, or a loop of it, is cut: the part of a config that shapes the graph."""
+
+    first: int
+    """F: blocks at the start that are always computed."""
+    last: int
+    """B: blocks at the end that are always computed."""
+    unit: Unit = "region"
+    kept: tuple[int, ...] = ()
+    """Blocks that are never bypassed, sorted. For the unit "block"."""
+
 
 @dataclass(frozen=True)
 class DBCacheConfig:
@@ -27,8 +47,8 @@ class DBCacheConfig:
     Steps are denoising steps, counted from 0 in each generation; limits hold for each CFG branch by itself.
     """
 
-    compares_first_blocks: ClassVar[bool] = True
-    """Whether the difference is that of what the first F blocks add."""
+    unit: ClassVar[Unit] = "region"
+    """With "region" the difference is that of the first F blocks' residual; with "block", of each block's input."""
 
     Fn_compute_blocks: int = setting(8, integer(0, "a number of blocks"))
     """First blocks, computed at every step; what they add to the hidden states is compared. 0 needs a static mask."""
@@ -61,12 +81,12 @@ class DBCacheConfig:
     """Steps in a generation; the step after starts a new one. None = new generations are found from the timestep."""
     steps_computation_mask: Sequence[int] | None = setting(None, optional(MASK))
     """One digit for each step: 1 computes, 0 may reuse. Lists and strings of digits become tuples."""
-    steps_computation_policy: str = setting("dynamic", choice("dynamic", "static"))
+    steps_computation_policy: MaskPolicy = setting("dynamic", choice(*get_args(MaskPolicy)))
     """What a zero in the mask means: "dynamic" = decided by the difference, "static" = reuse, with nothing measured."""
     force_refresh_step_hint: int | None = setting(None, optional(integer(1, "a number of steps")))
     """Ahead of this step all that is stored is forgotten and steps are counted from 0 again, warm-up and mask included:
     for inputs that change much in the middle of a generation. None = never."""
-    force_refresh_step_policy: str = setting("once", choice("once", "repeat"))
+    force_refresh_step_policy: RefreshPolicy = setting("once", choice(*get_args(RefreshPolicy)))
     """"once", or "repeat": after every `force_refresh_step_hint` steps."""
 
     def __post_init__(self) -> None:
@@ -76,7 +96,7 @@ class DBCacheConfig:
             bits = tuple(int(bit) if bit in (0, 1) else bit for bit in entries)  # others: for the rule to reject
             object.__setattr__(self, "steps_computation_mask", bits)
         check_fields(self)
-        if self.Fn_compute_blocks == 0 and self.compares_first_blocks and not self.static:
+        if self.Fn_compute_blocks == 0 and self.unit == "region" and not self.static:
             raise OptionError(
                 "Fn_compute_blocks=0 leaves nothing to measure a difference on: it must be >= 1, unless "
                 "steps_computation_mask is given with steps_computation_policy='static'"
@@ -101,76 +121,32 @@ class DBCacheConfig:
 
     def reset(self, **changes: Any) -> Self:
         """A copy with some fields changed; this one stays as it is."""
-        own = {name: where for name, where in CACHE_FIELDS.items() if hasattr(self, name)}
-        foreign = [name for name in changes if name in CACHE_FIELDS.keys() - own.keys()]
+        own = {field.name: f"cachedit_fx.{type(self).__name__}" for field in fields(self)}
+        foreign = [name for name in changes if name not in own and name in known_fields()]
         if foreign:
+            owner = next(name for name, config in CONFIGS.items() if foreign[0] in config.__dataclass_fields__)
             raise OptionError(
-                f"{', '.join(foreign)}: for DBPruneConfig only, and this is a {type(self).__name__}; "
-                "leave it out, or pass cache='dbprune' or a DBPruneConfig"
+                f"{', '.join(foreign)}: for {CONFIGS[owner].__name__} only, and this is a {type(self).__name__}; "
+                f"leave it out, or pass cache={owner!r} or a {CONFIGS[owner].__name__}"
             )
         reject_unknown(changes, own)
         return replace(self, **changes)
 
-    def structure(self) -> tuple[Any, ...]:
-        """The fields that shape the graph: numbers of first and of last blocks. All others are policy."""
-        return self.Fn_compute_blocks, self.Bn_compute_blocks
+    def cut(self) -> Cut:
+        """The settings that shape the graph. All others are read anew at every call."""
+        return Cut(self.Fn_compute_blocks, self.Bn_compute_blocks, self.unit)
 
 
-@dataclass(frozen=True)
-class DBPruneConfig(DBCacheConfig):
-    """When each block of the middle is pruned: DBPrune, which decides about every block by itself.
-
-    A block is pruned where its input has hardly moved since it was last computed; its output is then its input plus
-    what it added at that time. All fields of `DBCacheConfig` hold, read like this: the difference is that of a block's
-    input (so F may be 0), and each block accumulates its own; a step in which a block was pruned is a cached step; the
-    limits on these are looked at when a step begins, never in its middle.
-    """
-
-    compares_first_blocks: ClassVar[bool] = False
-
-    enable_dynamic_prune_threshold: bool = setting(False, FLAG)
-    """Raise the threshold to the mean of the step's first five positive differences, those measured ahead of the block,
-    times `dynamic_prune_threshold_relax_ratio`, where that lies above `residual_diff_threshold` and below
-    `max_dynamic_prune_threshold`."""
-    max_dynamic_prune_threshold: float | None = setting(
-        None, optional(Rule(lambda value: is_number(value) and value > 0, "a number > 0 (a ratio)"))
-    )
-    """A raised threshold that is not below this is not used. A ratio; None = 2 x `residual_diff_threshold`."""
-    dynamic_prune_threshold_relax_ratio: float = setting(
-        1.25, Rule(lambda value: is_number(value) and value > 0, "a number > 0 (a factor)")
-    )
-    """What the mean difference is multiplied by."""
-    non_prune_block_ids: Sequence[int] = setting(
-        (),
-        Rule(
-            lambda value: isinstance(value, tuple) and all(integer(0).allows(item) for item in value),
-            "a list, tuple, set or range of block numbers >= 0",
-        ),
-    )
-    """Blocks that are never pruned, numbered from 0 over the whole chain, or in each loop with `scope="loop"`; numbers
-    beyond are ignored. Shapes the graph, as F and B do."""
-
-    def __post_init__(self) -> None:
-        given: Any = self.non_prune_block_ids
-        if isinstance(given, (list, tuple, set, frozenset, range)):
-            object.__setattr__(self, "non_prune_block_ids", tuple(dict.fromkeys(given)))
-        super().__post_init__()
-        highest = self.max_dynamic_prune_threshold
-        if self.enable_dynamic_prune_threshold and highest is not None and highest <= self.residual_diff_threshold:
-            raise OptionError(
-                f"max_dynamic_prune_threshold={highest} is not above residual_diff_threshold="
-                f"{self.residual_diff_threshold}, so that the threshold could never be raised: choose a larger one, or "
-                "None for twice residual_diff_threshold"
-            )
-
-    def structure(self) -> tuple[Any, ...]:
-        """F, B, and the blocks that are never pruned."""
-        return *super().structure(), tuple(sorted(self.non_prune_block_ids))
+CONFIGS: dict[str, type[DBCacheConfig]] = {}
+"""The policies' configs, by the name that the option `cache` takes. Policies register theirs."""
 
 
-CACHES: dict[str, type[DBCacheConfig]] = {"dbcache": DBCacheConfig, "dbprune": DBPruneConfig}
+def known_fields() -> dict[str, str]:
+    """Every field of every policy's config, and the first class that documents it."""
+    import cachedit_fx.runtime.policies  # noqa: F401 - whose policies register themselves
 
-
-CACHE_FIELDS = {
-    item.name: f"cachedit_fx.{config.__name__}" for config in (DBPruneConfig, DBCacheConfig) for item in fields(config)
-}
+    known: dict[str, str] = {}
+    for config in CONFIGS.values():
+        for field in fields(config):
+            known.setdefault(field.name, f"cachedit_fx.{config.__name__}")
+    return known

@@ -1,21 +1,24 @@
 """How a bypassed region's results are predicted: the settings of each calibrator."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
 
-from cachedit_fx.config.rules import FLAG, check_fields, choice, integer, reject_unknown, setting
+from cachedit_fx.config.rules import FLAG, check_fields, choice, integer, setting
+
+Target: TypeAlias = Literal["residual", "hidden_states", "output"]
+StateDtype: TypeAlias = Literal["wider", "float32", "model"]
+Variable: TypeAlias = Literal["timestep", "step"]
 
 
 @dataclass(frozen=True)
 class CalibratorConfig:
     """How a bypassed region's results are predicted; the base of the calibrators' own classes."""
 
-    calibrator_cache_type: str = setting("residual", choice("residual", "hidden_states", "output"))
+    calibrator_cache_type: Target = setting("residual", choice(*get_args(Target)))
     """What is predicted: what the region adds to the values that run through it; those values themselves; or the
     model's output, where the region is all that follows the first blocks, so that with a static mask and
     `Fn_compute_blocks=0` a cached step runs nothing of the model."""
-    calibrator_state_dtype: str = setting("wider", choice("wider", "float32", "model"))
+    calibrator_state_dtype: StateDtype = setting("wider", choice(*get_args(StateDtype)))
     """What the stored values are kept in: "wider" = one precision up (float32 for 16-bit models, float64 for float32
     ones; on identical inputs a prediction is then exact), or float32, or the model's own, at half the memory."""
 
@@ -60,30 +63,13 @@ class LagrangeCalibratorConfig(CalibratorConfig):
     Over the step number in place of the timestep the figures were the same within 0.1 dB, on a schedule with shift 3.
     """
 
-    calibrator_cache_type: str = setting("output", choice("residual", "hidden_states", "output"))
+    calibrator_cache_type: Target = setting("output", choice(*get_args(Target)))
     """As in every calibrator; here the model's output unless it is given."""
     lagrange_order: int = setting(1, integer(0, "a degree"))
     """Degree of the polynomial through the latest computed steps: 0 repeats, 1 continues on a line."""
-    lagrange_variable: str = setting("timestep", choice("timestep", "step"))
+    lagrange_variable: Variable = setting("timestep", choice(*get_args(Variable)))
     """What the polynomial runs over; "step" takes all steps to be of one length. Where no timestep is known, or where
     it does not run one way, steps are counted too."""
     deferred_correction: bool = setting(True, FLAG)
     """Whether the first prediction behind a computed step makes up for the error of those before. With it
     lagrange_order + 3 values are kept for every result and every CFG branch, without it lagrange_order + 1."""
-
-
-CALIBRATORS = {
-    "taylorseer": TaylorSeerCalibratorConfig,
-    "foca": FoCaCalibratorConfig,
-    "lagrange": LagrangeCalibratorConfig,
-}
-
-
-def as_calibrator(given: Any) -> Any:
-    """The config that a name, or a mapping with a `name` and settings, stands for; anything else as it is."""
-    named = {"name": given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else None
-    if named is None or named.get("name") not in CALIBRATORS:
-        return given
-    made = CALIBRATORS[named.pop("name")]
-    reject_unknown(named, dict.fromkeys((item.name for item in fields(made)), f"cachedit_fx.{made.__name__}"))
-    return made(**named)

@@ -9,24 +9,33 @@ make up `Options.structure()`. All others are *policy*: they are read anew at ev
 nothing.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
-from cachedit_fx.config.cache import CACHE_FIELDS, CACHES, DBCacheConfig, DBPruneConfig
-from cachedit_fx.config.calibrators import CALIBRATORS, CalibratorConfig, as_calibrator
-from cachedit_fx.config.rules import (
-    OptionError,
-    Rule,
-    check_fields,
-    choice,
-    is_names,
-    is_switches,
-    optional,
-    reject_unknown,
-    setting,
-)
+from cachedit_fx.config.cache import CONFIGS, Cut, DBCacheConfig, known_fields
+from cachedit_fx.config.calibrators import CalibratorConfig
+from cachedit_fx.config.rules import OptionError, Rule, check_fields, choice, optional, reject_unknown, setting
+from cachedit_fx.runtime.calibrators import CALIBRATORS, as_config
+from cachedit_fx.runtime.policies.base import Policy, policy_of
+
+Scope: TypeAlias = Literal["model", "loop"]
+Granularity: TypeAlias = Literal["block", "region"]
+CompiledPieces: TypeAlias = Literal["blocks", "all"]
+BackendName: TypeAlias = Literal["inductor", "aot_eager", "eager"]
+InnerBackend: TypeAlias = BackendName | Callable[..., Any]
+# Names as of torch 2.13 and 2.14. Asking `torch._inductor` for them would import it.
+Mode: TypeAlias = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite"]
+
+
+class LoopSettings(NamedTuple):
+    """Who decides about a chain of blocks, and who predicts what is bypassed."""
+
+    policy: Policy[Any, Any]
+    calibrator: CalibratorConfig | None
 
 
 @dataclass(frozen=True, init=False)
@@ -49,38 +58,44 @@ class ParamsModifier:
     ) -> None:
         for name, value, kind in (
             ("cache_config", cache_config, DBCacheConfig),
-            ("calibrator_config", calibrator := as_calibrator(calibrator_config), CalibratorConfig),
+            ("calibrator_config", calibrator := as_config(calibrator_config), CalibratorConfig),
         ):
             if value is not None and not isinstance(value, kind):
                 raise OptionError(f"{name}={value!r} is not allowed: it must be a {kind.__name__}, or None")
-        reject_unknown(changes, CACHE_FIELDS)
+        reject_unknown(changes, known_fields())
         object.__setattr__(self, "cache_config", cache_config)
         object.__setattr__(self, "calibrator_config", calibrator)
         object.__setattr__(self, "changes", tuple(sorted(changes.items())))
-        self.config(DBPruneConfig())
+        self._check()
 
     def config(self, shared: DBCacheConfig) -> DBCacheConfig:
         """The loop's config, where all loops share `shared`."""
         return (self.cache_config or shared).reset(**dict(self.changes))
 
+    def _check(self) -> None:
+        """Raise if the changes are allowed for no config. Which one the loops share is not known yet."""
+        names = {name for name, _ in self.changes}
+        fitting = [config for config in CONFIGS.values() if names <= config.__dataclass_fields__.keys()]
+        errors = []
+        for config_class in fitting or CONFIGS.values():
+            try:
+                self.config(config_class())
+            except OptionError as error:
+                errors.append(error)
+            else:
+                return
+        raise errors[0]
 
-Backend: TypeAlias = str | Callable[..., Any]
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
 
 
-Passes: TypeAlias = tuple[str, ...] | tuple[tuple[str, bool], ...]
-
-
-_BACKENDS = ("inductor", "aot_eager", "eager")
-
-
-# Names as of torch 2.13. Asking `torch._inductor` for them would import it.
-_MODES = (
-    "default",
-    "reduce-overhead",
-    "max-autotune",
-    "max-autotune-no-cudagraphs",
-    "lite",
-)
+def _is_switches(value: Any) -> bool:
+    return isinstance(value, tuple) and all(
+        isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], bool)
+        for pair in value
+    )
 
 
 @dataclass(frozen=True)
@@ -91,8 +106,8 @@ class Options:
         DBCacheConfig(),
         Rule(
             lambda value: value is None or isinstance(value, DBCacheConfig),
-            f"{choice(*CACHES).words}, a DBCacheConfig, a DBPruneConfig or None",
-            tuple(CACHES),
+            "{choices}, the config of such a policy (DBCacheConfig, DBPruneConfig), or None",
+            CONFIGS,
         ),
     )
     """When to reuse; None = never, the graph is cut and compiled as it is. "dbcache" = `DBCacheConfig()`, which
@@ -101,9 +116,9 @@ class Options:
         None,
         Rule(
             lambda value: value is None or isinstance(value, CalibratorConfig),
-            f"{choice(*CALIBRATORS).words}, a mapping with such a name and settings, a calibrator's config such as "
+            "{choices}, a mapping with such a name and settings, a calibrator's config such as "
             "TaylorSeerCalibratorConfig(), or None",
-            tuple(CALIBRATORS),
+            CALIBRATORS,
         ),
     )
     """What predicts the results of a bypassed region: a config, a name, or a mapping such as {"name": "taylorseer",
@@ -118,17 +133,17 @@ class Options:
     """Settings of each block loop of the chain, in its order; loops beyond the list share the model's. Needs
     scope="loop", which they make the default."""
     # Hashes leave out what may be unhashable; comparison does not, so equal options still have equal hashes.
-    inner_backend: Backend = setting(
+    inner_backend: InnerBackend = setting(
         "inductor",
         Rule(
-            lambda value: callable(value) or value in _BACKENDS,
-            f"{choice(*_BACKENDS).words}, or a callable",
-            _BACKENDS,
+            lambda value: callable(value) or value in get_args(BackendName),
+            "{choices}, or a callable",
+            get_args(BackendName),
         ),
         hash=False,
     )
     """What compiles each distinct piece: a name, or a callable (graph module, example inputs) -> callable."""
-    inner_options: Mapping[str, Any] = setting(
+    inner_options: Mapping[str, Any] | None = setting(
         None,
         Rule(
             lambda value: isinstance(value, dict) and all(isinstance(k, str) for k in value),
@@ -137,118 +152,115 @@ class Options:
         hash=False,
     )
     """Handed on to the inner backend. None becomes an empty dict."""
-    mode: str | None = setting(None, optional(choice(*_MODES)))
+    mode: Mode | None = setting(None, optional(choice(*get_args(Mode))))
     """Inductor's mode for the pieces; `inner_options`, where given too, are applied on top of it."""
-    granularity: str = setting("block", choice("block", "region"))
+    granularity: Granularity = setting("block", choice(*get_args(Granularity)))
     """What is compiled as one piece: a block (few distinct ones, fast to compile), or a whole region (more fusion)."""
-    compiled_pieces: str = setting("blocks", choice("blocks", "all"))
+    compiled_pieces: CompiledPieces = setting("blocks", choice(*get_args(CompiledPieces)))
     """What the inner backend compiles: blocks, which are most of the work and alike; or prologue, glue and epilogue
     too, which cost more to compile than they save in thousands of steps. A "region" is always compiled as a whole."""
-    scope: str = setting(None, choice("model", "loop"))
+    scope: Scope | None = setting(None, choice(*get_args(Scope)))
     """One bypassed region over the chain of all block loops, or one for each loop. None becomes "model", or "loop" with
     `params_modifiers`."""
-    passes: Passes | None = setting(
-        None,
-        Rule(
-            lambda value: value is None or is_names(value) or is_switches(value),
-            "a mapping name -> bool, a list of names, or None",
-        ),
-    )
-    """Passes switched on or off by name: sorted (name, bool) pairs where a mapping was given, else the names as listed.
-    None = the defaults. The names are the pass manager's to check."""
+    passes: tuple[tuple[str, bool], ...] = setting((), Rule(_is_switches, "a mapping from names of passes to bools"))
+    """Passes switched on or off by name, `{"normalize": False}`; kept as sorted pairs. The pass manager checks the
+    names."""
     timestep: str | None = setting(
         None, optional(Rule(lambda value: isinstance(value, str) and value.isidentifier(), "the name of an argument"))
     )
     """The argument of `forward` that holds the timestep. None = found by itself."""
     loops: tuple[str, ...] | None = setting(
         None,
-        optional(Rule(lambda value: is_names(value) and bool(value), "a non-empty list of names of block loops")),
+        optional(Rule(lambda value: _is_names(value) and bool(value), "a non-empty list of names of block loops")),
     )
     """The block loops that make up the chain. None = chosen by itself; `explain` says which and why."""
 
     def __post_init__(self) -> None:
-        given: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
-        passes, loops, inner = given["passes"], given["loops"], given["inner_options"]
-        if isinstance(given["cache"], str) and given["cache"] in CACHES:
-            object.__setattr__(self, "cache", CACHES[given["cache"]]())
-        object.__setattr__(self, "calibrator", as_calibrator(given["calibrator"]))
-        if isinstance(given["params_modifiers"], list):
-            object.__setattr__(self, "params_modifiers", tuple(given["params_modifiers"]))
-        if given["scope"] is None:
-            object.__setattr__(self, "scope", "loop" if given["params_modifiers"] else "model")
-        if inner is None or isinstance(inner, Mapping):
-            object.__setattr__(self, "inner_options", dict(inner or {}))
-        if isinstance(passes, Mapping):
-            object.__setattr__(self, "passes", tuple(sorted(passes.items(), key=str)) or None)
-        elif isinstance(passes, list):
-            object.__setattr__(self, "passes", tuple(passes))
-        if isinstance(loops, list):
-            object.__setattr__(self, "loops", tuple(loops))
+        for name, value in self._canonical().items():
+            object.__setattr__(self, name, value)
         check_fields(self)
+        self._check_combinations()
+
+    def _canonical(self) -> dict[str, Any]:
+        """The fields that may be given in several forms, in the one form that is kept."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        cache, passes, modifiers, loops = (values[name] for name in ("cache", "passes", "params_modifiers", "loops"))
+        inner = values["inner_options"]
+        return {
+            "cache": CONFIGS[cache]() if isinstance(cache, str) and cache in CONFIGS else cache,
+            "calibrator": as_config(values["calibrator"]),
+            "params_modifiers": tuple(modifiers) if isinstance(modifiers, list) else modifiers,
+            "scope": ("loop" if modifiers else "model") if values["scope"] is None else values["scope"],
+            "inner_options": dict(inner or {}) if inner is None or isinstance(inner, Mapping) else inner,
+            "passes": ()
+            if passes is None
+            else tuple(sorted(passes.items(), key=str))
+            if isinstance(passes, Mapping)
+            else passes,
+            "loops": tuple(loops) if isinstance(loops, list) else loops,
+        }
+
+    def _check_combinations(self) -> None:
+        """Raise on settings that are at odds with each other."""
         if self.mode not in (None, "default") and self.inner_backend != "inductor":
             raise OptionError(
                 f"mode={self.mode!r} is a mode of inductor, but inner_backend={self.inner_backend!r}: "
                 "leave out mode, or pass inner_backend='inductor'"
             )
-
         if self.params_modifiers and (self.scope != "loop" or self.cache is None):
             raise OptionError(
-                f"params_modifiers set the policy of each block loop by itself: they need scope='loop' and a cache, "
+                f"params_modifiers set the policy of each block loop separately: they need scope='loop' and a cache, "
                 f"not scope={self.scope!r}, cache={self.cache!r}"
             )
-        for config, calibrator in self.policies:
-            if calibrator is None or calibrator.calibrator_cache_type != "output":
-                continue
-            if isinstance(config, DBPruneConfig):
-                raise OptionError(
-                    "calibrator_cache_type='output' predicts the model's output, and DBPrune what single blocks add: "
-                    "choose calibrator_cache_type='residual' or 'hidden_states' with it"
-                )
-            if self.scope == "loop":
-                raise OptionError(
-                    "calibrator_cache_type='output' predicts the output of the whole model, and scope='loop' decides "
-                    "about each loop by itself: leave out one of them"
-                )
-            if config.Bn_compute_blocks:
-                raise OptionError(
-                    "calibrator_cache_type='output' predicts what lies behind the last blocks, so that computing those "
-                    f"would be for nothing: Bn_compute_blocks={config.Bn_compute_blocks} must be 0"
-                )
+        for policy, calibrator in self.loop_settings:
+            if calibrator is not None and calibrator.calibrator_cache_type == "output":
+                self._check_output_target(policy.structure())
 
-    def policy(self, loop: int | None = None) -> "Policy":
-        """What decides and what predicts: for the whole chain, or for its loop of this number (from 0)."""
+    def _check_output_target(self, cut: Cut) -> None:
+        if cut.unit == "block":
+            raise OptionError(
+                "calibrator_cache_type='output' predicts the model's output, and this policy bypasses single blocks: "
+                "choose calibrator_cache_type='residual' or 'hidden_states' with it"
+            )
+        if self.scope == "loop":
+            raise OptionError(
+                "calibrator_cache_type='output' predicts the output of the whole model, and scope='loop' decides "
+                "about each loop separately: leave out one of them"
+            )
+        if cut.last:
+            raise OptionError(
+                "calibrator_cache_type='output' predicts what follows the last blocks, so that computing those "
+                f"would be for nothing: Bn_compute_blocks={cut.last} must be 0"
+            )
+
+    def settings_of(self, loop: int | None = None) -> LoopSettings:
+        """Policy and calibrator of the whole chain, or of its loop of this number (from 0)."""
         if loop is None or loop >= len(self.params_modifiers):
-            return self.policies[0]
-        return self.policies[loop + 1]
+            return self.loop_settings[0]
+        return self.loop_settings[loop + 1]
 
     @cached_property
-    def policies(self) -> "list[Policy]":
-        """The policy that is shared, and each loop's that has one of its own; none without a cache. Made once: every
+    def loop_settings(self) -> list[LoopSettings]:
+        """The shared settings, then those of each loop that has its own; none without a cache. Made once, since every
         call asks for them."""
         if self.cache is None:
             return []
         shared = self.cache
-        own = [(item.config(shared), item.calibrator_config or self.calibrator) for item in self.params_modifiers]
-        return [(shared, self.calibrator), *own]
+        own = [(entry.config(shared), entry.calibrator_config or self.calibrator) for entry in self.params_modifiers]
+        return [LoopSettings(policy_of(config), calibrator) for config, calibrator in [(shared, self.calibrator), *own]]
 
     @property
     def predicts_output(self) -> bool:
         """Whether the bypassed region runs to the end of the model."""
         return self.calibrator is not None and self.calibrator.calibrator_cache_type == "output"
 
-    def structure(self) -> "Structure":
-        """A hashable key: options with equal structure share their compiled graphs, whatever their policy."""
+    def structure(self) -> Structure:
+        """A hashable key: options of equal structure share their compiled graphs, whatever else they say."""
         bare = replace(self, cache=None, calibrator=None, params_modifiers=())
-        return bare, self.predicts_output, tuple(config.structure() for config, _ in self.policies)
+        return bare, self.predicts_output, tuple(policy.structure() for policy, _ in self.loop_settings)
 
 
-Policy: TypeAlias = tuple[DBCacheConfig, CalibratorConfig | None]
-
-
-Structure: TypeAlias = tuple[Options, bool, tuple[tuple[Any, ...], ...]]
-
-
-_KNOWN = dict.fromkeys((item.name for item in fields(Options)), "cachedit_fx.options.Options") | CACHE_FIELDS
+Structure: TypeAlias = tuple[Options, bool, tuple[Cut, ...]]
 
 
 def parse_options(options: Mapping[str, Any] | None, *, mode: str | None = None) -> Options:
@@ -260,14 +272,15 @@ def parse_options(options: Mapping[str, Any] | None, *, mode: str | None = None)
     """
     if options is not None and not isinstance(options, Mapping):
         raise OptionError(f"options must be a mapping from names to values, not {type(options).__name__}: {options!r}")
-    given = dict(options or {})
-    reject_unknown(given, _KNOWN)
-    if mode is not None and given.setdefault("mode", mode) != mode:
+    settings = dict(options or {})
+    own = dict.fromkeys((field.name for field in fields(Options)), "cachedit_fx.Options")
+    reject_unknown(settings, own | known_fields())
+    if mode is not None and settings.setdefault("mode", mode) != mode:
         raise OptionError(
-            f"mode is given twice, as {mode!r} and in the options as {given['mode']!r}: leave out one of them"
+            f"mode is given twice, as {mode!r} and in the options as {settings['mode']!r}: leave out one of them"
         )
-    flat = {name: given.pop(name) for name in list(given) if name in CACHE_FIELDS}
-    parsed = Options(**given)
+    flat = {name: settings.pop(name) for name in list(settings) if name not in own}
+    parsed = Options(**settings)
     if not flat:
         return parsed
     if parsed.cache is None:

@@ -2,8 +2,9 @@
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, fields
+from dataclasses import field as dataclass_field
 from numbers import Integral, Real
 from typing import Any
 
@@ -14,15 +15,27 @@ class OptionError(ValueError):
 
 @dataclass(frozen=True)
 class Rule:
-    """What a setting may be: a test, the words for it in an error message, and the names to choose from, if any."""
+    """What a setting may be.
+
+    Attributes:
+        allows: the test.
+        words: the test in words, for an error message; `{choices}` stands for the names.
+        choices: names to choose from. A table that may still grow, such as the policies', is asked at each check.
+    """
 
     allows: Callable[[Any], bool]
     words: str
-    choices: tuple[str, ...] = ()
+    choices: Collection[str] = ()
+
+    @property
+    def description(self) -> str:
+        """The words, with the names filled in."""
+        return self.words.replace("{choices}", f"one of {', '.join(map(repr, self.choices))}")
 
 
 def setting(default: Any, rule: Rule, **more: Any) -> Any:
-    return field(default=default, metadata={"rule": rule}, **more)
+    """A dataclass field with a default and a rule."""
+    return dataclass_field(default=default, metadata={"rule": rule}, **more)
 
 
 def is_number(value: Any) -> bool:
@@ -40,22 +53,12 @@ def integer(low: int, note: str = "") -> Rule:
 
 def choice(*names: str) -> Rule:
     """One of these names."""
-    return Rule(lambda value: isinstance(value, str) and value in names, f"one of {', '.join(map(repr, names))}", names)
+    return Rule(lambda value: isinstance(value, str) and value in names, "{choices}", names)
 
 
 def optional(rule: Rule) -> Rule:
+    """None, or what `rule` allows."""
     return Rule(lambda value: value is None or rule.allows(value), f"{rule.words}, or None", rule.choices)
-
-
-def is_names(value: Any) -> bool:
-    return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
-
-
-def is_switches(value: Any) -> bool:
-    return isinstance(value, tuple) and all(
-        isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], bool)
-        for item in value
-    )
 
 
 FLAG = Rule(lambda value: isinstance(value, bool), "True or False")
@@ -91,9 +94,10 @@ def check(name: str, value: Any, rule: Rule) -> None:
     """Raise unless the rule allows the value, saying what it must be, and the nearest name where there are names."""
     if not rule.allows(value):
         guess = isinstance(value, str) and rule.choices and f"; did you mean {nearest(value, rule.choices)!r}?"
-        raise OptionError(f"{name}={value!r} is not allowed: it must be {rule.words}{guess or ''}")
+        raise OptionError(f"{name}={value!r} is not allowed: it must be {rule.description}{guess or ''}")
 
 
 def check_fields(settings: Any) -> None:
-    for item in fields(settings):
-        check(item.name, getattr(settings, item.name), item.metadata["rule"])
+    """Check every field of a dataclass by its rule."""
+    for field in fields(settings):
+        check(field.name, getattr(settings, field.name), field.metadata["rule"])

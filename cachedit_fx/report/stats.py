@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from cachedit_fx.runtime.policies.base import Action, Reason
+from cachedit_fx.runtime.policies.base import Action
 from cachedit_fx.runtime.stats import BranchStats, CacheStats
 
 PERCENTILES = {"P00": 0, "P25": 25, "P50": 50, "P75": 75, "P95": 95, "Min": 0, "Max": 100}
@@ -104,4 +104,4 @@ def _step_table(name: str, index: int, branch: BranchStats) -> Table:
 
 def _legend(stats: Sequence[CacheStats]) -> list[Text]:
     counts = Counter(decision.reason for region in stats for decision in region._every_decision)
-    return [Text(f"{counts[reason]:4} x {reason.value}: {reason.explanation}") for reason in Reason if reason in counts]
+    return [Text(f"{count:4} x {reason.value}: {reason.explanation}") for reason, count in counts.items()]

@@ -13,8 +13,9 @@ How well they predict, on the bundled model: `cachedit bench` (docs/choosing.md 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 from cachedit_fx.config.calibrators import (
     CalibratorConfig,
@@ -22,6 +23,7 @@ from cachedit_fx.config.calibrators import (
     LagrangeCalibratorConfig,
     TaylorSeerCalibratorConfig,
 )
+from cachedit_fx.config.rules import reject_unknown
 
 CORRECTED_RUN = 2
 """Computed steps in a row behind which a gap is still corrected. Each is one stored value more."""
@@ -38,37 +40,60 @@ class Moment(NamedTuple):
     """Whether the region was computed; its values are stored then."""
 
 
+@dataclass(frozen=True)
+class Calibrator:
+    """One way to predict: the class of its settings, and two pure functions of them.
+
+    Attributes:
+        config_class: a `CalibratorConfig`.
+        values_kept: config -> how many computed steps' values are stored.
+        coefficients: (config, trail, now) -> the weights of the stored values in the prediction for `now`. The trail
+            holds the steps so far, the latest first, reused ones among them, at least one computed. There is one weight
+            for each computed step of the trail, in its order, and the weights sum to 1; zeros at the end may be left
+            out.
+    """
+
+    config_class: type[CalibratorConfig]
+    values_kept: Callable[[Any], int]
+    coefficients: Callable[[Any, Sequence[Moment], Moment], tuple[float, ...]]
+
+
+CALIBRATORS: dict[str, Calibrator] = {}
+"""By the name that the option `calibrator` takes. Filled in at the end of this file."""
+
+
+def register_calibrator(name: str, calibrator: Calibrator) -> None:
+    """Enter a calibrator under the name that `options={"calibrator": name}` takes."""
+    CALIBRATORS[name] = calibrator
+
+
+def calibrator_of(config: CalibratorConfig | None) -> Calibrator:
+    """The calibrator that a config is for; None repeats the latest value."""
+    if config is None:
+        return REPEAT
+    return next(calibrator for calibrator in CALIBRATORS.values() if calibrator.config_class is type(config))
+
+
+def as_config(value: Any) -> Any:
+    """The config that a name, or a mapping with a `name` and settings, stands for; anything else as it is."""
+    is_mapping = isinstance(value, Mapping)
+    settings: dict[str, Any] | None = {"name": value} if isinstance(value, str) else dict(value) if is_mapping else None
+    if settings is None or settings.get("name") not in CALIBRATORS:
+        return value
+    config_class = CALIBRATORS[settings.pop("name")].config_class
+    own = dict.fromkeys((field.name for field in fields(config_class)), f"cachedit_fx.{config_class.__name__}")
+    reject_unknown(settings, own)
+    return config_class(**settings)
+
+
 def values_kept(config: CalibratorConfig | None) -> int:
-    """How many computed steps' values the calibrator needs: 1 without one, order + 1 for TaylorSeer."""
-    if isinstance(config, TaylorSeerCalibratorConfig):
-        return config.taylorseer_order + 1
-    if isinstance(config, LagrangeCalibratorConfig):
-        return config.lagrange_order + 1 + CORRECTED_RUN * config.deferred_correction
-    return 3 if isinstance(config, FoCaCalibratorConfig) else 1
+    """How many computed steps' values are stored for this config: 1 without one, order + 1 for TaylorSeer."""
+    return calibrator_of(config).values_kept(config)
 
 
 def coefficients(config: CalibratorConfig | None, trail: Sequence[Moment], now: Moment) -> tuple[float, ...]:
-    """The weights of the stored values in the prediction for `now`.
-
-    Args:
-        config: None repeats the latest value.
-        trail: steps so far, the latest first, reused ones among them; those that are computed are those whose values
-            are stored, and there is at least one.
-        now: the present step.
-
-    Returns:
-        One weight for each computed step of the trail, in its order; they sum to 1. Those at the end may be left out
-        where they are 0.
-    """
-    if config is None:
-        return (1.0,)
-    if isinstance(config, TaylorSeerCalibratorConfig):
-        return taylor_coefficients([moment.step for moment in trail if moment.computed], now.step)
-    if isinstance(config, FoCaCalibratorConfig):
-        return foca_coefficients(trail, now.step)
-    if isinstance(config, LagrangeCalibratorConfig):
-        return lagrange_coefficients(config, trail, now)
-    raise TypeError(f"no coefficients are known for {type(config).__name__}")
+    """The weights of the stored values in the prediction for `now`; see `Calibrator`."""
+    return calibrator_of(config).coefficients(config, trail, now)
 
 
 def taylor_coefficients(computed: Sequence[int], step: int) -> tuple[float, ...]:
@@ -115,7 +140,7 @@ def lagrange_coefficients(config: LagrangeCalibratorConfig, trail: Sequence[Mome
     nodes = [place for place, moment in zip(places[1:], trail, strict=True) if moment.computed]
     weights = _lagrange(nodes, 0, points, here)
     run = next((count for count, moment in enumerate(trail) if not moment.computed), 0)
-    is_cut_off = len(nodes) == values_kept(config) and run + points > len(nodes)
+    is_cut_off = len(nodes) == _lagrange_values(config) and run + points > len(nodes)
     if not config.deferred_correction or not run or is_cut_off:
         return tuple(weights)
     # trail[0] is places[1], and the step after trail[index] has places[index]
@@ -181,3 +206,25 @@ def foca_coefficients(trail: Sequence[Moment], step: int) -> tuple[float, ...]:
         before, present = present, [at + k / 2 * both for at, both in zip(latest, sums, strict=True)]
     drawn = min(1.0, 3 / distance)
     return tuple(at + drawn * (on - at) for on, at in zip(present, latest, strict=True))
+
+
+def _lagrange_values(config: LagrangeCalibratorConfig) -> int:
+    return config.lagrange_order + 1 + CORRECTED_RUN * config.deferred_correction
+
+
+REPEAT = Calibrator(CalibratorConfig, lambda config: 1, lambda config, trail, now: (1.0,))
+"""Without a calibrator, the latest value is used again."""
+
+register_calibrator(
+    "taylorseer",
+    Calibrator(
+        TaylorSeerCalibratorConfig,
+        lambda config: config.taylorseer_order + 1,
+        lambda config, trail, now: taylor_coefficients([moment.step for moment in trail if moment.computed], now.step),
+    ),
+)
+register_calibrator(
+    "foca",
+    Calibrator(FoCaCalibratorConfig, lambda config: 3, lambda config, trail, now: foca_coefficients(trail, now.step)),
+)
+register_calibrator("lagrange", Calibrator(LagrangeCalibratorConfig, _lagrange_values, lagrange_coefficients))

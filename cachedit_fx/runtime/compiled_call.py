@@ -17,13 +17,13 @@ from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_leaves
 
-from cachedit_fx.capture import capturing, first_break
+from cachedit_fx.capture import capturing, first_break, isolated_compile
 from cachedit_fx.config.rules import OptionError
 from cachedit_fx.passes.block_loops import LoopNotFound
-from cachedit_fx.runtime.call import NO_LOOP, NOT_CAPTURED, Call, NewGeneration, call_of
+from cachedit_fx.runtime.call import NO_LOOP, NOT_CAPTURED, Call, current_call
 from cachedit_fx.runtime.guard import on_host
 from cachedit_fx.runtime.model_state import ModelState
-from cachedit_fx.runtime.shortcut import learn, look_of
+from cachedit_fx.runtime.shortcut import Route, look_of
 from cachedit_fx.runtime.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
@@ -43,23 +43,23 @@ class CompiledCall:
         self,
         module: torch.nn.Module,
         backend: Callable[..., Any],
-        cache: ModelState,
+        state: ModelState,
         torch_options: Mapping[str, Any],
         guards: Guards = "always",
     ) -> None:
         self.guards = guards
-        self.module, self.backend, self.cache, self.torch_options = weakref.ref(module), backend, cache, torch_options
+        self.module, self.backend, self.state, self.torch_options = weakref.ref(module), backend, state, torch_options
         self.capturing: AbstractContextManager[None] = capturing()
         self.settled = False
-        self.compiled = self._compile(module)
+        self.compiled = isolated_compile(module._call_impl, self.backend, **self.torch_options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
             if not self.settled:
                 return self._settle(args, kwargs)
-            with call_of(self.cache, lambda call: self._diagnose(call, args, kwargs)) as call:
+            with current_call(self.state, lambda call: self._diagnose(call, args, kwargs)) as call:
                 if self.guards == "generation":
-                    return self._by_shortcut(call, args, kwargs)
+                    return self._by_route(call, args, kwargs)
                 with self.capturing:
                     return self.compiled(*args, **kwargs)
         except BackendCompilerFailed as error:
@@ -69,39 +69,19 @@ class CompiledCall:
                 raise error.inner_exception from None
             raise
 
-    def _by_shortcut(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Past dynamo where this generation has shown the way, else by way of its guards, and learn."""
-        module, seen = self.module(), look_of(args, kwargs)
-        if module is None or seen is None or _is_wrapped(module):
+    def _by_route(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Past dynamo's guards if this generation has shown how, else through them."""
+
+        def guarded() -> Any:
             with self.capturing:
                 return self.compiled(*args, **kwargs)
-        look, tensors = seen
-        known = call.session.shortcuts.get(look)
-        if known is not None and known.is_open:
-            call.is_guarded = False
-            try:
-                return known(tensors)
-            except NewGeneration:
-                call.restart()
-        call.ran = []
-        with self.capturing:
-            result = self.compiled(*args, **kwargs)
-        found = learn(tensors, call.ran, result) if call.graphs == 1 else None
-        known = call.session.shortcuts.get(look)
-        if found is None:
-            call.session.shortcuts.pop(look, None)
-        elif known is not None and known.agrees(found):
-            known.calls += 1
-        else:
-            call.session.shortcuts[look] = found
-        return result
 
-    def _compile(self, module: torch.nn.Module) -> Callable[..., Any]:
-        isolated: dict[str, Any] = {"isolate_recompiles": True}  # missing from torch 2.13's overloads
-        compiled: Callable[..., Any] = torch.compile(
-            module._call_impl, backend=self.backend, **isolated, **self.torch_options
-        )
-        return compiled
+        module, known = self.module(), look_of(args, kwargs)
+        if module is None or known is None or _is_wrapped(module):
+            return guarded()
+        look, tensors = known
+        call.route = Route(call)
+        return call.route.result(look, tensors, guarded)
 
     def _settle(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The first call, which finds out under which flags the blocks can be had."""
@@ -110,10 +90,10 @@ class CompiledCall:
         restore = _snapshot((args, kwargs))
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if tensors and all(map(on_host, tensors)):
-            warm_up(self.cache.options)
+            warm_up(self.state.options)
         failure: Exception | None = None
         try:
-            with self.capturing, call_of(self.cache, finish=False) as call:
+            with self.capturing, current_call(self.state, finish=False) as call:
                 result = self.compiled(*args, **kwargs)
         except (TorchDynamoException, GuardOnDataDependentSymNode) as error:
             if self.torch_options.get("fullgraph") or isinstance(error, BackendCompilerFailed):
@@ -125,7 +105,8 @@ class CompiledCall:
             return result
         restore()
         logger.info("captured again with breaks: %s", failure or "no graph held a loop")
-        self.capturing, self.compiled = nullcontext(), self._compile(module)
+        self.capturing = nullcontext()
+        self.compiled = isolated_compile(module._call_impl, self.backend, **self.torch_options)
         return self(*args, **kwargs)
 
     def _diagnose(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
@@ -133,13 +114,13 @@ class CompiledCall:
         module = self.module()
         if module is None or not _lacks_loop(call):
             return None
-        found = first_break(module, args, kwargs)
-        if found is None:
+        place = first_break(module, args, kwargs)
+        if place is None:
             return (
                 "no caching: dynamo captured no frame of this call. Either it gave up recompiling the model "
                 "(TORCH_LOGS=recompiles tells why), or its forward is torch's own code, which dynamo skips: wrap it"
             )
-        return f"no caching: no graph holds a block loop, since the capture breaks, first at {found}"
+        return f"no caching: no graph holds a block loop, since the capture breaks, first at {place}"
 
 
 def _is_wrapped(module: torch.nn.Module) -> bool:

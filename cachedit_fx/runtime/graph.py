@@ -2,101 +2,126 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx
 
 from cachedit_fx.capture import ends_at_break
+from cachedit_fx.passes.base import Facts
 from cachedit_fx.passes.block_loops import Detection
 from cachedit_fx.passes.find_timestep import TimestepSource, timestep_of
+from cachedit_fx.passes.gather_inputs import GatheredInputs
+from cachedit_fx.passes.insert_cache_branch import CacheBranch
 from cachedit_fx.passes.plan_regions import RegionReport
-from cachedit_fx.runtime.call import NO_LOOP, Uncached, call_of
+from cachedit_fx.runtime.call import NO_LOOP, Uncached, current_call
 from cachedit_fx.runtime.region import RegionInfo
-from cachedit_fx.runtime.region_call import GraphCall
+from cachedit_fx.runtime.region_call import RegionCall
 from cachedit_fx.runtime.registry import StateFinder
 
 GRADIENTS = Uncached("gradients wanted", "gradients wanted: nothing is cached under grad mode")
 
 
 class UncachedGraph:
-    """A graph without a region. Where that was not asked for, its call is counted, and said once why.
+    """A graph without a region. Its call is counted, and explained once, unless caching is off.
 
     Args:
+        forward: from the graph's inputs to its results.
+        finder: from the inputs to the state of their module.
+        uncached: why there is no region.
         timestep: where this graph has it; a later graph of the same call may go by it.
-        is_fragment: it is clearly not a model of its own; called by itself, it is no call that could be cached.
+        is_fragment: True for a part of a larger forward. Calling a fragment alone is not counted as an uncached call.
     """
 
     def __init__(
         self,
         forward: Callable[..., Any],
-        find: StateFinder,
-        why: Uncached,
+        finder: StateFinder,
+        uncached: Uncached,
         timestep: TimestepSource | None = None,
         is_fragment: bool = False,
     ) -> None:
-        self.forward, self.find, self.why = forward, find, why
+        self.forward, self.finder, self.uncached = forward, finder, uncached
         self.timestep, self.is_fragment = timestep, is_fragment
 
-    def __call__(self, *args: Any) -> Any:
-        cache = self.find(args)
-        if cache.config is None or (self.is_fragment and cache.session().call is None):
-            return self.forward(*args)
-        with call_of(cache) as call:
-            call.pass_by(self.why, timestep_of(self.timestep, args))
-            return self.forward(*args)
+    def __call__(self, *inputs: Any) -> Any:
+        state = self.finder(inputs)
+        if state.config is None or (self.is_fragment and state.session().call is None):
+            return self.forward(*inputs)
+        with current_call(state) as call:
+            call.pass_by(self.uncached, timestep_of(self.timestep, inputs))
+            return self.forward(*inputs)
 
 
 class CachedGraph:
-    """A graph with regions: has its part in a call, with the timestep that the call goes by.
+    """A graph with regions: takes part in a call, and gives it the timestep to go by.
 
     Args:
-        forward: of the call's side of the graph (`GraphCall`), and the graph's inputs in one sequence.
-        is_whole: nothing breaks the capture behind it.
+        forward: from the graph's part of a call (`RegionCall`), and its inputs in one sequence, to its results.
+        finder: from the inputs to the state of their module.
+        regions: by the numbers that the graph gives them.
+        timestep: where the graph has it.
+        is_whole: False if a break in the capture follows the graph.
     """
 
     def __init__(
         self,
         forward: Callable[..., Any],
-        find: StateFinder,
+        finder: StateFinder,
         regions: Sequence[RegionInfo],
         timestep: TimestepSource | None,
         is_whole: bool = True,
     ) -> None:
-        self.forward, self.find, self.regions, self.timestep = forward, find, regions, timestep
+        self.forward, self.finder, self.regions, self.timestep = forward, finder, regions, timestep
         self.is_whole = is_whole
 
-    def __call__(self, *args: Any) -> Any:
-        return self.run(args)
+    def __call__(self, *inputs: Any) -> Any:
+        return self.run(inputs)
 
     def run(self, inputs: Sequence[Any]) -> Any:
         """The graph's results, from its inputs in order."""
-        with call_of(self.find(inputs)) as call:
+        with current_call(self.finder(inputs)) as call:
             keys = call.enter(self.regions, timestep_of(self.timestep, inputs))
-            part = GraphCall(call, self.regions, keys)
-            results = self.forward(part, inputs)
-            if call.ran is not None and self.is_whole:
-                call.ran.append((self.run, inputs, results))
+            results = self.forward(RegionCall(call, self.regions, keys), inputs)
+            if call.route is not None and self.is_whole:
+                call.route.record(self.run, inputs, results)
             return results
 
 
-def unpacking(forward: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda cache, inputs: forward(cache, *inputs)
+def graph_of(
+    gm: fx.GraphModule, forward: Callable[..., Any], finder: StateFinder, facts: Facts
+) -> CachedGraph | UncachedGraph:
+    """The callable of a graph that was rewritten and lowered.
+
+    Args:
+        gm: as dynamo captured it.
+        forward: lowered.
+        facts: what the passes learned.
+    """
+    timestep, branch = facts.get(TimestepSource), facts.get(CacheBranch)
+    if branch is None:
+        return UncachedGraph(forward, finder, _why_uncached(facts), timestep, _is_fragment(gm, finder, facts))
+    regions = tuple(
+        RegionInfo(plan.loops, plan.num_blocks, plan.first, plan.last, plan.loop, plan.block) for plan in branch.regions
+    )
+    gathered = forward if GatheredInputs in facts else _unpacking(forward)
+    return CachedGraph(gathered, finder, regions, timestep, not ends_at_break(gm))
 
 
-def is_fragment(gm: fx.GraphModule, find: StateFinder, found: Mapping[str, Any]) -> bool:
-    """Whether a graph is only a part of what the user compiled: it ended at a graph break, or it has neither a block
-    loop nor weights, as a helper function has that is a frame of its own."""
-    if ends_at_break(gm):
-        return True
-    detection: Detection | None = found.get("block_loops")
-    return find.anchors is None and (detection is None or not detection.loops)
+def _unpacking(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda region_call, inputs: forward(region_call, *inputs)
 
 
-def why_uncached(found: Mapping[str, Any]) -> Uncached:
+def _is_fragment(gm: fx.GraphModule, finder: StateFinder, facts: Facts) -> bool:
+    """Whether a graph is only a part of the compiled module: it ended at a graph break, or it has neither a block loop
+    nor weights, as a helper function has that is a frame of its own."""
+    detection = facts.get(Detection)
+    return ends_at_break(gm) or (finder.anchors is None and (detection is None or not detection.loops))
+
+
+def _why_uncached(facts: Facts) -> Uncached:
     """What was looked for and not found."""
-    detection: Detection | None = found.get("block_loops")
-    report: RegionReport | None = found.get("regions")
+    detection, report = facts.get(Detection), facts.get(RegionReport)
     if detection is not None and not detection.loops:
         return Uncached(
             NO_LOOP,

@@ -29,11 +29,6 @@ def on_host(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _thinned(hidden: torch.Tensor, every: int) -> torch.Tensor:
-    """Every n-th of the tokens, which are the dimension before the last; a view."""
-    return hidden if every == 1 or hidden.ndim < 2 else hidden[..., ::every, :]
-
-
 class Residual:
     """r = hidden - base in float32; without a base `hidden` itself, which is copied only where it is kept.
 
@@ -52,6 +47,14 @@ class Residual:
         found = l1_diff(self.hidden, self.base, previous, self._out())
         self._is_written = True
         return found
+
+    @classmethod
+    def of(
+        cls, hidden: torch.Tensor, base: torch.Tensor | None, spare: torch.Tensor | None, every: int = 1
+    ) -> Residual:
+        """r over every n-th token. A base of another shape is none."""
+        fits = base is not None and base.shape == hidden.shape
+        return cls(_thinned(hidden, every), _thinned(base, every) if fits and base is not None else None, spare)
 
     def keep(self, old: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """r, in a buffer of its own, and a buffer that is free from now on, `old` being no longer needed."""
@@ -75,3 +78,16 @@ class Residual:
             return old
         with torch.inference_mode(False):
             return torch.empty(self.hidden.shape, dtype=torch.float32, device=self.hidden.device)
+
+
+def read_differences(
+    residual: Residual, previous: Sequence[torch.Tensor], *others: torch.Tensor
+) -> tuple[list[float], list[float]]:
+    """The relative L1 differences of r from each of `previous`, and the numbers `others`, all in one transfer."""
+    numbers = read_back([*others, residual.differences(previous)])
+    return numbers[len(others) :], numbers[: len(others)]
+
+
+def _thinned(hidden: torch.Tensor, every: int) -> torch.Tensor:
+    """Every n-th of the tokens, which are the dimension before the last; a view."""
+    return hidden if every == 1 or hidden.ndim < 2 else hidden[..., ::every, :]

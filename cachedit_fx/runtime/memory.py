@@ -5,30 +5,25 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 
 from cachedit_fx.kernels.residual_apply import residual_apply
 from cachedit_fx.kernels.residual_store import residual_dtype, residual_like, residual_store
 from cachedit_fx.runtime.calibrators import Moment
-from cachedit_fx.runtime.policies.base import History
-
-if TYPE_CHECKING:
-    pass
+from cachedit_fx.runtime.policies.base import Stored
 
 
 @dataclass
 class BranchMemory:
-    """What is stored for one region and one CFG branch. Buffers outlive their generation and are written again."""
+    """Stored values and their reference. A generation's end empties it, but keeps the buffers."""
 
-    history: History = field(default_factory=History)
     signature: Hashable = None
-    """Shapes and dtypes of the streams that entered when it was stored."""
+    """Shapes and dtypes of the streams that entered when the values were stored; None while nothing is stored."""
     reference: torch.Tensor | None = None
-    """r of the last computed step, float32. Without a signature, a buffer for it."""
+    """Residual r of the last computed step, float32. While `signature` is None only its buffer is of use."""
     start: int = 0
-    """The step from which the history counts (`policy.context_start`)."""
+    """The step at which the present context began (`policies.base.context_start`)."""
     trail: list[Moment] = field(default_factory=list)
     """The steps since the earliest one whose values are stored, the latest first."""
     stored: list[list[torch.Tensor]] = field(default_factory=list)
@@ -39,11 +34,16 @@ class BranchMemory:
     """Of the results as they were computed; what reads them is given the same layout."""
 
     def forget(self, start: int = 0) -> None:
-        """Begin anew at step `start`: keep the buffers, not their meaning."""
-        self.history = History()
+        """Begin anew at step `start`: keep the buffers, not their contents."""
         self.start = start
         self.signature = None
         self.trail = []
+
+    def stored_for(self, signature: Hashable) -> Stored:
+        """What there is to reuse for streams of this signature."""
+        if self.signature is None:
+            return Stored.NOTHING
+        return Stored.FITS if self.signature == signature else Stored.OTHER_SHAPES
 
     def store(
         self,

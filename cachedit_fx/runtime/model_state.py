@@ -23,9 +23,12 @@ from cachedit_fx.runtime.warning import warn
 
 if TYPE_CHECKING:
     pass
-from cachedit_fx.runtime.session import MAX_SESSIONS, Session, _session_key
+from cachedit_fx.runtime.session import Session, session_key
 
 logger = logging.getLogger(__name__)
+
+MAX_SESSIONS = 32
+"""Named sessions that a model keeps; the one unused for longest is dropped, and its next call computes."""
 
 
 class ModelState:
@@ -35,7 +38,7 @@ class ModelState:
         options: as parsed; only the policy, that is, what is not in `options.structure()`, may change later
             (`set_policy`).
         hint: returns what the caller says of the present call.
-        module: what is known of the module.
+        traced: what is known of the module beside its graphs.
         used: when it was called last, by the monotonic clock.
     """
 
@@ -43,7 +46,7 @@ class ModelState:
         self.options = options
         self.config = options.cache
         self.hint: Callable[[], Hint] = Hint
-        self.module = NOTHING_KNOWN
+        self.traced = NOTHING_KNOWN
         self.latest: Session | None = None
         self.used = 0.0
         self._here = threading.local()
@@ -55,33 +58,33 @@ class ModelState:
 
     def session(self) -> Session:
         """The session of the present thread, or of the `session(key)` that it is in."""
-        key = _session_key.get()
-        found = getattr(self._here, "session", None) if key is None else self._named(key)
-        if found is None:
+        key = session_key.get()
+        session = getattr(self._here, "session", None) if key is None else self._named(key)
+        if session is None:
             with self._lock:
-                found = self._here.session = self._by_thread[threading.current_thread()] = Session(self)
-        self.latest = found
+                session = self._here.session = self._by_thread[threading.current_thread()] = Session(self)
+        self.latest = session
         self.used = time.monotonic()
-        return found
+        return session
 
     def _named(self, key: Hashable) -> Session:
         with self._lock:
-            found = self._by_key.get(key)
-            if found is None:
-                found = self._by_key[key] = Session(self)
+            session = self._by_key.get(key)
+            if session is None:
+                session = self._by_key[key] = Session(self)
             self._by_key.move_to_end(key)
             if len(self._by_key) > MAX_SESSIONS:
                 dropped, _ = self._by_key.popitem(last=False)
                 logger.info("session %r dropped: more than %d are kept", dropped, MAX_SESSIONS)
-        return found
+        return session
 
     def set_policy(self, options: Options) -> None:
         """Go on under `options`, whose structure is the same. Takes effect at the next call, which starts a new
         generation in every session."""
         self.options, self.config = options, options.cache
         with self._lock:
-            for found in (*self._by_thread.values(), *self._by_key.values()):
-                found.refresh(options.cache)
+            for session in (*self._by_thread.values(), *self._by_key.values()):
+                session.refresh(options.cache)
 
     def warn_once(self, message: str, better: Callable[[], str | None] | None = None) -> None:
         """Warn, the first time that this model has this to say; in the words of `better`, asked only then, if any."""

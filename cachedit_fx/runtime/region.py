@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 ChainKey: TypeAlias = tuple[tuple[str, ...], int]
 """The loops that a chain runs through, and its number among those of a call that run through the same."""
 
 
-RegionKey: TypeAlias = tuple[ChainKey, int | None]
-"""The chain that a region was cut from, and its block where it is a single one."""
+class RegionKey(NamedTuple):
+    """What a session knows a region by, whichever graphs the call consists of."""
+
+    chain: ChainKey
+    """The chain that the region was cut from."""
+    block: int | None
+    """The region's block, if blocks are regions of their own."""
 
 
 @dataclass(frozen=True)
 class RegionInfo:
-    """What the run time knows of a region: the loops and the number of blocks of its chain, F and B; and which block it
-    is, where blocks are regions of their own."""
+    """A region as it was planned.
+
+    Attributes:
+        loops: names of the loops of its chain.
+        num_blocks: blocks of its chain.
+        first, last: F and B.
+        loop: with a region for each loop, its loop's place in the chain.
+        block: its block, if blocks are regions of their own.
+    """
 
     loops: tuple[str, ...]
     num_blocks: int
     first: int
     last: int
     loop: int | None = None
-    """With a region for each loop, its loop's place in the chain."""
     block: int | None = None

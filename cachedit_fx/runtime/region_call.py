@@ -1,36 +1,56 @@
-"""One graph's part of a call: decides about each region, then computes or bypasses it."""
+"""One graph's part of a call: decides about each region, then computes or bypasses it.
+
+entry = region_call.decide(0, reference, hidden, streams)        where the call stands, the difference, the policy
+results = region_call.run(entry, compute, inputs, bases, ...)    computed and stored, or restored
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
-from cachedit_fx.config.cache import DBCacheConfig, DBPruneConfig
 from cachedit_fx.config.calibrators import CalibratorConfig
+from cachedit_fx.config.options import LoopSettings
 from cachedit_fx.runtime.calibrators import Moment, coefficients, values_kept
-from cachedit_fx.runtime.call import Call, NewGeneration
-from cachedit_fx.runtime.guard import Residual, _thinned, on_host, read_back
-from cachedit_fx.runtime.policies.base import Action, Decision, Reason
-from cachedit_fx.runtime.policies.dbcache import advance, context_start, decide
-from cachedit_fx.runtime.policies.dbprune import PruneHistory, decide_block
+from cachedit_fx.runtime.call import Call
+from cachedit_fx.runtime.guard import Residual, on_host, read_back, read_differences
+from cachedit_fx.runtime.memory import BranchMemory
+from cachedit_fx.runtime.policies.base import Action, Decision, Situation, context_start
 from cachedit_fx.runtime.region import RegionInfo, RegionKey
 from cachedit_fx.runtime.stopwatch import Stopwatch
 
 
-class GraphCall:
-    """One graph's part of a call, as the rewritten graph sees it. The graph numbers its regions; `keys` are what the
-    session knows them by, whichever graphs the call consists of."""
+class Entry(NamedTuple):
+    """A region about to run: what was decided, and what carrying it out needs."""
+
+    info: RegionInfo
+    key: RegionKey
+    settings: LoopSettings
+    situation: Situation
+    decision: Decision
+    memory: BranchMemory
+    residual: Residual | None
+    """r, if it may be compared."""
+    signature: Hashable
+    device: torch.device | None
+
+
+class RegionCall:
+    """Decides and runs the regions of one graph, which numbers them.
+
+    Args:
+        call: the transformer call that the graph is a part of.
+        regions: as planned.
+        keys: what the session knows them by.
+    """
 
     def __init__(self, call: Call, regions: Sequence[RegionInfo], keys: Sequence[RegionKey]) -> None:
         self.call, self.regions, self.keys = call, regions, keys
         self.session = call.session
-        options = call.session.cache.options
-        self.policies = [options.policy(region.loop) for region in regions]
-        self._entered: dict[int, tuple[Residual | None, Hashable, torch.device | None]] = {}
-        """Of each region: r, where it may be compared, and signature and device of what entered."""
+        options = call.session.state.options
+        self.settings = [options.settings_of(region.loop) for region in regions]
 
     def decide(
         self,
@@ -38,151 +58,173 @@ class GraphCall:
         reference: torch.Tensor | None,
         hidden: torch.Tensor | None,
         streams: Sequence[torch.Tensor],
-    ) -> Decision:
-        """Compute region `number` or reuse what is stored?
+    ) -> Entry:
+        """Compute region `number`, or reuse the stored values?
 
         Args:
-            reference: base of the hidden states behind the first F blocks (H_in in a plain chain).
-            hidden: those hidden states, H_F; None where F is 0. Of a single block: what enters it, without a reference.
-            streams: the values that enter the region; what is stored must fit their shapes.
+            reference: base of the hidden states after the first F blocks (H_in in a plain chain).
+            hidden: those hidden states, H_F; None if F is 0. For a single block: its input, without a reference.
+            streams: the values that enter the region. Stored values must fit their shapes.
         """
-        region, (config, _) = self.keys[number], self.policies[number]
+        key, settings = self.keys[number], self.settings[number]
+        policy = settings.policy
         tensors = [stream for stream in streams if isinstance(stream, torch.Tensor)]
         signature = (
             *[(tensor.shape, tensor.dtype) for tensor in tensors],
             *[stream for stream in streams if not isinstance(stream, torch.Tensor)],
         )
-        current = None
-        if hidden is not None and _may_measure(config):
-            fits = reference is not None and reference.shape == hidden.shape
-            every = config.downsample_factor
-            base = _thinned(reference, every) if reference is not None and fits else None
-            current = Residual(_thinned(hidden, every), base, self.session.spares.pop(region, None))
-        measured: dict[int, float] = {}
-        if self.call.position is None:
-            measured = self._locate(region, current, signature)
+        residual = None
+        if hidden is not None and policy.measures:
+            spare = self.session.spares.pop(key, None)
+            residual = Residual.of(hidden, reference, spare, policy.config.downsample_factor)
+        differences = self._locate(key, residual, signature)
         assert self.call.position is not None
         _, step, branch = self.call.position
-        memory = self.session.memory(region, branch)
-        start = context_start(config, step)
-        if start != memory.start:
+        memory, start = self.session.memory(key, branch), context_start(policy.config, step)
+        if memory.start != start:
             memory.forget(start)
-            measured = {}
-        history = memory.history
-        if memory.signature != signature:
-            history = replace(history, stored=history.stored and memory.signature is not None, shapes_match=False)
+            differences = {}
+        situation = Situation(step - start, memory.stored_for(signature), key.block)
 
-        def difference() -> float:
-            shared = self.session.shared_differences
-            if not config.cfg_diff_compute_separate and (region, step) in shared:
-                return shared[region, step]
-            value = measured.get(branch)
-            if value is None:
-                assert memory.reference is not None and current is not None
-                (value,) = read_back([current.differences([memory.reference])])
-            shared[region, step] = value
-            return value
+        def measure() -> float:
+            return self._difference(key, settings, memory, residual, differences)
 
-        if isinstance(config, DBPruneConfig):
-            decision = decide_block(config, self._prune_history(region, start), history, difference)
-        else:
-            decision = decide(config, step - start, history, difference)
-        self._entered[number] = (current, signature, tensors[0].device if tensors else None)
-        self._warn(config, decision)
-        return decision
+        history = self.session.history(key.chain, branch, start, policy)
+        decision = policy.decide(situation, history, measure)
+        warning = policy.warning(decision)
+        if warning is not None:
+            self.session.state.warn_once(warning)
+        device = tensors[0].device if tensors else None
+        return Entry(self.regions[number], key, settings, situation, decision, memory, residual, signature, device)
 
     def run(
         self,
-        number: int,
-        decision: Decision,
+        entry: Entry,
         compute: Callable[..., tuple[Any, ...]],
         inputs: Sequence[Any],
         bases: Callable[..., tuple[Any, ...]],
         continued: Sequence[Any],
     ) -> tuple[Any, ...]:
-        """Carry the decision out: the region's results, computed from `inputs` and stored, or restored from what is
-        stored and from `bases(*continued)`."""
+        """Carry the decision out.
+
+        Args:
+            compute: the region, from `inputs` to its results.
+            bases: from `continued` to the base of each result, None where a result has none.
+
+        Returns:
+            The region's results, computed and stored, or restored from stored values and bases.
+        """
         assert self.call.position is not None
-        region, (config, calibrator) = self.keys[number], self.policies[number]
         _, step, branch = self.call.position
+        key, memory, residual, decision = entry.key, entry.memory, entry.residual, entry.decision
         now = Moment(step, self.call.now, decision.action is Action.COMPUTE)
-        memory = self.session.memory(region, branch)
-        current, signature, device = self._entered[number]
-        watch = Stopwatch(device)
-        spare = current.spare if current is not None else None
+        watch = Stopwatch(entry.device)
+        spare = residual.spare if residual is not None else None
         if decision.action is Action.REUSE:
-            weights = coefficients(calibrator, memory.trail, now)
-            shapes = [buffers[0].shape for buffers in memory.stored]
-            results = memory.restore(_bases(calibrator, bases, continued, shapes), weights)
-            memory.trail.insert(0, now)
+            results = _restored(entry, now, bases, continued)
         else:
-            if current is not None:
-                memory.reference, spare = current.keep(memory.reference)
+            if residual is not None:
+                memory.reference, spare = residual.keep(memory.reference)
             results = compute(*inputs)
-            if may_reuse(config):
-                if signature != memory.signature:
-                    memory.trail = []
-                memory.signature = signature
-                found = _bases(calibrator, bases, continued, [result.shape for result in results])
-                dtype = calibrator.calibrator_state_dtype if calibrator is not None else "wider"
-                memory.store(results, found, now, values_kept(calibrator), dtype)
+            if entry.settings.policy.reuses:
+                _store(entry, now, results, bases, continued)
         if spare is not None:
-            self.session.spares[region] = spare
-        memory.history = advance(memory.history, decision)
-        chain, block = region
-        if block is not None:
-            history = self._prune_history(region, memory.start).after(decision)
-            self.session.prune_histories[chain, branch, memory.start] = history
-        stats = self.session.region_stats(region, self.regions[number])
-        stats.record(branch, step, decision, block)
+            self.session.spares[key] = spare
+        self._advance(entry, branch)
+        stats = self.session.region_stats(key, entry.info)
+        stats.record(branch, step, decision, key.block)
         self.session.watches.append((stats, decision.action, watch.stop()))
         return results
 
-    def _prune_history(self, region: RegionKey, start: int) -> PruneHistory:
-        """Of the region's chain, at the present step, which is counted from `start`."""
+    def _advance(self, entry: Entry, branch: int) -> None:
+        """Let the policy take note of its decision."""
+        chain, policy, start = entry.key.chain, entry.settings.policy, entry.memory.start
+        history = self.session.history(chain, branch, start, policy)
+        self.session.set_history(chain, branch, start, policy.advance(history, entry.situation, entry.decision))
+
+    def _difference(
+        self,
+        key: RegionKey,
+        settings: LoopSettings,
+        memory: BranchMemory,
+        residual: Residual | None,
+        differences: Mapping[int, float],
+    ) -> float:
+        """The difference that the policy asks for: shared by the step's branches, read already, or measured now."""
         assert self.call.position is not None
         _, step, branch = self.call.position
-        return self.session.prune_histories.get((region[0], branch, start), PruneHistory()).at(step - start)
+        shared = self.session.shared_differences
+        if not settings.policy.config.cfg_diff_compute_separate and (key, step) in shared:
+            return shared[key, step]
+        difference = differences.get(branch)
+        if difference is None:
+            assert memory.reference is not None and residual is not None
+            (difference,), _ = read_differences(residual, [memory.reference])
+        shared[key, step] = difference
+        return difference
 
-    def _locate(self, region: RegionKey, current: Residual | None, signature: Hashable) -> dict[int, float]:
-        """Find the call's position; where the timestep is on the device, read it together with the differences against
-        every branch that the call may turn out to be."""
+    def _locate(self, key: RegionKey, residual: Residual | None, signature: Hashable) -> dict[int, float]:
+        """Find the call's position, once a call. If the timestep is on the device, it is read together with the
+        differences from every branch that the call may turn out to be; these are returned."""
         call, tracker = self.call, self.session.tracker
-        time_now, name = call.time, call.branch_name
-        measured: dict[int, float] = {}
-        if isinstance(time_now, torch.Tensor):
-            time_now = time_now.amax() if time_now.numel() > 1 else time_now
-            previous = {} if current is None or on_host(time_now) else self._references(region, signature)
-            if current is not None and previous:
-                time_now, *differences = read_back([time_now, current.differences(list(previous.values()))])
-                measured = dict(zip(previous, differences, strict=True))
+        if call.position is not None:
+            return {}
+        time = call.time
+        differences: dict[int, float] = {}
+        if isinstance(time, torch.Tensor):
+            time = time.amax() if time.numel() > 1 else time
+            references = {} if residual is None or on_host(time) else self._references(key, signature)
+            if residual is not None and references:
+                values, (time,) = read_differences(residual, list(references.values()), time)
+                differences = dict(zip(references, values, strict=True))
             else:
-                (time_now,) = read_back([time_now])
-        call.position, call.now = tracker.observe(time_now, name, signature), time_now
-        if call.position.generation != self.session.generation:
-            measured = {}
-            self.session.begin(call.position)
-            if not call.is_guarded:
-                raise NewGeneration
-        return measured
+                (time,) = read_back([time])
+        call.position, call.now = tracker.observe(time, call.branch_name, signature), time
+        if call.position.generation == self.session.generation:
+            return differences
+        self.session.begin(call.position)
+        if call.route is not None:
+            call.route.generation_begins()
+        return {}
 
-    def _references(self, region: RegionKey, signature: Hashable) -> dict[int, torch.Tensor]:
+    def _references(self, key: RegionKey, signature: Hashable) -> dict[int, torch.Tensor]:
         """What r may have to be compared with, by the branch that the call may turn out to be."""
         candidates = self.session.tracker.candidates(self.call.branch_name)
-        memories = [(branch, self.session.memories.get((region, branch))) for branch in candidates]
+        memories = [(branch, self.session.memories.get((key, branch))) for branch in candidates]
         return {
             branch: memory.reference
             for branch, memory in memories
             if memory is not None and memory.signature == signature and memory.reference is not None
         }
 
-    def _warn(self, config: DBCacheConfig, decision: Decision) -> None:
-        cache = self.session.cache
-        if decision.reason is Reason.NOT_FINITE:
-            cache.warn_once("a difference is infinite or not a number: such steps are computed")
-        elif decision.reason is Reason.MASK_ENDED:
-            mask = config.steps_computation_mask or ()
-            cache.warn_once(f"steps_computation_mask has {len(mask)} digits; steps past its end are computed")
+
+def _restored(
+    entry: Entry, now: Moment, bases: Callable[..., tuple[torch.Tensor | None, ...]], continued: Sequence[Any]
+) -> tuple[torch.Tensor, ...]:
+    """The region's results from what is stored."""
+    memory, calibrator = entry.memory, entry.settings.calibrator
+    weights = coefficients(calibrator, memory.trail, now)
+    shapes = [buffers[0].shape for buffers in memory.stored]
+    results = memory.restore(_bases(calibrator, bases, continued, shapes), weights)
+    memory.trail.insert(0, now)
+    return results
+
+
+def _store(
+    entry: Entry,
+    now: Moment,
+    results: Sequence[torch.Tensor],
+    bases: Callable[..., tuple[torch.Tensor | None, ...]],
+    continued: Sequence[Any],
+) -> None:
+    """Keep the results of a computed step for later ones."""
+    memory, calibrator = entry.memory, entry.settings.calibrator
+    if entry.signature != memory.signature:
+        memory.trail = []
+    memory.signature = entry.signature
+    dtype = calibrator.calibrator_state_dtype if calibrator is not None else "wider"
+    result_bases = _bases(calibrator, bases, continued, [result.shape for result in results])
+    memory.store(results, result_bases, now, values_kept(calibrator), dtype)
 
 
 def _bases(
@@ -191,20 +233,9 @@ def _bases(
     continued: Sequence[Any],
     shapes: Sequence[torch.Size],
 ) -> tuple[torch.Tensor | None, ...]:
-    """What the stored residuals of results of these shapes are relative to; nothing where whole values are predicted,
-    or where a length that depends on data has turned out another."""
+    """The bases of results of these shapes. None if whole values are predicted, or if a length that depends on data has
+    turned out another."""
     if calibrator is not None and calibrator.calibrator_cache_type != "residual":
         return (None,) * len(shapes)
-    found = zip(bases(*continued), shapes, strict=True)
-    return tuple(base if base is None or base.shape == shape else None for base, shape in found)
-
-
-def _may_measure(config: DBCacheConfig) -> bool:
-    return config.residual_diff_threshold > 0 and not config.static
-
-
-def may_reuse(config: DBCacheConfig) -> bool:
-    """Whether any step may ever reuse: if not, nothing needs to be stored."""
-    if config.static:
-        return not all(config.steps_computation_mask or ())
-    return config.residual_diff_threshold > 0
+    pairs = zip(bases(*continued), shapes, strict=True)
+    return tuple(base if base is None or base.shape == shape else None for base, shape in pairs)

@@ -6,13 +6,12 @@ import contextvars
 from collections import Counter
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cachedit_fx.config.cache import DBCacheConfig
-from cachedit_fx.runtime.policies.base import Action
-from cachedit_fx.runtime.policies.dbprune import PruneHistory
+from cachedit_fx.runtime.policies.base import Action, Policy
 from cachedit_fx.runtime.stats import CacheStats
 from cachedit_fx.runtime.stopwatch import Stopwatch
 from cachedit_fx.runtime.tracker import Position, Tracker
@@ -26,11 +25,7 @@ if TYPE_CHECKING:
 from cachedit_fx.runtime.memory import BranchMemory
 from cachedit_fx.runtime.region import ChainKey, RegionKey
 
-MAX_SESSIONS = 32
-"""Named sessions that a model keeps; the one unused for longest is dropped, and its next call computes."""
-
-
-_session_key: contextvars.ContextVar[Hashable] = contextvars.ContextVar("cachedit_fx_session", default=None)
+session_key: contextvars.ContextVar[Hashable] = contextvars.ContextVar("cachedit_fx_session", default=None)
 
 
 @contextmanager
@@ -42,23 +37,23 @@ def session(key: Hashable) -> Iterator[None]:
     """
     if key is None:
         raise ValueError("session(None): the key must be a hashable object other than None, such as a request id")
-    token = _session_key.set(key)
+    token = session_key.set(key)
     try:
         yield
     finally:
-        _session_key.reset(token)
+        session_key.reset(token)
 
 
 class Session:
     """One stream of requests to one model: a tracker, the present generation's memory, its statistics."""
 
-    def __init__(self, cache: ModelState) -> None:
-        self.cache = cache
-        self.tracker = Tracker(cache.config or DBCacheConfig())
+    def __init__(self, state: ModelState) -> None:
+        self.state = state
+        self.tracker = Tracker(state.config or DBCacheConfig())
         self.generation = -1
         self.memories: dict[tuple[RegionKey, int], BranchMemory] = {}
-        self.prune_histories: dict[tuple[ChainKey, int, int], PruneHistory] = {}
-        """By chain, branch and the step that steps are counted from."""
+        self._histories: dict[tuple[ChainKey, int], tuple[int, Any]] = {}
+        """(chain, branch) -> the step at which the context began, and the policy's history since."""
         self.shortcuts: dict[Hashable, Shortcut] = {}
         """By the look of a call, in the present generation."""
         self.spares: dict[RegionKey, torch.Tensor] = {}
@@ -82,7 +77,7 @@ class Session:
         self.generation = position.generation
         for memory in self.memories.values():
             memory.forget()
-        self.prune_histories = {}
+        self._histories = {}
         self.shortcuts = {}
         self.stats = {}
         self.watches = []
@@ -96,16 +91,26 @@ class Session:
         self.tracker.refresh()
 
     def memory(self, region: RegionKey, branch: int) -> BranchMemory:
-        found = self.memories.get((region, branch))
-        if found is None:
-            found = self.memories[region, branch] = BranchMemory()
-        return found
+        """What is stored for a region in a branch."""
+        memory = self.memories.get((region, branch))
+        if memory is None:
+            memory = self.memories[region, branch] = BranchMemory()
+        return memory
+
+    def history(self, chain: ChainKey, branch: int, start: int, policy: Policy[Any, Any]) -> Any:
+        """The policy's history of a chain in a branch, in the context that began at step `start`."""
+        began, history = self._histories.get((chain, branch), (None, None))
+        return history if began == start else policy.start()
+
+    def set_history(self, chain: ChainKey, branch: int, start: int, history: Any) -> None:
+        """Keep a policy's history for its next decision."""
+        self._histories[chain, branch] = start, history
 
     def region_stats(self, region: RegionKey, info: RegionInfo) -> CacheStats:
         """Of a region, or of all regions of a chain whose blocks are pruned one by one."""
         chain, block = region
         if chain not in self.stats:
-            self.configs[chain], _ = self.cache.options.policy(info.loop)
+            self.configs[chain] = self.state.options.settings_of(info.loop).policy.config
             self.stats[chain] = CacheStats(
                 name=f"{'region' if block is None else 'chain'}_{len(self.stats)}",
                 num_blocks=info.num_blocks,
@@ -129,7 +134,7 @@ class Session:
         self.watches = []
         for chain, stats in self.stats.items():
             stats.bytes_held = sum(
-                memory.bytes_held for (region, _), memory in self.memories.items() if region[0] == chain
+                memory.bytes_held for (region, _), memory in self.memories.items() if region.chain == chain
             )
         if not self.stats and self.uncached:
             return [CacheStats("uncached", 0, 0, 0, uncached_causes=self.uncached)]
@@ -137,20 +142,20 @@ class Session:
 
     def _warn_of_inert_thresholds(self) -> None:
         """Once a generation: at its end, or when its statistics are asked for."""
-        if self.cache.config is None or self.inert_told:
+        if self.state.config is None or self.inert_told:
             return
-        for region, stats in self.stats.items():
-            message = stats.inert_threshold_message(self.configs[region])
+        for chain, stats in self.stats.items():
+            message = stats.inert_threshold_message(self.configs[chain])
             if message:
                 self.inert_told = True
                 warn(f"{stats.name}: {message}; no step was cached")
 
     def _warn_of_long_masks(self) -> None:
         """At a generation's end: one that stopped early was not cached as its mask means. One step is a warm-up run."""
-        for region, stats in self.stats.items():
-            mask = self.configs[region].steps_computation_mask
+        for chain, stats in self.stats.items():
+            mask = self.configs[chain].steps_computation_mask
             if mask is not None and 1 < stats.executed_steps < len(mask):
-                self.cache.warn_once(
+                self.state.warn_once(
                     f"steps_computation_mask has {len(mask)} digits, and a generation had {stats.executed_steps} "
                     "steps: make the mask, or the preset, for the number of steps that the pipeline takes"
                 )

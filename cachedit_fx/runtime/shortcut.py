@@ -16,10 +16,13 @@ generations are seen.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+if TYPE_CHECKING:
+    from cachedit_fx.runtime.call import Call
 
 GUARDED_CALLS = 2
 """Alike calls of a generation that pass the guards: a model that counts its own steps is told by them."""
@@ -127,10 +130,59 @@ def learn(tensors: Sequence[torch.Tensor], ran: Sequence[Ran], result: Any) -> S
     for index, _ in slots:
         given[index] = None  # an input of one call is not kept for the next
     leaves: list[tuple[int | None, Any]] = []
-    found, spec = tree_flatten(result)
-    for leaf in found:
+    values, spec = tree_flatten(result)
+    for leaf in values:
         place = next((place for place, value in enumerate(results) if value is leaf), None)
         if place is None and type(leaf) not in _PLAIN:
             return None
         leaves.append((place, leaf if place is None else None))
     return Shortcut(graph, given, slots, tuple(leaves), spec)
+
+
+class _BeginsGeneration(Exception):
+    """A call that took a shortcut turns out to begin a generation, which has to pass the guards."""
+
+
+class Route:
+    """How one call reaches its graphs: through dynamo's guards, or past them by a shortcut.
+
+    A call through the guards shows its graphs to `record`, to learn from. A call by a shortcut that turns out to begin
+    a generation is given up where it stands, and made again through the guards.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self._takes_shortcut = False
+        self._ran: list[Ran] = []
+
+    def result(self, look: Hashable, tensors: Sequence[torch.Tensor], guarded: Callable[[], Any]) -> Any:
+        """The call's result, by a shortcut if one is open for its look, else from `guarded`, to learn one."""
+        session = self.call.session
+        shortcut = session.shortcuts.get(look)
+        if shortcut is not None and shortcut.is_open:
+            self._takes_shortcut = True
+            try:
+                return shortcut(tensors)
+            except _BeginsGeneration:
+                self._takes_shortcut = False
+                self.call.restart()
+        result = guarded()
+        lesson = learn(tensors, self._ran, result) if self.call.graphs == 1 else None
+        shortcut = session.shortcuts.get(look)
+        if lesson is None:
+            session.shortcuts.pop(look, None)
+        elif shortcut is not None and shortcut.agrees(lesson):
+            shortcut.calls += 1
+        else:
+            session.shortcuts[look] = lesson
+        return result
+
+    def record(self, graph: Callable[..., Any], inputs: Sequence[Any], results: Sequence[Any]) -> None:
+        """A graph with regions ran."""
+        if not self._takes_shortcut:
+            self._ran.append((graph, inputs, results))
+
+    def generation_begins(self) -> None:
+        """The call turns out to begin a generation."""
+        if self._takes_shortcut:
+            raise _BeginsGeneration

@@ -7,12 +7,24 @@ denoising steps of the generation, from 0. Differences that are not finite are c
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from cachedit_fx.config.cache import DBCacheConfig
 from cachedit_fx.runtime.policies.base import Action, Decision, Reason
-from cachedit_fx.runtime.policies.dbprune import step_decision
+
+
+def step_decision(blocks: Collection[Decision]) -> Decision:
+    """A step in short: reuse if any block was bypassed, the commonest reason for that, the mean finite difference.
+
+    One decision is its own summary. `blocks` is not empty.
+    """
+    if len(blocks) == 1:
+        return next(iter(blocks))
+    reused = [decision for decision in blocks if decision.action is Action.REUSE]
+    ((reason, _),) = Counter(decision.reason for decision in reused or blocks).most_common(1)
+    values = [d.difference for d in blocks if d.difference is not None and math.isfinite(d.difference)]
+    return Decision(reason.action, reason, statistics.fmean(values) if values else None)
 
 
 @dataclass
@@ -222,7 +234,7 @@ class CacheStats:
         """Says so, where the difference was compared with the threshold and never lay below it."""
         found = self._every_decision
         above = [d.difference for d in found if d.reason is Reason.ABOVE_THRESHOLD and d.difference is not None]
-        if not above or any(d.reason in (Reason.BELOW_THRESHOLD, Reason.BELOW_DYNAMIC) for d in found):
+        if not above or any(d.action is Action.REUSE and d.difference is not None for d in found):
             return None
         return f"inert threshold: smallest difference {min(above):.3g}, threshold {config.residual_diff_threshold:.3g}"
 

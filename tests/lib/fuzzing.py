@@ -741,9 +741,8 @@ class _Case:
         if policy.get("cache", "") is not None:
             options |= {"Fn_compute_blocks": spec.first, "Bn_compute_blocks": spec.last}
             if spec.order is not None:
-                options["calibrator"] = cachedit_fx.TaylorSeerCalibratorConfig(
-                    taylorseer_order=spec.order, calibrator_cache_type=spec.predicts
-                )
+                settings: dict[str, Any] = {"taylorseer_order": spec.order, "calibrator_cache_type": spec.predicts}
+                options["calibrator"] = cachedit_fx.TaylorSeerCalibratorConfig(**settings)
         cachedit_fx.compile(self.model, dynamic=spec.dynamic, fullgraph=True, **options, **policy)
 
     def never(self) -> dict[str, Any]:

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from cachedit_fx.passes.base import Pass, facts
+from cachedit_fx.config.cache import Cut
+from cachedit_fx.passes.base import Pass
 from cachedit_fx.passes.block_loops import Detection
 from cachedit_fx.passes.detect_block_loops import DetectBlockLoops
-from cachedit_fx.passes.graph_values import target_name
+from cachedit_fx.passes.graph_values import op_counts, target_name
 from cachedit_fx.passes.insert_cache_branch import InsertCacheBranch
-from cachedit_fx.passes.manager import PassManager
+from cachedit_fx.passes.manager import Outcome, PassManager
 from cachedit_fx.passes.normalize import Normalize
 from cachedit_fx.passes.outline_blocks import OutlineBlocks
 from cachedit_fx.passes.plan_regions import PlanRegions, RegionReport
@@ -85,14 +86,19 @@ def run_graph(gm: Callable[..., Any], inputs: Sequence[Any], *first: Any) -> tup
         return tuple(gm(*first, *copied(inputs)))
 
 
-def run_passes(gm: fx.GraphModule, *passes: Pass) -> fx.GraphModule:
-    """`gm` behind `passes`, in the manager's hands."""
+def outcome_of(gm: fx.GraphModule, *passes: Pass) -> Outcome:
+    """What `passes`, in the manager's hands, make of `gm`."""
     return PassManager(passes).run(gm)
+
+
+def run_passes(gm: fx.GraphModule, *passes: Pass) -> fx.GraphModule:
+    """`gm` after `passes`."""
+    return outcome_of(gm, *passes).graph_module
 
 
 def detected(gm: fx.GraphModule, **options: Any) -> Detection:
     """Normalize, then detect."""
-    return facts(run_passes(gm, Normalize(), DetectBlockLoops(**options)))["block_loops"]
+    return outcome_of(gm, Normalize(), DetectBlockLoops(**options)).facts[Detection]
 
 
 def planned(
@@ -100,44 +106,41 @@ def planned(
     first: int,
     last: int,
     scope: Any = "model",
-    non_prune: Any = None,
+    kept: Sequence[int] | None = None,
     to_output: bool = False,
     **options: Any,
 ) -> RegionReport:
-    """Normalize, detect, plan."""
-    plan = PlanRegions(first, last, scope, non_prune, to_output=to_output)
-    passes = (Normalize(), DetectBlockLoops(**options), plan)
-    return facts(run_passes(gm, *passes))["regions"]
+    """Normalize, detect, plan. With `kept`, each block is a region of its own, but these."""
+    cut = Cut(first, last) if kept is None else Cut(first, last, "block", tuple(kept))
+    plan = PlanRegions([cut], scope, to_output)
+    return outcome_of(gm, Normalize(), DetectBlockLoops(**options), plan).facts[RegionReport]
 
 
 def rewritten(
     gm: fx.GraphModule,
     first: int = 1,
     last: int = 0,
-    *,
+    *more: Pass,
     scope: Any = "model",
     granularity: Any = "block",
     canonical_layout: bool = True,
     **options: Any,
 ) -> fx.GraphModule:
-    """The whole pipeline but the lowering: the graph takes a cache ahead of its inputs."""
+    """The whole pipeline but the lowering, and `more` passes: the graph takes a region call before its inputs."""
     return run_passes(
         gm,
         Normalize(),
         DetectBlockLoops(**options),
-        PlanRegions(first, last, scope),
+        PlanRegions([Cut(first, last)], scope),
         OutlineBlocks(granularity, canonical_layout),
         InsertCacheBranch(),
+        *more,
     )
 
 
 def ops(gm: fx.GraphModule) -> Counter[str]:
     """How often each op stands in the graph, pieces and branches included."""
-    count: Counter[str] = Counter()
-    for module in gm.modules():
-        if isinstance(module, fx.GraphModule):
-            count.update(target_name(n) for n in module.graph.nodes if n.op in ("call_function", "call_method"))
-    return count
+    return op_counts(gm)
 
 
 def find(gm: fx.GraphModule, name: str) -> list[fx.Node]:
@@ -152,12 +155,12 @@ class Computes:
         self.decided: list[tuple[int, Any, Any, tuple[Any, ...]]] = []
         self.ran: list[int] = []
 
-    def decide(self, region: int, reference: Any, hidden: Any, streams: tuple[Any, ...]) -> str:
+    def decide(self, region: int, reference: Any, hidden: Any, streams: tuple[Any, ...]) -> int:
         self.decided.append((region, reference, hidden, streams))
-        return f"decision {region}"
+        return region
 
-    def run(self, region: int, decision: str, compute: Any, inputs: Sequence[Any], *bypassed: Any) -> Any:
-        assert decision == f"decision {region}"
+    def run(self, region: int, compute: Any, inputs: Sequence[Any], *bypassed: Any) -> Any:
+        assert region == self.decided[-1][0]
         self.ran.append(region)
         return compute(*inputs)
 
@@ -170,16 +173,16 @@ class Restores(Computes):
         self.stored: dict[int, list[Any]] = {}
         self.bypassed = 0
 
-    def run(self, region: int, decision: str, compute: Any, inputs: Sequence[Any], *bypassed: Any) -> Any:
+    def run(self, region: int, compute: Any, inputs: Sequence[Any], *bypassed: Any) -> Any:
         bases, continued = bypassed
-        found = bases(*continued)
+        values = bases(*continued)
         if region in self.stored:
             self.bypassed += 1
-            pairs = zip(self.stored[region], found, strict=True)
+            pairs = zip(self.stored[region], values, strict=True)
             return tuple(kept if base is None else (base.double() + kept).to(base.dtype) for kept, base in pairs)
-        results = super().run(region, decision, compute, inputs)
+        results = super().run(region, compute, inputs)
         self.stored[region] = [
             result if base is None else result.double() - base.double()
-            for result, base in zip(results, found, strict=True)
+            for result, base in zip(results, values, strict=True)
         ]
         return results

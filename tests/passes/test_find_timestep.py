@@ -3,15 +3,15 @@
 import pytest
 import torch
 from lib import models
-from lib.helpers import capture, ops, run_passes
+from lib.helpers import capture, ops, outcome_of
 from torch import nn
 
-from cachedit_fx.passes.base import facts
+from cachedit_fx.passes.base import Facts
 from cachedit_fx.passes.find_timestep import FindTimestep, TimestepSource
 
 
 def source_of(gm, argument=None, numbers=None):
-    return facts(run_passes(gm, FindTimestep(argument, numbers)))["timestep"]
+    return outcome_of(gm, FindTimestep(argument, numbers)).facts.get(TimestepSource)
 
 
 def tensor_at(graph, source):
@@ -98,8 +98,7 @@ def test_keyword_arguments():
 
 def test_no_match():
     gm = capture(nn.Linear(16, 16), torch.randn(1, 16)).gm
-    result = FindTimestep().run(gm)
-    assert (result.matches, facts(gm)["timestep"]) == (0, None)
+    assert FindTimestep().run(gm, Facts()) is None
 
 
 def test_dynamic_shapes():

@@ -12,8 +12,8 @@ from lib.toys import denoise, make
 from torch import fx
 
 from cachedit_fx import DBCacheConfig, enable_cache, summary
-from cachedit_fx.passes.base import facts
-from cachedit_fx.passes.gather_inputs import GatherInputs
+from cachedit_fx.passes.base import Facts
+from cachedit_fx.passes.gather_inputs import GatheredInputs, GatherInputs
 
 
 class Inputs(list):
@@ -36,9 +36,9 @@ def placeholders(graph):
 def test_computed_is_bit_identical_and_so_is_restored(case):
     for graph, gm in rewrites(case):
         number = len(placeholders(gm.graph)) - 1
-        result = GatherInputs().run(gm)
-        assert result.graph_module is gm and result.matches == number and facts(gm)["gathered_inputs"]
-        assert placeholders(gm.graph) == ["cache", "inputs"]
+        result = GatherInputs().run(gm, Facts())
+        assert result.graph_module is gm and result.matches == number and result.facts == (GatheredInputs(number),)
+        assert placeholders(gm.graph) == ["region_call", "inputs"]
         gm.graph.lint()
         gm.recompile()
         for cache, passes in ((Computes(), 1), (Restores(), 2)):
@@ -52,7 +52,7 @@ def test_a_bypassed_region_touches_none_of_its_weights():
     names = placeholders(gm.graph)[1:]
     in_region = [place for place, name in enumerate(names) if re.search(r"blocks_modules_[12]_", name)]
     assert in_region
-    GatherInputs().run(gm)
+    GatherInputs().run(gm, Facts())
     gm.recompile()
     cache = Restores()
     computed, bypassed = Inputs(graph.inputs), Inputs(graph.inputs)
@@ -65,7 +65,7 @@ def test_a_bypassed_region_touches_none_of_its_weights():
 def test_the_code_names_inputs_as_before():
     gm = rewritten(capture(models.Toy(), *models.inputs()).gm, 1, 0)
     names = placeholders(gm.graph)[1:]
-    GatherInputs().run(gm)
+    GatherInputs().run(gm, Facts())
     modules = [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
     taken = [
         node.name for module in modules for node in module.graph.find_nodes(op="call_function", target=operator.getitem)

@@ -1,5 +1,7 @@
 """The guarded branch: where it stands, what the run time is asked, that both ways give the same."""
 
+import functools
+
 import pytest
 import torch
 from lib import models
@@ -8,8 +10,9 @@ from lib.helpers import Computes, Restores, capture, find, ops, rewritten
 from torch import fx
 from torch.testing import FileCheck
 
-from cachedit_fx.passes.base import facts
+from cachedit_fx.passes.base import Facts
 from cachedit_fx.passes.insert_cache_branch import InsertCacheBranch
+from cachedit_fx.passes.plan_regions import RegionReport
 
 
 @pytest.mark.parametrize("case", ALL)
@@ -30,14 +33,14 @@ def test_order_in_the_code():
     (
         FileCheck()
         .check("class CachedTransformer")
-        .check("def forward(self, cache")
+        .check("def forward(self, region_call")
         .check("self.prologue(")
         .check("self.double_blocks_0(")
         .check_not("self.double_blocks_1(")
-        .check("decision_0 = cache.decide(0, ")
+        .check("entry_0 = region_call.decide(0, ")
         .check("region_0_compute")
         .check("region_0_bases")
-        .check("region_0 = cache.run(0, decision_0, ")
+        .check("region_0 = region_call.run(entry_0, ")
         .check("self.single_blocks_2(")
         .check("self.epilogue(")
         .check("class region_0_compute")
@@ -61,13 +64,12 @@ def test_fires():
     assert isinstance(compute, fx.GraphModule)
     inside = [node.target for node in compute.graph.nodes if node.op == "call_module"]
     assert inside == ["blocks_1", "blocks_2", "blocks_3"]
-    assert facts(gm)["cache_input"]
     after = ops(gm)
     assert after["decide"] == after["run"] == 1
     assert {name: after[name] for name in ("linear", "layer_norm", "gelu")} == {
         name: before[name] for name in ("linear", "layer_norm", "gelu")
     }
-    assert next(iter(gm.graph.nodes)).name == "cache"
+    assert next(iter(gm.graph.nodes)).name == "region_call"
 
 
 def test_what_is_compared():
@@ -91,7 +93,7 @@ def test_what_is_stored_whole_has_no_base():
     gm, given = rewritten(graph.gm, 1, 1), []
 
     class Asks(Computes):
-        def run(self, region, decision, compute, inputs, *bypassed):
+        def run(self, region, compute, inputs, *bypassed):
             bases, continued = bypassed
             given.append((compute(*inputs), bases(*continued)))
             return given[0][0]
@@ -117,7 +119,8 @@ def test_a_region_for_each_loop():
     graph = capture(models.TwoLoops(), *models.inputs(), text())
     gm = rewritten(graph.gm, 1, 0, scope="loop")
     code = gm.print_readable(print_output=False)
-    FileCheck().check("cache.decide(0").check("cache.run(0").check("cache.decide(1").check("cache.run(1").run(code)
+    checks = ("region_call.decide(0", "region_call.run(entry_0", "region_call.decide(1", "region_call.run(entry_1")
+    functools.reduce(FileCheck.check, checks, FileCheck()).run(code)
     cache = Restores()
     assert graph.same(gm, cache) and graph.same(gm, cache)
     assert (cache.ran, cache.bypassed) == ([0, 1], 2)
@@ -149,9 +152,8 @@ def test_bypassed_region_follows_the_streams():
 def test_no_region_leaves_the_graph_without_a_cache(first, last):
     graph = capture(models.Toy(), *models.inputs())
     gm = rewritten(graph.gm, first, last)
-    assert "cache_input" not in facts(gm) and not find(gm, "decide")
-    assert graph.same(gm)
-    assert InsertCacheBranch().run(gm).matches == 0
+    assert not find(gm, "decide") and graph.same(gm)
+    assert InsertCacheBranch().run(gm, Facts([RegionReport((), ())])).matches == 0
 
 
 @pytest.mark.parametrize("case", [models.flux, models.sd3, models.qwen_image, models.hunyuan_dit])

@@ -8,6 +8,7 @@ from lib.cases import SumsLengths, WithLinear
 from lib.helpers import capture, copied, detected, find, ops, run_passes
 from torch import nn
 
+from cachedit_fx.passes.base import Facts
 from cachedit_fx.passes.graph_aliases import mutated_input
 from cachedit_fx.passes.normalize import Normalize
 
@@ -262,4 +263,4 @@ def test_dynamic_shapes():
 
 def test_untouched_graph_is_not_recompiled():
     graph = capture(Pure(), torch.randn(3, 4))
-    assert Normalize().run(graph.gm).matches == 0
+    assert Normalize().run(graph.gm, Facts()).matches == 0

@@ -9,8 +9,8 @@ from lib.cases import CASES, SumsLengths, text
 from lib.helpers import capture, find, ops, run_passes
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
+from cachedit_fx.config.cache import Cut
 from cachedit_fx.lowering import structure_key
-from cachedit_fx.passes.base import facts
 from cachedit_fx.passes.detect_block_loops import DetectBlockLoops
 from cachedit_fx.passes.graph_values import target_name
 from cachedit_fx.passes.normalize import Normalize
@@ -19,14 +19,19 @@ from cachedit_fx.passes.plan_regions import PlanRegions
 
 
 def outlined(gm, first=None, last=0, **options):
-    """Without a region where `first` is None."""
-    regions = () if first is None else (PlanRegions(first, last),)
+    """Without a region if `first` is None."""
+    regions = () if first is None else (PlanRegions([Cut(first, last)]),)
     return run_passes(gm, Normalize(), DetectBlockLoops(), *regions, OutlineBlocks(**options))
+
+
+def names_of(gm):
+    """The pieces' names, in order."""
+    return tuple(node.target for node in gm.graph.nodes if node.op == "call_module")
 
 
 def pieces(gm):
     """name -> piece."""
-    return {name: getattr(gm, name) for name in facts(gm)["pieces"]}
+    return {name: getattr(gm, name) for name in names_of(gm)}
 
 
 def keys(gm):
@@ -55,7 +60,7 @@ def counted(gm):
 def test_pieces_in_order():
     graph = capture(models.TwoLoops(2, 3), *models.inputs(), text())
     gm = outlined(graph.gm, 1)
-    assert facts(gm)["pieces"] == (
+    assert names_of(gm) == (
         "prologue",
         "double_blocks_0",
         "double_blocks_1",
@@ -64,8 +69,6 @@ def test_pieces_in_order():
         "single_blocks_2",
         "epilogue",
     )
-    called = [node.target for node in gm.graph.nodes if node.op == "call_module"]
-    assert tuple(called) == facts(gm)["pieces"]
     # What only moves data between the loops is no piece.
     assert [target_name(n) for n in gm.graph.nodes if n.op == "call_function" and n.target is torch.cat] == ["cat"]
     assert {node.op for node in gm.graph.nodes} == {"placeholder", "call_module", "call_function", "output"}
@@ -74,11 +77,9 @@ def test_pieces_in_order():
 def test_granularity_region_makes_three_pieces():
     graph = capture(models.TwoLoops(), *models.inputs(), text())
     gm = outlined(graph.gm, 1, 1, granularity="region")
-    assert facts(gm)["pieces"] == ("prologue", "middle_0", "epilogue")
+    assert names_of(gm) == ("prologue", "middle_0", "epilogue")
     assert ops(pieces(gm)["middle_0"])["scaled_dot_product_attention"] == 3 + 4 - 2
-    assert outlined(capture(models.Toy(), *models.inputs()).gm, granularity="region").meta["cachedit_fx"]["pieces"] == (
-        "model",
-    )
+    assert names_of(outlined(capture(models.Toy(), *models.inputs()).gm, granularity="region")) == ("model",)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +193,7 @@ def test_contexts_are_not_cut():
 def test_no_loop_leaves_the_graph_untouched():
     graph = capture(torch.nn.Linear(4, 4), torch.randn(2, 4))
     gm = outlined(graph.gm)
-    assert gm is graph.gm and "pieces" not in facts(gm)
+    assert gm is graph.gm and names_of(gm) == ()
 
 
 @pytest.mark.parametrize("case", [models.flux, models.sd3])

@@ -391,9 +391,8 @@ def test_gradients_are_right_uncached_and_announced_once():
         (Loopless, {}, "no block loop was found"),
         (Toy, {"Fn_compute_blocks": 4, "Bn_compute_blocks": 2}, "4 \\+ 2 leaves nothing to bypass of 6 blocks"),
         (Toy, {"passes": {"detect_block_loops": False}}, "switched off"),
-        (Toy, {"passes": ["detect_block_loops"]}, "switched off"),
     ],
-    ids=["no loop", "F + B", "pass off", "list of passes"],
+    ids=["no loop", "F + B", "pass off"],
 )
 def test_without_a_region_the_result_is_right_and_one_warning_says_why(kind, options, message):
     model = make(kind)

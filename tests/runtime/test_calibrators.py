@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -123,7 +124,7 @@ def test_options_take_a_name_or_a_config() -> None:
     [
         lambda: parse_options({"calibrator": "taylor"}),
         lambda: TaylorSeerCalibratorConfig(taylorseer_order=-1),
-        lambda: CalibratorConfig(calibrator_cache_type="residuals"),
+        lambda: parse_options({"calibrator": {"name": "foca", "calibrator_cache_type": "residuals"}}),
     ],
 )
 def test_bad_settings_are_named(make: object) -> None:
@@ -346,7 +347,8 @@ def test_identical_inputs_give_the_identical_output_with_any_calibrator() -> Non
 
 @pytest.mark.parametrize(("kind", "size"), [("wider", 8), ("float32", 4), ("model", 4)])
 def test_stored_values_have_the_dtype_asked_for(kind: str, size: int) -> None:
-    calibrator = LagrangeCalibratorConfig(calibrator_state_dtype=kind)
+    settings: dict[str, Any] = {"calibrator_state_dtype": kind}
+    calibrator = LagrangeCalibratorConfig(**settings)
     model = cachedit_fx.enable_cache(make(), SPARSE, calibrator, inner_backend="eager")
     result = denoise(model)
     (region,) = cachedit_fx.summary(model)

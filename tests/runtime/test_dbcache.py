@@ -11,7 +11,7 @@ import cachedit_fx
 from cachedit_fx import Action, CacheWarning, DBCacheConfig, Reason, enable_cache, refresh_context, summary
 from cachedit_fx.metrics.flops import FlopCounter
 from cachedit_fx.runtime import guard
-from cachedit_fx.runtime.registry import cache_of_module
+from cachedit_fx.runtime.registry import state_of_module
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*inert threshold")
 EAGER: dict[str, Any] = {"inner_backend": "eager"}
@@ -159,7 +159,7 @@ def test_buffers_are_made_once_for_all_generations(toy):
     held = []
     for _ in range(4):
         denoise(toy)
-        cache = cache_of_module(toy)
+        cache = state_of_module(toy)
         assert cache is not None and cache.latest is not None
         (memory,), (spare,) = cache.latest.memories.values(), cache.latest.spares.values()
         assert memory.reference is not None

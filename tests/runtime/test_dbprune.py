@@ -28,6 +28,7 @@ from cachedit_fx import (
 from cachedit_fx.config.options import parse_options
 from cachedit_fx.metrics.flops import FlopCounter
 from cachedit_fx.report.stats import markdown
+from cachedit_fx.runtime.policies.dbprune import BELOW_DYNAMIC
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*inert threshold")
 EAGER: dict[str, Any] = {"inner_backend": "eager"}
@@ -205,9 +206,9 @@ DYNAMIC = BASE.reset(enable_dynamic_prune_threshold=True, residual_diff_threshol
 def test_dynamic_threshold(toy):
     _, fixed = run(toy, DYNAMIC.reset(enable_dynamic_prune_threshold=False))
     _, raised = run(toy, DYNAMIC)
-    assert Reason.BELOW_DYNAMIC in reasons(raised) and Reason.BELOW_DYNAMIC not in reasons(fixed)
+    assert BELOW_DYNAMIC in reasons(raised) and BELOW_DYNAMIC not in reasons(fixed)
     assert sum(raised.pruned_blocks) > sum(fixed.pruned_blocks)
-    above = [d.difference for d in raised.branch(0).every_decision if d.reason is Reason.BELOW_DYNAMIC]
+    above = [d.difference for d in raised.branch(0).every_decision if d.reason is BELOW_DYNAMIC]
     assert all(0.05 <= value < 0.1 for value in above)
     _, capped = run(toy, DYNAMIC.reset(max_dynamic_prune_threshold=0.0501))
     assert pruned(capped) == pruned(fixed)
@@ -325,14 +326,14 @@ def text(tokens=5):
 
 def test_blocks_are_numbered_over_the_chain_and_glue_stays_outside():
     graph = capture(models.TwoLoops(3, 4), *models.inputs(), text())
-    regions = planned(graph.gm, 1, 1, non_prune=[4]).regions
+    regions = planned(graph.gm, 1, 1, kept=[4]).regions
     assert [region.middle[0].name for region in regions] == [
         "double_blocks.1", "double_blocks.2", "single_blocks.0", "single_blocks.2",
     ]  # fmt: skip
     assert {region.loops for region in regions} == {("double_blocks", "single_blocks")}
     assert all((region.start, region.end) == (block.start, block.end) for region in regions for block in region.middle)
     assert all(all(region.continued) and region.reference is None for region in regions)
-    by_loop = planned(graph.gm, 1, 1, "loop", non_prune=[2]).regions
+    by_loop = planned(graph.gm, 1, 1, "loop", kept=[2]).regions
     assert [region.middle[0].name for region in by_loop] == ["double_blocks.1", "single_blocks.1"]
 
 

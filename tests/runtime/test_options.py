@@ -65,7 +65,7 @@ def test_mask_forms_are_one(mask):
         {"inner_backend": len},
         {"inner_backend": "inductor", "mode": "max-autotune", "inner_options": {"max_autotune": False}},
         {"inner_backend": "eager", "mode": "default"},
-        {"passes": []},
+        {"passes": {}},
         {"loops": ["transformer_blocks"]},
         {"cache": None, "scope": "loop"},
     ],
@@ -107,8 +107,8 @@ def test_allowed(setting):
         ({"mode": "max-autotune", "inner_backend": "eager"}, ["mode='max-autotune'", "inner_backend='eager'"]),
         ({"granularity": "blocks"}, ["did you mean 'block'?", "'region'"]),
         ({"scope": 1}, ["'model', 'loop'"]),
-        ({"passes": "normalize"}, ["passes='normalize'", "list of names"]),
-        ({"passes": {"normalize": 1}}, ["mapping name -> bool"]),
+        ({"passes": "normalize"}, ["passes='normalize'", "mapping from names of passes to bools"]),
+        ({"passes": {"normalize": 1}}, ["mapping from names of passes to bools"]),
         ({"timestep": "a b"}, ["timestep='a b'"]),
         ({"loops": "blocks"}, ["loops='blocks'", "list of names"]),
         ({"loops": []}, ["non-empty"]),
@@ -187,8 +187,7 @@ def test_options_hash_and_compare_by_what_they_say():
     assert one == two and hash(one) == hash(two)
     assert one.inner_options == given["inner_options"] and one.inner_options is not given["inner_options"]
     assert one.passes == (("a", False), ("b", True))
-    assert parse_options({"passes": ["b", "a"]}).passes == ("b", "a")
-    assert parse_options({"passes": {}}).passes is None and parse_options({"passes": []}).passes == ()
+    assert parse_options({"passes": {}}).passes == parse_options({"passes": None}).passes == ()
     assert one != parse_options(given | {"inner_options": {}})
     assert one != parse_options(given | {"inner_backend": lambda graph, inputs: graph})
     assert parse_options({"inner_backend": (unhashable := Unhashable())}).structure() in {
@@ -250,8 +249,7 @@ def test_policy_leaves_the_structure(names):
     assert (changed == Options()) is (not names)
     if "cfg_diff_compute_separate" in names:
         assert changed.cache is not None
-        first = changed.cache.reset(cfg_compute_first=True)
-        assert first.structure() == changed.cache.structure()
+        assert changed.cache.reset(cfg_compute_first=True).cut() == changed.cache.cut()
 
 
 @pytest.mark.parametrize("name", OTHER_STRUCTURE)

@@ -9,11 +9,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cachedit_fx.config.cache import DBCacheConfig
-from cachedit_fx.runtime.policies.base import Action, Decision, History, Reason
-from cachedit_fx.runtime.policies.dbcache import advance, decide
+from cachedit_fx.runtime.policies.base import Action, Decision, Reason, Situation, Stored
+from cachedit_fx.runtime.policies.dbcache import DBCache, History
 
-STORED = History(stored=True)
 R = Reason
+
+
+def known(cached=0, run=0, accumulated=0.0, stored=Stored.FITS):
+    """What the policy remembers, and what there is to reuse."""
+    return History(cached, run, accumulated), stored
+
+
+STORED, NOTHING, OTHER_SHAPES = known(), known(stored=Stored.NOTHING), known(stored=Stored.OTHER_SHAPES)
+
+
+def decide(settings, step, remembered, measure):
+    history, stored = remembered
+    return DBCache(settings).decide(Situation(step, stored), history, measure)
+
+
+def advance(history, decision):
+    return DBCache(config()).advance(history, Situation(0), decision)
 
 
 def config(**fields):
@@ -38,7 +54,7 @@ def static(mask, **fields):
         (config(max_warmup_steps=4, warmup_interval=2), 1, STORED, 0.05, R.BELOW_THRESHOLD),
         (config(max_warmup_steps=4, warmup_interval=2), 2, STORED, None, R.WARMUP),
         (config(max_warmup_steps=4, warmup_interval=3), 2, STORED, 0.05, R.BELOW_THRESHOLD),
-        (config(max_warmup_steps=4, warmup_interval=2), 1, History(), None, R.NOTHING_STORED),
+        (config(max_warmup_steps=4, warmup_interval=2), 1, NOTHING, None, R.NOTHING_STORED),
         # 2: mask
         (config(steps_computation_mask="10"), 0, STORED, None, R.MASK_COMPUTES),
         (config(steps_computation_mask="10"), 1, STORED, 0.05, R.BELOW_THRESHOLD),
@@ -46,27 +62,27 @@ def static(mask, **fields):
         (config(steps_computation_mask="10"), 2, STORED, None, R.MASK_ENDED),
         (config(steps_computation_mask="10", max_warmup_steps=8), 1, STORED, 0.05, R.BELOW_THRESHOLD),
         (static("10"), 1, STORED, None, R.MASK_REUSES),
-        (static("10"), 1, History(), None, R.NOTHING_STORED),
-        (static("10"), 1, History(stored=True, shapes_match=False), None, R.SHAPES_DIFFER),
+        (static("10"), 1, NOTHING, None, R.NOTHING_STORED),
+        (static("10"), 1, OTHER_SHAPES, None, R.SHAPES_DIFFER),
         (static("10"), 2, STORED, None, R.MASK_ENDED),
         (static("10", Fn_compute_blocks=0), 1, STORED, None, R.MASK_REUSES),
         (static("10", max_cached_steps=0), 1, STORED, None, R.MASK_REUSES),
         (static("10", residual_diff_threshold=0.0), 1, STORED, None, R.MASK_REUSES),
         # 3, 4: budgets
-        (config(max_cached_steps=2), 9, History(cached=1, stored=True), 0.05, R.BELOW_THRESHOLD),
-        (config(max_cached_steps=2), 9, History(cached=2, stored=True), None, R.MAX_CACHED),
+        (config(max_cached_steps=2), 9, known(cached=1), 0.05, R.BELOW_THRESHOLD),
+        (config(max_cached_steps=2), 9, known(cached=2), None, R.MAX_CACHED),
         (config(max_cached_steps=0), 9, STORED, None, R.MAX_CACHED),
-        (config(max_continuous_cached_steps=2), 9, History(cached=5, run=1, stored=True), 0.05, R.BELOW_THRESHOLD),
-        (config(max_continuous_cached_steps=2), 9, History(cached=5, run=2, stored=True), None, R.MAX_CONTINUOUS),
+        (config(max_continuous_cached_steps=2), 9, known(cached=5, run=1), 0.05, R.BELOW_THRESHOLD),
+        (config(max_continuous_cached_steps=2), 9, known(cached=5, run=2), None, R.MAX_CONTINUOUS),
         # 5: what has accumulated, this step's difference not included
-        (config(max_accumulated_residual_diff_threshold=0.2), 9, History(2, 2, 0.19, True), 0.09, R.BELOW_THRESHOLD),
-        (config(max_accumulated_residual_diff_threshold=0.2), 9, History(2, 2, 0.2, True), None, R.ACCUMULATED),
+        (config(max_accumulated_residual_diff_threshold=0.2), 9, known(2, 2, 0.19), 0.09, R.BELOW_THRESHOLD),
+        (config(max_accumulated_residual_diff_threshold=0.2), 9, known(2, 2, 0.2), None, R.ACCUMULATED),
         # 6: nothing to compare
         (config(residual_diff_threshold=0), 9, STORED, None, R.THRESHOLD_OFF),
-        (config(residual_diff_threshold=-1), 9, History(), None, R.THRESHOLD_OFF),
-        (config(), 9, History(), None, R.NOTHING_STORED),
-        (config(), 9, History(stored=True, shapes_match=False), None, R.SHAPES_DIFFER),
-        (config(residual_diff_threshold=2.0), 9, History(stored=True, shapes_match=False), None, R.SHAPES_DIFFER),
+        (config(residual_diff_threshold=-1), 9, NOTHING, None, R.THRESHOLD_OFF),
+        (config(), 9, NOTHING, None, R.NOTHING_STORED),
+        (config(), 9, OTHER_SHAPES, None, R.SHAPES_DIFFER),
+        (config(residual_diff_threshold=2.0), 9, OTHER_SHAPES, None, R.SHAPES_DIFFER),
         # 7: the threshold itself is not below
         (config(), 9, STORED, 0.0999, R.BELOW_THRESHOLD),
         (config(), 9, STORED, 0.1, R.ABOVE_THRESHOLD),
@@ -83,10 +99,11 @@ def test_rules(settings, step, history, difference, reason):
     assert decision.difference is difference
 
 
-def test_three_reasons_reuse_and_all_explain_themselves():
-    reuse = {reason for reason in R if reason.action is Action.REUSE}
-    assert reuse == {R.MASK_REUSES, R.BELOW_THRESHOLD, R.BELOW_DYNAMIC}
-    assert len({reason.explanation for reason in R}) == len({reason.value for reason in R}) == len(R) == 14
+def test_two_reasons_reuse_and_all_explain_themselves():
+    reasons = [value for value in vars(R).values() if isinstance(value, R)]
+    assert {reason for reason in reasons if reason.action is Action.REUSE} == {R.MASK_REUSES, R.BELOW_THRESHOLD}
+    assert len({reason.explanation for reason in reasons}) == len({reason.value for reason in reasons}) == 13
+    assert len(reasons) == 13
 
 
 ORDER: list[tuple[dict[str, Any], dict[str, Any], Reason]] = [
@@ -95,8 +112,8 @@ ORDER: list[tuple[dict[str, Any], dict[str, Any], Reason]] = [
     ({"max_continuous_cached_steps": 1}, {"run": 1}, R.MAX_CONTINUOUS),
     ({"max_accumulated_residual_diff_threshold": 1.0}, {"accumulated": 1.0}, R.ACCUMULATED),
     ({"residual_diff_threshold": 0.0}, {}, R.THRESHOLD_OFF),
-    ({}, {"stored": False}, R.NOTHING_STORED),
-    ({}, {"shapes_match": False}, R.SHAPES_DIFFER),
+    ({}, {"stored": Stored.NOTHING}, R.NOTHING_STORED),
+    ({}, {"stored": Stored.OTHER_SHAPES}, R.SHAPES_DIFFER),
     ({}, {}, R.BELOW_THRESHOLD),
 ]
 
@@ -104,12 +121,12 @@ ORDER: list[tuple[dict[str, Any], dict[str, Any], Reason]] = [
 @given(st.sets(st.integers(0, len(ORDER) - 2)))
 def test_the_first_rule_that_matches_wins(active):
     settings: dict[str, Any] = {}
-    history: dict[str, Any] = {"stored": True}
-    for index in active:
+    history: dict[str, Any] = {}
+    for index in sorted(active, reverse=True):
         settings |= ORDER[index][0]
         history |= ORDER[index][1]
     expected = ORDER[min(active, default=-1)][2]
-    assert decide(config(**settings), 5, History(**history), lambda: 0.05).reason is expected
+    assert decide(config(**settings), 5, known(**history), lambda: 0.05).reason is expected
 
 
 def test_a_mask_comes_before_the_budgets():
@@ -120,19 +137,24 @@ def test_a_mask_comes_before_the_budgets():
 
 def test_advance():
     below, measured_nothing = Decision(Action.REUSE, R.BELOW_THRESHOLD, 0.25), Decision(Action.REUSE, R.MASK_REUSES)
-    once = advance(STORED, below)
-    assert once == History(cached=1, run=1, accumulated=0.25, stored=True)
-    assert advance(advance(once, below), measured_nothing) == History(3, 3, 0.5, True)
+    once = advance(History(), below)
+    assert once == History(cached=1, run=1, accumulated=0.25)
+    assert advance(advance(once, below), measured_nothing) == History(3, 3, 0.5)
     computed = Decision(Action.COMPUTE, R.ABOVE_THRESHOLD, 0.75)
-    assert advance(once, computed) == History(cached=1, stored=True)
-    assert advance(History(stored=True, shapes_match=False), computed) == STORED
+    assert advance(once, computed) == History(cached=1)
+    assert advance(History(), computed) == DBCache(config()).start()
+
+
+def stored_at(step):
+    """The first step of a generation has nothing to reuse, and is computed."""
+    return Stored.FITS if step else Stored.NOTHING
 
 
 def test_accumulated_differences_trip_again_after_a_reset():
     """cache-dit's reading (no reset) would compute every step from the first trip on."""
     settings, history, actions = config(max_accumulated_residual_diff_threshold=0.1), History(), ""
     for step in range(9):
-        decision = decide(settings, step, history, lambda: 0.0625)
+        decision = decide(settings, step, (history, stored_at(step)), lambda: 0.0625)
         history = advance(history, decision)
         actions += decision.action.value[0]
     assert actions == "crrcrrcrr"
@@ -159,7 +181,7 @@ def test_a_generation_keeps_its_promises(settings, values):
     history, decisions = History(), []
     for step, value in enumerate(values):
         difference = Mock(return_value=value)
-        decision = decide(settings, step, history, difference)
+        decision = decide(settings, step, (history, stored_at(step)), difference)
         assert difference.call_count == (decision.difference is not None)
         history = advance(history, decision)
         decisions.append(decision)

@@ -1,6 +1,7 @@
 """The decision about one block: on top of `test_policy`, what is new with DBPrune, by tables and properties."""
 
 import math
+from dataclasses import replace
 from typing import Any
 from unittest.mock import Mock
 
@@ -8,13 +9,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachedit_fx.config.cache import DBPruneConfig
-from cachedit_fx.runtime.policies.base import Action, Decision, History, Reason
-from cachedit_fx.runtime.policies.dbcache import advance, decide
-from cachedit_fx.runtime.policies.dbprune import PruneHistory, decide_block, dynamic_threshold, step_decision
+from cachedit_fx.runtime.policies import dbcache
+from cachedit_fx.runtime.policies.base import Action, Decision, Reason, Situation, Stored
+from cachedit_fx.runtime.policies.dbprune import (
+    BELOW_DYNAMIC,
+    DBPrune,
+    DBPruneConfig,
+    PruneHistory,
+    dynamic_threshold,
+)
+from cachedit_fx.runtime.stats import step_decision
 
-STORED, PRUNED_OFTEN = History(stored=True), History(cached=7, run=7, stored=True)
 R = Reason
+STORED, NOTHING, OTHER_SHAPES = (0.0, Stored.FITS), (0.0, Stored.NOTHING), (0.0, Stored.OTHER_SHAPES)
+"""Differences that a block has accumulated, and what there is to reuse of it."""
+BLOCK = 3
+
+
+def after(history: PruneHistory, decision: Decision, block: int = BLOCK) -> PruneHistory:
+    return DBPrune(config()).advance(history, Situation(history.step, block=block), decision)
 
 
 def config(**fields: Any) -> DBPruneConfig:
@@ -39,24 +52,24 @@ def at(step=9, pruned_steps=0, run=0, **more):
         (config(), at(), STORED, 0.05, R.BELOW_THRESHOLD),
         (config(), at(), STORED, 0.1, R.ABOVE_THRESHOLD),
         (config(), at(), STORED, math.nan, R.NOT_FINITE),
-        (config(), at(), History(), None, R.NOTHING_STORED),
-        (config(), at(), History(stored=True, shapes_match=False), None, R.SHAPES_DIFFER),
+        (config(), at(), NOTHING, None, R.NOTHING_STORED),
+        (config(), at(), OTHER_SHAPES, None, R.SHAPES_DIFFER),
         (config(residual_diff_threshold=0), at(), STORED, None, R.THRESHOLD_OFF),
         (config(max_warmup_steps=10), at(), STORED, None, R.WARMUP),
         (config(steps_computation_mask="1"), at(), STORED, None, R.MASK_ENDED),
         (config(steps_computation_mask="01", steps_computation_policy="static"), at(0), STORED, None, R.MASK_REUSES),
         # what counts steps goes by the chain, not by the block, and not by the present step
         (config(max_cached_steps=2), at(pruned_steps=2), STORED, None, R.MAX_CACHED),
-        (config(max_cached_steps=2), at(pruned_steps=1, prunes=True), PRUNED_OFTEN, 0.05, R.BELOW_THRESHOLD),
+        (config(max_cached_steps=2), at(pruned_steps=1, prunes=True), STORED, 0.05, R.BELOW_THRESHOLD),
         (config(max_continuous_cached_steps=2), at(pruned_steps=2, run=2), STORED, None, R.MAX_CONTINUOUS),
-        (config(max_continuous_cached_steps=2), at(pruned_steps=5, run=1, prunes=True), PRUNED_OFTEN, 0.05,
+        (config(max_continuous_cached_steps=2), at(pruned_steps=5, run=1, prunes=True), STORED, 0.05,
          R.BELOW_THRESHOLD),
         # what is about stored values goes by the block
-        (config(max_accumulated_residual_diff_threshold=0.2), at(), History(2, 2, 0.2, True), None, R.ACCUMULATED),
-        (config(max_accumulated_residual_diff_threshold=0.2), at(), History(2, 2, 0.1, True), 0.05, R.BELOW_THRESHOLD),
+        (config(max_accumulated_residual_diff_threshold=0.2), at(), (0.2, Stored.FITS), None, R.ACCUMULATED),
+        (config(max_accumulated_residual_diff_threshold=0.2), at(), (0.1, Stored.FITS), 0.05, R.BELOW_THRESHOLD),
         # the dynamic threshold
         (dynamic(), at(), STORED, 0.12, R.ABOVE_THRESHOLD),
-        (dynamic(), at(differences=(0.12,)), STORED, 0.14, R.BELOW_DYNAMIC),
+        (dynamic(), at(differences=(0.12,)), STORED, 0.14, BELOW_DYNAMIC),
         (dynamic(), at(differences=(0.12,)), STORED, 0.09, R.BELOW_THRESHOLD),
         (dynamic(), at(differences=(0.12,)), STORED, math.inf, R.NOT_FINITE),
         (dynamic(), at(differences=(0.12,)), STORED, 0.15, R.ABOVE_THRESHOLD),
@@ -65,7 +78,10 @@ def at(step=9, pruned_steps=0, run=0, **more):
     ],
 )  # fmt: skip
 def test_rules(settings, chain, block, difference, reason):
-    decision = decide_block(settings, chain, block, unasked if difference is None else lambda: difference)
+    accumulated, stored = block
+    chain = replace(chain, accumulated={BLOCK: accumulated, BLOCK + 1: 1.0})
+    situation = Situation(chain.step, stored, BLOCK)
+    decision = DBPrune(settings).decide(situation, chain, unasked if difference is None else lambda: difference)
     assert decision == Decision(reason.action, reason, decision.difference)
     assert decision.difference is difference
 
@@ -92,7 +108,7 @@ def test_dynamic_threshold(settings, differences, threshold):
 def test_a_step_keeps_its_first_five_positive_differences():
     chain = at()
     for value in (None, 0.0, 0.1, math.nan, math.inf, 0.2, 0.3, 0.0, 0.4, 0.5, 0.6):
-        chain = chain.after(Decision(Action.COMPUTE, R.ABOVE_THRESHOLD, value))
+        chain = after(chain, Decision(Action.COMPUTE, R.ABOVE_THRESHOLD, value))
     assert chain.differences == (0.1, 0.2, 0.3, 0.4, 0.5)
     assert chain.at(9) is chain
     assert chain.at(10) == at(10)
@@ -102,13 +118,14 @@ def test_a_pruned_step_counts_once_it_is_over():
     prune, compute = Decision(Action.REUSE, R.BELOW_THRESHOLD, 0.1), Decision(Action.COMPUTE, R.WARMUP)
     chain = PruneHistory().at(0)
     assert chain == PruneHistory(step=0)
-    chain = chain.after(prune).after(compute).after(prune)
+    chain = after(after(after(chain, prune, 0), compute, 1), prune, 2)
     assert (chain.pruned_steps, chain.run) == (0, 0)
-    chain = chain.at(1).after(compute).after(prune)
+    chain = after(after(chain.at(1), compute, 0), prune, 1)
     assert (chain.pruned_steps, chain.run) == (1, 1)
-    chain = chain.at(4).after(compute)  # a branch may be left out of steps
+    assert chain.accumulated == {1: 0.1, 2: 0.1}
+    chain = after(chain.at(4), compute, 1)  # a branch may be left out of steps
     assert (chain.pruned_steps, chain.run) == (2, 2)
-    assert chain.at(5) == PruneHistory(2, 0, 5)
+    assert chain.at(5) == PruneHistory(2, 0, 5, accumulated={2: 0.1})
 
 
 def test_a_step_in_short():
@@ -149,14 +166,14 @@ generations = st.integers(1, 7).flatmap(
 
 def run(settings, values):
     """The decisions of a generation, [step][block], for these differences."""
-    chain, blocks = PruneHistory(), [History() for _ in values[0]]
+    policy, history = DBPrune(settings), DBPrune(settings).start()
     decided: list[list[Decision]] = []
     for step, row in enumerate(values):
         decided.append([])
-        for index, value in enumerate(row):
-            chain = chain.at(step)
-            decision = decide_block(settings, chain, blocks[index], Mock(return_value=value))
-            chain, blocks[index] = chain.after(decision), advance(blocks[index], decision)
+        for block, value in enumerate(row):
+            situation = Situation(step, Stored.FITS if step else Stored.NOTHING, block)
+            decision = policy.decide(situation, history, Mock(return_value=value))
+            history = policy.advance(history, situation, decision)
             decided[-1].append(decision)
     return decided
 
@@ -181,7 +198,7 @@ def test_a_generation_keeps_its_promises(settings, values):
     for step, row in enumerate(decided):
         for index, decision in enumerate(row):
             pruned, value = decision.action is Action.REUSE, decision.difference
-            if decision.reason is R.BELOW_DYNAMIC:
+            if decision.reason is BELOW_DYNAMIC:
                 assert settings.enable_dynamic_prune_threshold and threshold <= value < 2 * threshold
             elif value is not None and math.isfinite(value) and not settings.enable_dynamic_prune_threshold:
                 assert pruned == (value < threshold)
@@ -194,9 +211,10 @@ def test_a_generation_keeps_its_promises(settings, values):
 @given(configs.filter(lambda settings: not settings.enable_dynamic_prune_threshold), generations)
 def test_a_chain_of_one_block_is_decided_as_a_region_is(settings, values):
     values = [row[:1] for row in values]
-    history, expected = History(), []
+    policy, history, expected = dbcache.DBCache(settings), dbcache.History(), []
     for step, (value,) in enumerate(values):
-        decision = decide(settings, step, history, Mock(return_value=value))
-        history = advance(history, decision)
+        situation = Situation(step, Stored.FITS if step else Stored.NOTHING)
+        decision = policy.decide(situation, history, Mock(return_value=value))
+        history = policy.advance(history, situation, decision)
         expected.append([decision])
     assert repr(run(settings, values)) == repr(expected)  # by their words: nan is not equal to itself

@@ -12,7 +12,7 @@ from lib.toys import FALLING, denoise, make, noise
 from cachedit_fx import DBCacheConfig, disable_cache, enable_cache, refresh_context, session, summary
 from cachedit_fx.backend import cachedit
 from cachedit_fx.runtime import model_state
-from cachedit_fx.runtime.registry import cache_of_module, states_of
+from cachedit_fx.runtime.registry import state_of_module, states_of
 
 pytestmark = [pytest.mark.keep_compiled, pytest.mark.filterwarnings("ignore:.*inert threshold")]
 BASE = DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=0.1)
@@ -32,7 +32,7 @@ def model():
 
 
 def cache_of(model):
-    found = cache_of_module(model)
+    found = state_of_module(model)
     assert found is not None
     return found
 

@@ -9,12 +9,11 @@ from lib import models
 from lib.toys import FALLING, Timeless, denoise, make, noise
 
 from cachedit_fx import DBCacheConfig, Reason, enable_cache, refresh_context, summary
-from cachedit_fx.runtime import region_call
+from cachedit_fx.runtime import guard, region_call
 from cachedit_fx.runtime.calibrators import Moment
 from cachedit_fx.runtime.guard import read_back
 from cachedit_fx.runtime.memory import BranchMemory
-from cachedit_fx.runtime.policies.base import Action, Decision
-from cachedit_fx.runtime.region_call import may_reuse
+from cachedit_fx.runtime.policies.base import Action, Decision, policy_of
 from cachedit_fx.runtime.stopwatch import Stopwatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*inert threshold")
@@ -75,7 +74,7 @@ def test_a_new_generation_forgets_the_meaning_of_what_is_stored():
 )
 def test_nothing_is_stored_where_nothing_may_be_reused(changes, expected):
     config = BASE.reset(**changes)
-    assert may_reuse(config) is expected
+    assert policy_of(config).reuses is expected
     model = enabled(config)
     denoise(model, FALLING[:2])
     assert (summary(model)[0].bytes_held > 0) is expected
@@ -128,7 +127,8 @@ class Readings:
             self.sizes.append(len(values))
             return read_back(values)
 
-        monkeypatch.setattr(region_call, "read_back", counting)
+        for module in (guard, region_call):
+            monkeypatch.setattr(module, "read_back", counting)
 
     def take(self):
         sizes, self.sizes = self.sizes, []

@@ -1,66 +1,187 @@
-"""What every policy shares: actions, reasons, decisions, what a branch remembers."""
+"""What every policy shares: situation, decision, reasons, the protocol, and the table of policies.
 
+    decide(situation, history, measure)     ──► Decision(action, reason, difference)
+    advance(history, situation, decision)   ──► the history before the chain's next decision
+
+A policy is pure: it holds its config and nothing else. The session keeps its histories and never looks into them. A new
+policy is a file beside this one: a config class, a policy class under `@register`, and a line in `__init__.py`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Self
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+from cachedit_fx.config.cache import CONFIGS, Cut, DBCacheConfig, Unit
 
 
 class Action(Enum):
-    """What happens to the blocks in the middle."""
+    """What happens to a region."""
 
     COMPUTE = "compute"
     REUSE = "reuse"
 
 
-class Reason(Enum):
-    """Why: a short label, what follows from it, and one line for people."""
+@dataclass(frozen=True)
+class Reason:
+    """Why: a short label, the action that follows, and one line for people.
 
+    The reasons below are attributes of this class (`Reason.WARMUP`); a policy may make others.
+    """
+
+    label: str
     action: Action
     explanation: str
 
-    WARMUP = "warm-up", Action.COMPUTE, "one of the first steps (max_warmup_steps, warmup_interval)"
-    MASK_COMPUTES = "mask: 1", Action.COMPUTE, "steps_computation_mask has a 1 here"
-    MASK_REUSES = "mask: 0", Action.REUSE, "steps_computation_mask has a 0 here and its policy is static"
-    MASK_ENDED = "mask ended", Action.COMPUTE, "steps_computation_mask is shorter than the generation"
-    MAX_CACHED = "max cached", Action.COMPUTE, "max_cached_steps are cached already"
-    MAX_CONTINUOUS = "max in a row", Action.COMPUTE, "max_continuous_cached_steps were cached in a row"
-    ACCUMULATED = "accumulated", Action.COMPUTE, "differences reached max_accumulated_residual_diff_threshold"
-    THRESHOLD_OFF = "threshold off", Action.COMPUTE, "residual_diff_threshold is zero or less"
-    NOTHING_STORED = "nothing stored", Action.COMPUTE, "no step of this generation and branch was computed before"
-    SHAPES_DIFFER = "shapes differ", Action.COMPUTE, "what is stored has another shape"
-    NOT_FINITE = "not finite", Action.COMPUTE, "the difference is infinite or not a number"
-    ABOVE_THRESHOLD = "above", Action.COMPUTE, "the difference is not below residual_diff_threshold"
-    BELOW_THRESHOLD = "below", Action.REUSE, "the difference is below residual_diff_threshold"
-    BELOW_DYNAMIC = "below dynamic", Action.REUSE, "the difference is below the step's dynamic prune threshold"
+    WARMUP: ClassVar[Reason]
+    MASK_COMPUTES: ClassVar[Reason]
+    MASK_REUSES: ClassVar[Reason]
+    MASK_ENDED: ClassVar[Reason]
+    MAX_CACHED: ClassVar[Reason]
+    MAX_CONTINUOUS: ClassVar[Reason]
+    ACCUMULATED: ClassVar[Reason]
+    THRESHOLD_OFF: ClassVar[Reason]
+    NOTHING_STORED: ClassVar[Reason]
+    SHAPES_DIFFER: ClassVar[Reason]
+    NOT_FINITE: ClassVar[Reason]
+    ABOVE_THRESHOLD: ClassVar[Reason]
+    BELOW_THRESHOLD: ClassVar[Reason]
 
-    def __new__(cls, label: str, action: Action, explanation: str) -> Self:
-        reason = object.__new__(cls)
-        reason._value_ = label
-        reason.action = action
-        reason.explanation = explanation
-        return reason
+    @property
+    def value(self) -> str:
+        """The label, as an enumeration's member would have it."""
+        return self.label
+
+
+_COMPUTE, _REUSE = Action.COMPUTE, Action.REUSE
+Reason.WARMUP = Reason("warm-up", _COMPUTE, "one of the first steps (max_warmup_steps, warmup_interval)")
+Reason.MASK_COMPUTES = Reason("mask: 1", _COMPUTE, "steps_computation_mask has a 1 here")
+Reason.MASK_REUSES = Reason("mask: 0", _REUSE, "steps_computation_mask has a 0 here and its policy is static")
+Reason.MASK_ENDED = Reason("mask ended", _COMPUTE, "steps_computation_mask is shorter than the generation")
+Reason.MAX_CACHED = Reason("max cached", _COMPUTE, "max_cached_steps are cached already")
+Reason.MAX_CONTINUOUS = Reason("max in a row", _COMPUTE, "max_continuous_cached_steps were cached in a row")
+Reason.ACCUMULATED = Reason("accumulated", _COMPUTE, "differences reached max_accumulated_residual_diff_threshold")
+Reason.THRESHOLD_OFF = Reason("threshold off", _COMPUTE, "residual_diff_threshold is zero or less")
+Reason.NOTHING_STORED = Reason("nothing stored", _COMPUTE, "no step of this generation and branch was computed before")
+Reason.SHAPES_DIFFER = Reason("shapes differ", _COMPUTE, "what is stored has another shape")
+Reason.NOT_FINITE = Reason("not finite", _COMPUTE, "the difference is infinite or not a number")
+Reason.ABOVE_THRESHOLD = Reason("above", _COMPUTE, "the difference is not below residual_diff_threshold")
+Reason.BELOW_THRESHOLD = Reason("below", _REUSE, "the difference is below residual_diff_threshold")
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What one step of one CFG branch does. `difference` is the relative L1 one, None where none was measured."""
+    """What happens to one region at one step of one CFG branch."""
 
     action: Action
     reason: Reason
     difference: float | None = None
+    """The relative L1 difference; None if none was measured."""
 
 
-@dataclass(frozen=True)
-class History:
-    """What the policy remembers of one CFG branch in one generation."""
+class Stored(Enum):
+    """What there is to reuse."""
 
-    cached: int = 0
-    """Cached steps so far."""
-    run: int = 0
-    """Cached steps since the last computed one."""
-    accumulated: float = 0.0
-    """Sum of the differences of these."""
-    stored: bool = False
-    """Whether a computed step left something to reuse."""
-    shapes_match: bool = True
-    """Whether it has the shapes of the present call."""
+    NOTHING = "nothing"
+    OTHER_SHAPES = "other shapes"
+    FITS = "fits"
+
+
+class Situation(NamedTuple):
+    """What is known of a region before anything is measured."""
+
+    step: int
+    """The step's number, counted from the start of its context (`context_start`)."""
+    stored: Stored = Stored.FITS
+    block: int | None = None
+    """The region's block; None for the middle as a whole."""
+
+
+Measure = Callable[[], float]
+"""Gives the relative L1 difference. On a GPU it waits for the device, so it is called at most once."""
+
+HistoryT = TypeVar("HistoryT")
+ConfigT = TypeVar("ConfigT", bound=DBCacheConfig)
+
+
+class Policy(ABC, Generic[ConfigT, HistoryT]):
+    """Decides about the regions of one chain, in one CFG branch at a time.
+
+    Attributes:
+        config_class: what `options={"cache": ...}` takes for this policy.
+        config: its settings.
+    """
+
+    config_class: ClassVar[type[DBCacheConfig]]
+
+    def __init__(self, config: ConfigT) -> None:
+        self.config = config
+
+    @property
+    def unit(self) -> Unit:
+        """What one decision is about: the middle of the chain, or one block of it."""
+        return self.config.unit
+
+    def structure(self) -> Cut:
+        """Where the chain is cut: policies of equal structure share a compiled graph."""
+        return self.config.cut()
+
+    @abstractmethod
+    def start(self) -> HistoryT:
+        """The history before a context's first decision."""
+
+    @abstractmethod
+    def decide(self, situation: Situation, history: HistoryT, measure: Measure) -> Decision:
+        """Compute or reuse. Calls `measure` at most once, and only if no rule decides without it."""
+
+    @abstractmethod
+    def advance(self, history: HistoryT, situation: Situation, decision: Decision) -> HistoryT:
+        """The history after `decision` was carried out."""
+
+    @property
+    def measures(self) -> bool:
+        """Whether `decide` may ever call `measure`. If not, no reference is kept."""
+        return self.config.residual_diff_threshold > 0 and not self.config.static
+
+    @property
+    def reuses(self) -> bool:
+        """Whether any step may ever reuse. If not, nothing is stored."""
+        if self.config.static:
+            return not all(self.config.steps_computation_mask or ())
+        return self.config.residual_diff_threshold > 0
+
+    def warning(self, decision: Decision) -> str | None:
+        """A sentence for the user about this decision, said once for each model; None as a rule."""
+        return None
+
+
+POLICIES: dict[type[DBCacheConfig], type[Policy[Any, Any]]] = {}
+"""Config class -> policy class."""
+
+
+def register(name: str) -> Callable[[type[Policy[Any, Any]]], type[Policy[Any, Any]]]:
+    """Enter a policy under the name that `options={"cache": name}` takes."""
+
+    def enter(policy: type[Policy[Any, Any]]) -> type[Policy[Any, Any]]:
+        CONFIGS[name] = policy.config_class
+        POLICIES[policy.config_class] = policy
+        return policy
+
+    return enter
+
+
+def policy_of(config: DBCacheConfig) -> Policy[Any, Any]:
+    """The policy that a config is for."""
+    return POLICIES[type(config)](config)
+
+
+def context_start(config: DBCacheConfig, step: int) -> int:
+    """The step of a generation at which the context of `step` began: all that was stored was forgotten then, on purpose
+    (`force_refresh_step_hint`)."""
+    hint = config.force_refresh_step_hint
+    if hint is None or step < hint:
+        return 0
+    return step // hint * hint if config.force_refresh_step_policy == "repeat" else hint

@@ -1,7 +1,4 @@
-"""Whether a step computes the blocks in the middle or reuses what an earlier step stored: a pure function.
-
-    (config, step, history of the CFG branch, difference) ──► Decision(action, reason, difference)
-    (history, decision)                                   ──► the branch's history before its next step
+"""DBCache: the middle of the chain is bypassed as a whole if the first blocks' residual has hardly moved.
 
 The first rule that matches wins:
 
@@ -16,54 +13,74 @@ The first rule that matches wins:
 With a mask there is no other warm-up than its leading ones: rule 1 is left out. A static zero reuses whatever the
 limits and the threshold say, but cannot reuse what is not there: rule 6's last two reasons come first.
 
-The accumulated difference of rule 5 is the sum over the cached steps since the last computed one: a bound on how far
-the stored values may have drifted. cache-dit 1.5.3 never resets the sum, so that there, once it has tripped, the rest
-of the generation is computed. The present step's own difference is not in the sum that decides about it: rule 5 comes
+The accumulated difference of rule 5 is the sum over the cached steps since the last computed one. It bounds how far the
+stored values may have drifted. cache-dit 1.5.3 never resets the sum: once it has tripped there, the rest of the
+generation is computed. The present step's own difference is not in the sum that decides about it, since rule 5 comes
 before measuring.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 from cachedit_fx.config.cache import DBCacheConfig
-from cachedit_fx.runtime.policies.base import Action, Decision, History, Reason
+from cachedit_fx.runtime.policies.base import Action, Decision, Measure, Policy, Reason, Situation, Stored, register
+
+_MISSING = {Stored.NOTHING: Reason.NOTHING_STORED, Stored.OTHER_SHAPES: Reason.SHAPES_DIFFER, Stored.FITS: None}
 
 
-def context_start(config: DBCacheConfig, step: int) -> int:
-    """The step from which `step` of a generation is counted: where all that was stored was last forgotten on purpose
-    (`force_refresh_step_hint`)."""
-    hint = config.force_refresh_step_hint
-    if hint is None or step < hint:
-        return 0
-    return step // hint * hint if config.force_refresh_step_policy == "repeat" else hint
+@dataclass(frozen=True)
+class History:
+    """What DBCache remembers of one chain in one CFG branch."""
+
+    cached: int = 0
+    """Cached steps so far."""
+    run: int = 0
+    """Cached steps since the last computed one."""
+    accumulated: float = 0.0
+    """Sum of the differences of these."""
 
 
-def decide(config: DBCacheConfig, step: int, history: History, difference: Callable[[], float]) -> Decision:
-    """Decide about step number `step` (from 0) of a generation, or of its part since `context_start`.
+@register("dbcache")
+class DBCache(Policy[DBCacheConfig, History]):
+    """Decides about the middle as a whole."""
 
-    `difference` is called at most once, and only if no rule decides without it: on a GPU it waits for the device.
-    """
-    reason = _reason_without_difference(config, step, history)
+    config_class: ClassVar[type[DBCacheConfig]] = DBCacheConfig
+
+    def start(self) -> History:
+        return History()
+
+    def decide(self, situation: Situation, history: History, measure: Measure) -> Decision:
+        return decide(self.config, situation, history, measure)
+
+    def advance(self, history: History, situation: Situation, decision: Decision) -> History:
+        if decision.action is Action.COMPUTE:
+            return History(cached=history.cached)
+        return History(history.cached + 1, history.run + 1, history.accumulated + (decision.difference or 0.0))
+
+    def warning(self, decision: Decision) -> str | None:
+        return warning(self.config, decision)
+
+
+def decide(config: DBCacheConfig, situation: Situation, history: History, measure: Measure) -> Decision:
+    """The rules above, by the counts and the sum in `history`."""
+    reason = _reason_without_difference(config, situation, history)
     if reason is not None:
         return Decision(reason.action, reason)
-    measured = difference()
-    if not math.isfinite(measured):
+    difference = measure()
+    if not math.isfinite(difference):
         reason = Reason.NOT_FINITE
-    elif measured < config.residual_diff_threshold:
+    elif difference < config.residual_diff_threshold:
         reason = Reason.BELOW_THRESHOLD
     else:
         reason = Reason.ABOVE_THRESHOLD
-    return Decision(reason.action, reason, measured)
+    return Decision(reason.action, reason, difference)
 
 
-def _reason_without_difference(config: DBCacheConfig, step: int, history: History) -> Reason | None:
-    mask = config.steps_computation_mask
-    missing = None
-    if not history.stored:
-        missing = Reason.NOTHING_STORED
-    elif not history.shapes_match:
-        missing = Reason.SHAPES_DIFFER
-
+def _reason_without_difference(config: DBCacheConfig, situation: Situation, history: History) -> Reason | None:
+    step, mask, missing = situation.step, config.steps_computation_mask, _MISSING[situation.stored]
     if mask is None:
         if step < config.max_warmup_steps and step % config.warmup_interval == 0:
             return Reason.WARMUP
@@ -86,9 +103,11 @@ def _reason_without_difference(config: DBCacheConfig, step: int, history: Histor
     return missing
 
 
-def advance(history: History, decision: Decision) -> History:
-    """The branch's history after the step: computing stores anew and ends the run; reusing lengthens it."""
-    if decision.action is Action.COMPUTE:
-        return History(cached=history.cached, stored=True)
-    accumulated = history.accumulated + (decision.difference or 0.0)
-    return History(history.cached + 1, history.run + 1, accumulated, history.stored)
+def warning(config: DBCacheConfig, decision: Decision) -> str | None:
+    """Says so if a difference was no number, or if the mask was too short."""
+    if decision.reason is Reason.NOT_FINITE:
+        return "a difference is infinite or not a number: such steps are computed"
+    if decision.reason is Reason.MASK_ENDED:
+        digits = len(config.steps_computation_mask or ())
+        return f"steps_computation_mask has {digits} digits; steps past its end are computed"
+    return None

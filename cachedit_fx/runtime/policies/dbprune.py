@@ -1,98 +1,152 @@
-"""Which blocks a step prunes (DBPrune): pure functions, on top of `runtime.policy`, which decides about one block.
+"""DBPrune: each block of the middle is bypassed separately, if its input has hardly moved.
 
-    (chain's history, step)                           ──► the history as it stands when the step begins
-    (config, history, block's own history, difference) ──► Decision about the block
-    (history, decision)                               ──► the history before the step's next block
-
-What counts steps (warm-up, mask, limits on cached steps) goes by the chain's history as it was when the step began, so
-that all blocks of a step are treated alike. What is about stored values (nothing stored, shapes, the accumulated
-difference) goes by the block's own: each was computed last at a step of its own. cache-dit 1.5.3 counts a step as soon
-as one of its blocks was pruned, so that `max_cached_steps` there cuts off in the middle of a step.
+Rules that count steps (warm-up, mask, limits on cached steps) go by the chain's history when the step began, so that a
+step treats all blocks equally. Rules about stored values (nothing stored, shapes, the accumulated difference) go by the
+block, since blocks were last computed at different steps. cache-dit 1.5.3 counts a step as soon as one of its blocks
+was pruned, so that its `max_cached_steps` cuts off in the middle of a step.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, ClassVar
 
-from cachedit_fx.config.cache import DBPruneConfig
-from cachedit_fx.runtime.policies.base import Action, Decision, History, Reason
-from cachedit_fx.runtime.policies.dbcache import decide
+from cachedit_fx.config.cache import Cut, DBCacheConfig, Unit
+from cachedit_fx.config.rules import FLAG, OptionError, Rule, integer, is_number, optional, setting
+from cachedit_fx.runtime.policies import dbcache
+from cachedit_fx.runtime.policies.base import Action, Decision, Measure, Policy, Reason, Situation, register
 
 SAMPLE = 5
 """Differences of a step, the first ones, that a dynamic threshold is made of."""
 
+BELOW_DYNAMIC = Reason("below dynamic", Action.REUSE, "the difference is below the step's dynamic prune threshold")
+
+
+@dataclass(frozen=True)
+class DBPruneConfig(DBCacheConfig):
+    """When each block of the middle is pruned: DBPrune decides about every block separately.
+
+    A block is pruned if its input has hardly moved since the block was last computed. Its output is then its input plus
+    what it added at that time. All fields of `DBCacheConfig` hold. The difference is that of a block's input, so F may
+    be 0, and each block accumulates its own differences. A step that prunes a block is a cached step. The limits on
+    cached steps are looked at when a step begins, never in its middle.
+    """
+
+    unit: ClassVar[Unit] = "block"
+
+    enable_dynamic_prune_threshold: bool = setting(False, FLAG)
+    """Raise the threshold to the mean of the step's first five positive differences, measured before the block, times
+    `dynamic_prune_threshold_relax_ratio`. Used only above `residual_diff_threshold` and below
+    `max_dynamic_prune_threshold`."""
+    max_dynamic_prune_threshold: float | None = setting(
+        None, optional(Rule(lambda value: is_number(value) and value > 0, "a number > 0 (a ratio)"))
+    )
+    """A raised threshold that is not below this is not used. A ratio; None = 2 x `residual_diff_threshold`."""
+    dynamic_prune_threshold_relax_ratio: float = setting(
+        1.25, Rule(lambda value: is_number(value) and value > 0, "a number > 0 (a factor)")
+    )
+    """What the mean difference is multiplied by."""
+    non_prune_block_ids: Sequence[int] = setting(
+        (),
+        Rule(
+            lambda value: isinstance(value, tuple) and all(integer(0).allows(item) for item in value),
+            "a list, tuple, set or range of block numbers >= 0",
+        ),
+    )
+    """Blocks that are never pruned, numbered from 0 over the whole chain, or in each loop with `scope="loop"`; numbers
+    beyond are ignored. Shapes the graph, as F and B do."""
+
+    def __post_init__(self) -> None:
+        blocks: Any = self.non_prune_block_ids
+        if isinstance(blocks, (list, tuple, set, frozenset, range)):
+            object.__setattr__(self, "non_prune_block_ids", tuple(dict.fromkeys(blocks)))
+        super().__post_init__()
+        highest = self.max_dynamic_prune_threshold
+        if self.enable_dynamic_prune_threshold and highest is not None and highest <= self.residual_diff_threshold:
+            raise OptionError(
+                f"max_dynamic_prune_threshold={highest} is not above residual_diff_threshold="
+                f"{self.residual_diff_threshold}, so that the threshold could never be raised: choose a larger one, or "
+                "None for twice residual_diff_threshold"
+            )
+
+    def cut(self) -> Cut:
+        """The settings that shape the graph: F, B, and the blocks that are never pruned."""
+        return super().cut()._replace(kept=tuple(sorted(self.non_prune_block_ids)))
+
 
 @dataclass(frozen=True)
 class PruneHistory:
-    """What the policy remembers of one chain of blocks, in one CFG branch and generation."""
+    """What DBPrune remembers of one chain of blocks in one CFG branch."""
 
     pruned_steps: int = 0
-    """Steps ahead of the present one in which a block was pruned."""
+    """Steps before the present one in which a block was pruned."""
     run: int = 0
-    """Of these, those since the last step that computed every block."""
+    """How many of these followed the last step that computed every block."""
     step: int = -1
     """The present step."""
     prunes: bool = False
     """Whether a block of the present step was pruned."""
     differences: tuple[float, ...] = ()
     """The first positive differences of the present step, at most `SAMPLE`."""
+    accumulated: Mapping[int | None, float] = field(default_factory=lambda: MappingProxyType({}))
+    """Block -> sum of the differences at which it was pruned since it was last computed. Zeros are left out."""
 
     def at(self, step: int) -> PruneHistory:
-        """As it stands at `step`: the same within a step, the finished step counted where another one begins."""
+        """The history as it stands at `step`: a finished step is counted when another one begins."""
         if step == self.step:
             return self
         if self.prunes:
-            return PruneHistory(self.pruned_steps + 1, self.run + 1, step)
-        return PruneHistory(self.pruned_steps, 0, step)
-
-    def after(self, decision: Decision) -> PruneHistory:
-        """Behind a block of the present step."""
-        found, value = self.differences, decision.difference
-        if value is not None and 0 < value < math.inf and len(found) < SAMPLE:
-            found = (*found, value)
-        return replace(self, prunes=self.prunes or decision.action is Action.REUSE, differences=found)
+            return PruneHistory(self.pruned_steps + 1, self.run + 1, step, accumulated=self.accumulated)
+        return PruneHistory(self.pruned_steps, 0, step, accumulated=self.accumulated)
 
 
-def decide_block(
-    config: DBPruneConfig, chain: PruneHistory, block: History, difference: Callable[[], float]
-) -> Decision:
-    """Decide about a block, the next one of step `chain.step`.
+@register("dbprune")
+class DBPrune(Policy[DBPruneConfig, PruneHistory]):
+    """Decides about one block after the other."""
 
-    Of the block's own history the counts of steps are not used. `difference` is called at most once, as in `decide`.
-    """
-    decision = decide(config, chain.step, replace(block, cached=chain.pruned_steps, run=chain.run), difference)
-    if decision.reason is not Reason.ABOVE_THRESHOLD or decision.difference is None:
-        return decision
-    if decision.difference >= dynamic_threshold(config, chain.differences):
-        return decision
-    return replace(decision, action=Action.REUSE, reason=Reason.BELOW_DYNAMIC)
+    config_class: ClassVar[type[DBCacheConfig]] = DBPruneConfig
+
+    def start(self) -> PruneHistory:
+        return PruneHistory()
+
+    def decide(self, situation: Situation, history: PruneHistory, measure: Measure) -> Decision:
+        chain = history.at(situation.step)
+        counts = dbcache.History(chain.pruned_steps, chain.run, chain.accumulated.get(situation.block, 0.0))
+        decision = dbcache.decide(self.config, situation, counts, measure)
+        if decision.reason is not Reason.ABOVE_THRESHOLD or decision.difference is None:
+            return decision
+        if decision.difference >= dynamic_threshold(self.config, chain.differences):
+            return decision
+        return replace(decision, action=Action.REUSE, reason=BELOW_DYNAMIC)
+
+    def advance(self, history: PruneHistory, situation: Situation, decision: Decision) -> PruneHistory:
+        chain, difference = history.at(situation.step), decision.difference
+        differences, accumulated, block = chain.differences, chain.accumulated, situation.block
+        if difference is not None and 0 < difference < math.inf and len(differences) < SAMPLE:
+            differences = (*differences, difference)
+        if decision.action is Action.REUSE:
+            accumulated = {**accumulated, block: accumulated.get(block, 0.0) + (difference or 0.0)}
+        elif block in accumulated:
+            accumulated = {other: total for other, total in accumulated.items() if other != block}
+        prunes = chain.prunes or decision.action is Action.REUSE
+        return replace(chain, prunes=prunes, differences=differences, accumulated=accumulated)
+
+    def warning(self, decision: Decision) -> str | None:
+        return dbcache.warning(self.config, decision)
 
 
 def dynamic_threshold(config: DBPruneConfig, differences: Sequence[float]) -> float:
-    """The threshold that holds behind these positive differences of a step.
+    """The threshold that holds after these positive differences of a step.
 
-    mean(differences) x relax ratio, where that lies between `residual_diff_threshold` and the highest allowed, both
-    excluded; `residual_diff_threshold` otherwise. A block's own difference has no part in it.
+    It is mean(differences) x relax ratio, if that lies between `residual_diff_threshold` and the highest allowed, both
+    excluded; else `residual_diff_threshold`. A block's own difference has no part in it.
     """
     lowest, highest = config.residual_diff_threshold, config.max_dynamic_prune_threshold
     if not config.enable_dynamic_prune_threshold or not differences:
         return lowest
     relaxed = statistics.fmean(differences) * config.dynamic_prune_threshold_relax_ratio
     return relaxed if lowest < relaxed < (2 * lowest if highest is None else highest) else lowest
-
-
-def step_decision(blocks: Collection[Decision]) -> Decision:
-    """A step in short: reuse if any block was pruned, the commonest reason for that, the mean finite difference.
-
-    One decision is its own summary. `blocks` is not empty.
-    """
-    if len(blocks) == 1:
-        return next(iter(blocks))
-    pruned = [decision for decision in blocks if decision.action is Action.REUSE]
-    ((reason, _),) = Counter(decision.reason for decision in pruned or blocks).most_common(1)
-    values = [d.difference for d in blocks if d.difference is not None and math.isfinite(d.difference)]
-    return Decision(reason.action, reason, statistics.fmean(values) if values else None)
