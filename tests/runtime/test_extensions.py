@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def extensions():
     """Both files imported, for one test: they register themselves."""
-    tables = (CONFIGS, POLICIES, CALIBRATORS)
+    tables: tuple[dict, ...] = (CONFIGS, POLICIES, CALIBRATORS)
     copies = [dict(table) for table in tables]
     for name in ("lib.toy_policy", "lib.toy_calibrator"):
         sys.modules.pop(name, None)
