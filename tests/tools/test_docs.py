@@ -139,7 +139,7 @@ class Pipe:
     """A pipeline as the snippets use it, with a toy as its transformer."""
 
     def __init__(self) -> None:
-        self.transformer = make(Toy, blocks=6)
+        self.transformer = make(Toy, blocks=5)
         self.components = {"transformer": self.transformer}
 
     def __call__(self, prompt, num_inference_steps):
