@@ -52,7 +52,7 @@ def _fields(value: Any) -> tuple[dataclasses.Field[Any], ...]:
 def _section(config: type) -> str:
     meanings = attribute_docstrings(config)
     rows = [
-        (f"`{field.name}`", f"`{_shown(field.default)}`", field.metadata["rule"].words, meanings[field.name])
+        (f"`{field.name}`", f"`{_shown(field.default)}`", field.metadata["rule"].description, meanings[field.name])
         for field in _fields(config)
         if field.name in vars(config).get("__annotations__", ()) and "rule" in field.metadata
     ]

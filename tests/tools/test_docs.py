@@ -34,7 +34,6 @@ USAGE_ERROR = typer.BadParameter.__bases__[0]
 LONG_DOCSTRINGS = {
     "CalibratorConfig",
     "DBCacheConfig",
-    "DBPruneConfig",
     "LagrangeCalibratorConfig",
     "Options",
     "compile",
