@@ -6,7 +6,10 @@ asked for.
 
 from __future__ import annotations
 
+import sys as _sys
 from importlib import import_module as _import_module
+from importlib.machinery import ModuleSpec as _ModuleSpec
+from importlib.util import module_from_spec as _module_from_spec
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,11 +89,19 @@ def _find_sources_of_checkout() -> None:
 
     A wheel holds them inside the package and needs nothing. In a checkout they have no `__init__.py`: transformers,
     among others, would take a top-level `kernels` package for the one on PyPI. So neither an editable install's finder
-    nor a start in the checkout's root would find them. With the root on this package's path both do.
+    nor a start in the checkout's root would find them.
+
+    The root must not go on this package's path. Then the package would hold itself, and whoever walks it would not
+    come to an end: torch does at its import, with `TORCH_LOGS="+cachedit_fx"`.
     """
     root = _Path(__file__).resolve().parent.parent
-    if (root / "pyproject.toml").is_file() and (root / "passes").is_dir() and str(root) not in __path__:
-        __path__.append(str(root))
+    if not (root / "pyproject.toml").is_file():
+        return
+    for name in ("kernels", "passes"):
+        spec = _ModuleSpec(f"{__name__}.{name}", None, is_package=True)
+        if (root / name).is_dir() and spec.name not in _sys.modules:
+            spec.submodule_search_locations = [str(root / name)]
+            _sys.modules[spec.name] = globals()[name] = _module_from_spec(spec)
 
 
 _find_sources_of_checkout()

@@ -5,7 +5,9 @@ does not run the `.pth` files of a folder added that way, so an editable install
 environment stays out of the test.
 """
 
+import itertools
 import os
+import pkgutil
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,8 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+
+import cachedit_fx
 
 ROOT = Path(__file__).resolve().parents[2]
 # Where each package's files lie in the checkout, and in the wheel.
@@ -228,3 +232,9 @@ def test_checkout_imports_without_an_install(checkout, elsewhere, tmp_path):
     """As a reader tries it: PYTHONPATH, nothing installed."""
     python = fresh_environment(tmp_path / "env")
     run(python, "-c", IMPORT_ALL, *modules(), cwd=elsewhere, PYTHONPATH=str(checkout))
+
+
+def test_a_checkout_does_not_hold_itself():
+    """`TORCH_LOGS="+cachedit_fx"` lets torch walk the package: with the root on its path, the walk has no end."""
+    names = (module.name for module in pkgutil.walk_packages(cachedit_fx.__path__, "cachedit_fx."))
+    assert not [name for name in itertools.islice(names, 1000) if name.startswith("cachedit_fx.cachedit_fx")]
