@@ -29,7 +29,7 @@ MEASURED = {
 HEAD = """\
 # The passes
 
-<!-- Made by `python -m tools.pages` from the passes' contracts and docstrings. Edit these, or tests/tools/passes_page.py. -->
+<!-- Made by `python -m tools.pages` from contracts and docstrings. Edit these, or tests/tools/passes_page.py. -->
 
 A pass is an *analysis*, which learns one fact about the graph, or a *rewrite*, which changes the graph. A fact is a
 frozen dataclass, known by its type. After a rewrite that matched, the [manager](manager.py) drops every fact that the
@@ -51,8 +51,8 @@ that are true after it. **keeps**: facts that stay true.
 """
 
 COST = """
-**seconds** and **gain** are for a FLUX of 57 blocks on one thread of a 2-core x86_64 CPU. Seconds are the least of three
-runs, once per graph; capturing that graph takes dynamo 11 s. [Performance](../docs/performance.md) has the other
+**seconds** and **gain** are for a FLUX of 57 blocks on one thread of a 2-core x86_64 CPU. Seconds are the least of
+three runs, once per graph; capturing that graph takes dynamo 11 s. [Performance](../docs/performance.md) has the other
 figures.
 """
 
