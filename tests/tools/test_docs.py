@@ -122,7 +122,7 @@ def accept(arguments: list[str]) -> None:
         command = command.commands[arguments.pop(0)]
     if arguments in (["--help"], ["--version"]):
         return
-    assert not hasattr(command, "commands"), f"no command: {arguments}"
+    assert not hasattr(command, "commands") or command.invoke_without_command, f"no command: {arguments}"
     command.make_context("cachedit", arguments)
 
 
