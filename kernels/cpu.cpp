@@ -154,13 +154,14 @@ void add_differences(const float* previous, const float* r, int64_t count, doubl
   }
 }
 
-// r = hidden - base, written to `out` where there is a base; d of each group of tiles against each of `previous`
+// r = hidden - base, written to `out` if there is a base; for each group of tiles and each of `previous`, the sums of
+// |previous - r| and |previous|
 template <class T>
-void l1_diff(Layout seen, Strided<T> hidden, Strided<T> base, const float* const* previous, int64_t count, float* out,
-             float* d, int64_t groups, float epsilon, int64_t threads) {
+void l1_sums(Layout seen, Strided<T> hidden, Strided<T> base, const float* const* previous, int64_t count, float* out,
+             double* sums, int64_t groups, int64_t threads) {
   const int64_t tiles = seen.tiles();
-  std::vector<double> partial(tiles * count * 2);
-  double* sums = partial.data();
+  std::vector<double> partial_sums(tiles * count * 2);
+  double* partial = partial_sums.data();
   in_parallel(tiles, seen.elements(), threads, [=](int64_t first, int64_t last) {
     float held[TILE];
     for (int64_t number = first; number < last; number++) {
@@ -171,7 +172,7 @@ void l1_diff(Layout seen, Strided<T> hidden, Strided<T> base, const float* const
         r[i] = before ? static_cast<float>(values[i]) - static_cast<float>(before[i]) : static_cast<float>(values[i]);
       }
       for (int64_t k = 0; k < count; k++) {
-        add_differences(previous[k] + tile.at, r, tile.size, sums + (number * count + k) * 2);
+        add_differences(previous[k] + tile.at, r, tile.size, partial + (number * count + k) * 2);
       }
     }
   });
@@ -179,10 +180,11 @@ void l1_diff(Layout seen, Strided<T> hidden, Strided<T> base, const float* const
     for (int64_t k = 0; k < count; k++) {
       double change = 0, size = 0;
       for (int64_t number = tiles / groups * group; number < tiles / groups * (group + 1); number++) {
-        change += sums[(number * count + k) * 2];
-        size += sums[(number * count + k) * 2 + 1];
+        change += partial[(number * count + k) * 2];
+        size += partial[(number * count + k) * 2 + 1];
       }
-      d[group * count + k] = static_cast<float>(change) / (static_cast<float>(size) + epsilon);
+      sums[(group * count + k) * 2] = change;
+      sums[(group * count + k) * 2 + 1] = size;
     }
   }
 }
@@ -261,9 +263,9 @@ template <class T> void dequant_fp8(Tokens seen, const uint8_t* packed, T* out, 
   }
 
 #define PER_TYPE(T, t)                                                                                                 \
-  extern "C" void l1_diff_##t(Layout seen, Strided<T> hidden, Strided<T> base, const float* const* previous,           \
-                              int64_t count, float* out, float* d, int64_t groups, float epsilon, int64_t threads) {   \
-    l1_diff<T>(seen, hidden, base, previous, count, out, d, groups, epsilon, threads);                                 \
+  extern "C" void l1_sums_##t(Layout seen, Strided<T> hidden, Strided<T> base, const float* const* previous,           \
+                              int64_t count, float* out, double* sums, int64_t groups, int64_t threads) {              \
+    l1_sums<T>(seen, hidden, base, previous, count, out, sums, groups, threads);                                       \
   }                                                                                                                    \
   extern "C" void quant_fp8_##t(Tokens seen, const T* x, int64_t head_stride, uint8_t* packed, int64_t row_bytes,      \
                                 int64_t threads) {                                                                     \

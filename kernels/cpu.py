@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from ctypes import c_double, c_float, c_int64, c_void_p
+from ctypes import c_double, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class Tokens(ctypes.Structure):
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "residual_apply": (Layout, Strided, c_void_p, c_void_p, c_int64, c_void_p, c_int64),
     "residual_store": (Layout, Strided, Strided, c_void_p, c_int64),
-    "l1_diff": (Layout, Strided, Strided, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_float, c_int64),
+    "l1_sums": (Layout, Strided, Strided, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64),
     "quant_fp8": (Tokens, c_void_p, c_int64, c_void_p, c_int64, c_int64),
     "dequant_fp8": (Tokens, c_void_p, c_void_p, c_int64),
 }

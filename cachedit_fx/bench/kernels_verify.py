@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from cachedit_fx.kernels.layout import HAS_TRITON
 from cachedit_fx.kernels.variants import Type, Variant
 
-KERNELS = ("l1_diff", "residual_apply", "residual_store", "quant_fp8")
+KERNELS = ("l1_sums", "residual_apply", "residual_store", "quant_fp8")
 """Modules of `cachedit_fx.kernels` that have `variants`."""
 WIDE = 16
 """Bytes of the widest load or store that every target has."""

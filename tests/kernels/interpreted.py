@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from cachedit_fx.kernels import l1_diff, quant_fp8, residual_apply, residual_store
+from cachedit_fx.kernels import l1_sums, quant_fp8, residual_apply, residual_store
 from cachedit_fx.kernels.layout import jit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -74,94 +74,94 @@ def normal(shape, dtype, look="contiguous"):
     return lying(torch.randn(shape).to(dtype), look)
 
 
-# l1_diff
+# l1_sums
 
 
-def differences(hidden, base, previous, per_sample=False):
-    """d in float64, of r rounded to float32."""
+def exact_sums(hidden, base, previous, per_sample=False):
+    """In float64, of r rounded to float32."""
     r = (hidden.float() if base is None else hidden.float() - base.float()).double()
     dims = tuple(range(1, r.ndim)) if per_sample else tuple(range(r.ndim))
 
     def norm(x):
         return x.abs().sum(dims) if dims else x.abs()
 
-    return torch.stack([norm(before.double() - r) / norm(before.double()) for before in previous], -1)
+    return torch.stack([torch.stack([norm(x.double() - r), norm(x.double())], -1) for x in previous], -2)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("look", LOOKS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_l1_diff(dtype, look, shape):
+def test_l1_sums(dtype, look, shape):
     hidden, base = normal(shape, dtype, look), normal(shape, dtype)
-    previous = [normal(shape, torch.float32) for _ in range(l1_diff.MAX_PREVIOUS)]
+    previous = [normal(shape, torch.float32) for _ in range(l1_sums.MAX_PREVIOUS)]
     out = Out(shape, torch.float32)
-    found = l1_diff.launch(hidden, base, previous, out.value)
+    found = l1_sums.launch(hidden, base, previous, out.value)
     assert torch.equal(out.check(), hidden.float() - base.float())
-    torch.testing.assert_close(found.double(), differences(hidden, base, previous), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.double(), exact_sums(hidden, base, previous), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("look", LOOKS)
-def test_l1_diff_per_sample(look, shape):
+def test_l1_sums_per_sample(look, shape):
     hidden, base = normal(shape, torch.bfloat16), normal(shape, torch.bfloat16, look)
-    previous = [normal(shape, torch.float32) for _ in range(l1_diff.MAX_PREVIOUS)]
+    previous = [normal(shape, torch.float32) for _ in range(l1_sums.MAX_PREVIOUS)]
     out = Out(shape, torch.float32)
-    found = l1_diff.launch(hidden, base, previous, out.value, per_sample=True)
-    assert found.shape == (shape[0], l1_diff.MAX_PREVIOUS)
+    found = l1_sums.launch(hidden, base, previous, out.value, per_sample=True)
+    assert found.shape == (shape[0], l1_sums.MAX_PREVIOUS, 2)
     assert torch.equal(out.check(), hidden.float() - base.float())
-    torch.testing.assert_close(found.double(), differences(hidden, base, previous, True), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.double(), exact_sums(hidden, base, previous, True), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("look", ["contiguous", "sliced"])
-def test_l1_diff_without_base_and_without_previous(look, per_sample):
+def test_l1_sums_without_base_and_without_previous(look, per_sample):
     hidden = normal((2, 9, 300), torch.bfloat16, look)
     previous = [normal(hidden.shape, torch.float32)]
-    found = l1_diff.launch(hidden, None, previous, None, per_sample)
-    torch.testing.assert_close(found.double(), differences(hidden, None, previous, per_sample), rtol=1e-5, atol=0)
+    found = l1_sums.launch(hidden, None, previous, None, per_sample)
+    torch.testing.assert_close(found.double(), exact_sums(hidden, None, previous, per_sample), rtol=1e-5, atol=0)
     out = Out(hidden.shape, torch.float32)
-    found = l1_diff.launch(hidden, torch.ones_like(hidden), [], out.value, per_sample)
-    assert found.shape == ((2, 0) if per_sample else (0,))
+    found = l1_sums.launch(hidden, torch.ones_like(hidden), [], out.value, per_sample)
+    assert found.shape == ((2, 0, 2) if per_sample else (0, 2))
     assert torch.equal(out.check(), hidden.float() - 1)
 
 
-def test_l1_diff_totals_more_tiles_than_one_step_adds(monkeypatch):
-    monkeypatch.setattr(l1_diff, "FINISH_BLOCK", 4)
+def test_l1_sums_totals_more_tiles_than_one_step_adds(monkeypatch):
+    monkeypatch.setattr(l1_sums, "TOTAL_BLOCK", 4)
     shape = (2, 5 * 2048 + 1)
     hidden, base, previous = normal(shape, torch.float16), normal(shape, torch.float16), normal(shape, torch.float32)
     for per_sample in (False, True):
-        found = l1_diff.launch(hidden, base, [previous], torch.empty(shape), per_sample)
-        expected = differences(hidden, base, [previous], per_sample)
+        found = l1_sums.launch(hidden, base, [previous], torch.empty(shape), per_sample)
+        expected = exact_sums(hidden, base, [previous], per_sample)
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("shape", EMPTY)
-def test_l1_diff_of_nothing_is_zero(shape):
+def test_l1_sums_of_nothing_are_zero(shape):
     x, before = torch.empty(shape, dtype=torch.bfloat16), torch.empty(shape)
-    assert l1_diff.launch(x, x, [before], torch.empty(shape)).tolist() == [0]
-    assert l1_diff.launch(x, x, [before], torch.empty(shape), True).tolist() == [[0]] * shape[0]
+    assert l1_sums.launch(x, x, [before], torch.empty(shape)).tolist() == [[0, 0]]
+    assert l1_sums.launch(x, x, [before], torch.empty(shape), True).tolist() == [[[0, 0]]] * shape[0]
 
 
-def test_l1_diff_of_zeros_is_zero_and_change_from_zero_is_large():
+def test_l1_sums_puts_the_change_first():
     zeros, ones = torch.zeros(2, 300), torch.ones(2, 300)
-    assert l1_diff.launch(ones, ones, [zeros], torch.empty(2, 300)).item() == 0
-    assert l1_diff.launch(ones, zeros, [zeros], torch.empty(2, 300)).item() > 1e6
+    assert l1_sums.launch(ones, ones, [zeros], torch.empty(2, 300)).tolist() == [[0, 0]]
+    assert l1_sums.launch(ones, zeros, [zeros, 3 * ones], torch.empty(2, 300)).tolist() == [[600, 0], [1200, 1800]]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("where", range(3))
-def test_l1_diff_is_not_finite_where_an_input_is_not(where, value):
+def test_l1_sums_are_not_finite_if_an_input_is_not(where, value):
     given = [torch.ones(2, 300) for _ in range(3)]
     given[where][1, 7] = value
     hidden, base, previous = given
-    found = l1_diff.launch(hidden, base, [previous], torch.empty(2, 300), per_sample=True)
-    assert found[0].item() == 1 and not found[1].isfinite()
+    found = l1_sums.launch(hidden, base, [previous], torch.empty(2, 300), per_sample=True)
+    assert found[0].tolist() == [[300, 300]] and not found[1].isfinite().all()
 
 
-def test_l1_diff_refuses_too_many_previous():
+def test_l1_sums_refuses_too_many_previous():
     x = torch.ones(3)
     with pytest.raises(ValueError, match="residuals to compare with"):
-        l1_diff.launch(x, None, [x] * (l1_diff.MAX_PREVIOUS + 1), None)
+        l1_sums.launch(x, None, [x] * (l1_sums.MAX_PREVIOUS + 1), None)
 
 
 # residual_store and residual_apply

@@ -30,7 +30,7 @@ from cachedit_fx.bench.kernels_verify import (
     too_narrow,
     totals,
 )
-from cachedit_fx.kernels import l1_diff, quant_fp8, residual_apply, residual_store
+from cachedit_fx.kernels import l1_sums, quant_fp8, residual_apply, residual_store
 from cachedit_fx.kernels.layout import HAS_TRITON
 from cachedit_fx.kernels.variants import Variant
 
@@ -192,10 +192,10 @@ def test_totals_and_their_order(run):
 
 
 def test_tasks_are_chosen_by_the_names_of_variants():
-    chosen = tasks(["sm90", "sm80"], ["l1_diff bf16, 2 previous, row", "residual_store"])
+    chosen = tasks(["sm90", "sm80"], ["l1_sums bf16, 2 previous, row", "residual_store"])
     names = [list(importlib.import_module(task.module).variants())[task.place].name for task in chosen]
     assert chosen and all(
-        "residual_store" in name or name.startswith("l1_diff bf16, 2 previous, row") for name in names
+        "residual_store" in name or name.startswith("l1_sums bf16, 2 previous, row") for name in names
     )
     assert [task.target for task in chosen[:2]] == ["sm90", "sm80"]
 
@@ -252,11 +252,11 @@ def launch_everything(case):
     kernel, shape, dtype, layout = case
     x, y = lying(shape, dtype, layout), lying(shape, dtype, layout)
     like = [torch.empty(shape, dtype=torch.float32) for _ in range(2)]
-    if kernel == "l1_diff":
-        for count, has_base in itertools.product(range(l1_diff.MAX_PREVIOUS + 1), (True, False)):
+    if kernel == "l1_sums":
+        for count, has_base in itertools.product(range(l1_sums.MAX_PREVIOUS + 1), (True, False)):
             if count or has_base:
                 out = torch.empty(shape) if has_base else None
-                l1_diff.launch(x, y if has_base else None, like[:count], out, count == 2)
+                l1_sums.launch(x, y if has_base else None, like[:count], out, count == 2)
     elif kernel == "residual_store":
         for kind in ("wider", "float32", "model"):
             outs = [residual_store.residual_like(x, kind) for _ in range(3)]
@@ -311,6 +311,6 @@ def test_what_the_launchers_choose_is_one_of_the_variants(launched, kernel, dtyp
             assert covering, (shape, layout, name, derived)
             seen.update(variant.name for variant in covering)
             # The number of partial sums is a multiple of 16 by chance only.
-            if shape in SHAPES[:2] and layout in ("contiguous", "sliced") and name != "_finish":
+            if shape in SHAPES[:2] and layout in ("contiguous", "sliced") and name != "_total":
                 assert any(variant.aligned for variant in covering), (shape, layout, name, derived)
     assert any("unaligned" in name for name in seen) and any("unaligned" not in name for name in seen)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cachedit_fx.kernels import cpu
-from cachedit_fx.kernels.l1_diff import l1_diff
+from cachedit_fx.kernels.l1_sums import l1_sums
 from cachedit_fx.kernels.quant_fp8 import dequant_fp8, quant_fp8
 from cachedit_fx.kernels.residual_apply import residual_apply
 from cachedit_fx.kernels.residual_store import residual_like, residual_store
@@ -119,8 +119,8 @@ def test_the_number_of_threads_changes_no_bit(threads, dtype):
         residual_store([hidden, base], [base, hidden], kept)
         residual_apply([base], [kept], [1.0, -0.3], [result])
         packed = quant_fp8(heads)
-        differences = [l1_diff(hidden, base, previous, r, per_sample) for per_sample in (False, True)]
-        return [*differences, r, *kept, result, packed, dequant_fp8(packed, 2, dtype)]
+        sums = [l1_sums(hidden, base, previous, r, per_sample) for per_sample in (False, True)]
+        return [*sums, r, *kept, result, packed, dequant_fp8(packed, 2, dtype)]
 
     assert hidden.numel() >= 4 * 2**17
     threads(1)

@@ -1,11 +1,14 @@
-"""Relative L1 difference between what the first blocks add to the hidden states now and what they added before.
+"""Sums over the difference between what the first blocks add to the hidden states now and what they added before.
 
-    r = H_F - H_in                      d = sum|r_prev - r| / (sum|r_prev| + eps)
+    r = H_F - H_in                      sums = (sum|r_prev - r|, sum|r_prev|)
 
-One pass: reads H_F, H_in and r_prev, writes r, and reduces both sums in float32 whatever the model's dtype; with
-bfloat16 sums, as elsewhere in use, neighbouring steps become equal. Two stages, each in a fixed order, so that the same
-inputs give the same d to the bit: partial sums of each tile, then their total. Several r_prev (the CFG branches that a
-call may turn out to be) are compared in the same pass.
+Their quotient is the relative L1 difference (`runtime.guard`). Sums, unlike quotients, can be added over the ranks that
+hold parts of the hidden states.
+
+One pass: reads H_F, H_in and r_prev, writes r, and sums in float32 whatever the model's dtype. With bfloat16 sums, as
+elsewhere in use, neighbouring steps become equal. Two stages, each in a fixed order, give identical sums for identical
+inputs: partial sums of each tile, then their total. One pass compares several r_prev (the CFG branches that a call may
+turn out to be).
 """
 
 from __future__ import annotations
@@ -16,14 +19,12 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from . import cpu
-from .layout import NUM_WARPS, TILE, Layout, device_of, elements_of_tile, jit, layout, library, runs_on_triton, tl
+from .layout import NUM_WARPS, TILE, Layout, device_of, elements_of_tile, jit, layout, runs_on_triton, tl
 from .variants import TYPES, Variant
 
-EPSILON = 1e-30
-"""Keeps 0/0 apart from a number: two zero residuals have difference 0."""
 MAX_PREVIOUS = 2
 """Residuals that one launch compares with."""
-FINISH_BLOCK, FINISH_WARPS = 4096, 16
+TOTAL_BLOCK, TOTAL_WARPS = 4096, 16
 
 
 @jit
@@ -61,19 +62,15 @@ def _partial_sums(
 
 
 @jit
-def _finish(partial_ptr, out_ptr, n_partials, eps, BLOCK_SIZE: tl.constexpr):
-    """d of sample program_id(0) against r_prev number program_id(1), from `n_partials` tiles a sample."""
-    sample, k = tl.program_id(0), tl.program_id(1)
-    change_ptr = partial_ptr + (2 * k * tl.num_programs(0) + sample).to(tl.int64) * n_partials
-    size_ptr = change_ptr + tl.num_programs(0).to(tl.int64) * n_partials
-    change = tl.zeros((BLOCK_SIZE,), tl.float32)
-    size = tl.zeros((BLOCK_SIZE,), tl.float32)
+def _total(partial_ptr, out_ptr, n_partials, BLOCK_SIZE: tl.constexpr):
+    """Row program_id(1) of the partial sums, added up over the `n_partials` tiles of sample program_id(0)."""
+    sample, row = tl.program_id(0), tl.program_id(1)
+    partial_ptr += (row * tl.num_programs(0) + sample).to(tl.int64) * n_partials
+    total = tl.zeros((BLOCK_SIZE,), tl.float32)
     for start in range(0, n_partials, BLOCK_SIZE):
         at = start + tl.arange(0, BLOCK_SIZE)
-        change += tl.load(change_ptr + at, at < n_partials, other=0.0)
-        size += tl.load(size_ptr + at, at < n_partials, other=0.0)
-    difference = tl.sum(change) / (tl.sum(size) + eps)
-    tl.store(out_ptr + sample * tl.num_programs(1) + k, difference)
+        total += tl.load(partial_ptr + at, at < n_partials, other=0.0)
+    tl.store(out_ptr + sample * tl.num_programs(1) + row, tl.sum(total))
 
 
 def launch(
@@ -83,7 +80,7 @@ def launch(
     out: torch.Tensor | None,
     per_sample: bool = False,
 ) -> torch.Tensor:
-    """As `l1_diff`, by the kernels above: one launch for the pass, one for the total.
+    """As `l1_sums`, by the kernels above: one launch for the pass, one for the totals.
 
     Raises:
         ValueError: with more than `MAX_PREVIOUS` residuals to compare with.
@@ -96,9 +93,9 @@ def launch(
         seen = layout((hidden, base), per_sample)
     assert isinstance(seen, Layout)
     groups = hidden.shape[0] if per_sample else 1
-    differences = torch.empty((groups, len(previous)), dtype=torch.float32, device=hidden.device)
+    sums = torch.empty((groups, len(previous), 2), dtype=torch.float32, device=hidden.device)
     if not hidden.numel():
-        return (differences if per_sample else differences[0]).zero_()
+        return (sums if per_sample else sums[0]).zero_()
     programs = seen.samples * seen.tiles
     partial = torch.empty((2 * len(previous), programs), dtype=torch.float32, device=hidden.device)
     with device_of(hidden):
@@ -116,10 +113,8 @@ def launch(
             num_warps=NUM_WARPS,
         )
         if previous:
-            _finish[(groups, len(previous))](
-                partial, differences, programs // groups, EPSILON, FINISH_BLOCK, num_warps=FINISH_WARPS
-            )
-    return differences if per_sample else differences[0]
+            _total[(groups, 2 * len(previous))](partial, sums, programs // groups, TOTAL_BLOCK, num_warps=TOTAL_WARPS)
+    return sums if per_sample else sums[0]
 
 
 def variants() -> Iterator[Variant]:
@@ -135,7 +130,7 @@ def variants() -> Iterator[Variant]:
         block_rows, block_cols = Layout(1, rows, 1).tile
         yield Variant(
             _partial_sums,
-            f"l1_diff {TYPES[dtype]}, {count} previous{'' if has_base else ', no base'}, "
+            f"l1_sums {TYPES[dtype]}, {count} previous{'' if has_base else ', no base'}, "
             f"{'row' if rows == 1 else 'rows'}{'' if aligned else ', unaligned'}",
             {
                 "hidden_ptr": pointer,
@@ -158,55 +153,56 @@ def variants() -> Iterator[Variant]:
         )
     for aligned in (True, False):
         yield Variant(
-            _finish,
-            f"l1_diff, total{'' if aligned else ', unaligned'}",
-            {"partial_ptr": "*fp32", "out_ptr": "*fp32", "n_partials": "i32", "eps": "fp32", "BLOCK_SIZE": "constexpr"},
-            {"BLOCK_SIZE": FINISH_BLOCK},
-            read_bytes=8 * FINISH_BLOCK,
+            _total,
+            f"l1_sums, total{'' if aligned else ', unaligned'}",
+            {"partial_ptr": "*fp32", "out_ptr": "*fp32", "n_partials": "i32", "BLOCK_SIZE": "constexpr"},
+            {"BLOCK_SIZE": TOTAL_BLOCK},
+            read_bytes=4 * TOTAL_BLOCK,
             written_once=4,
-            num_warps=FINISH_WARPS,
+            num_warps=TOTAL_WARPS,
             aligned=aligned,
             multiples=frozenset({"n_partials"}),
         )
 
 
-def l1_diff(
+def l1_sums(
     hidden: torch.Tensor,
     base: torch.Tensor | None,
     previous: Sequence[torch.Tensor],
     out: torch.Tensor | None,
     per_sample: bool = False,
 ) -> torch.Tensor:
-    """Write r = hidden - base to `out`, and return d against each of `previous`.
+    """Write r = hidden - base to `out`, and return sum|r_prev - r| and sum|r_prev| for each r_prev of `previous`.
 
     Args:
         hidden, base: one shape and dtype, any strides. Without a base r is `hidden` itself, and nothing is written.
         previous: earlier r, at most `MAX_PREVIOUS`, of the same shape; float32, contiguous.
-        out: like one of `previous`, and none of them; None exactly where there is no base.
-        per_sample: a d for each index of the first dimension.
+        out: r in float32, contiguous, and none of `previous`; None if and only if there is no base.
+        per_sample: sum over each index of the first dimension separately.
 
     Returns:
-        float32, [len(previous)] or [samples, len(previous)], on the inputs' device. Not finite where an input is not.
+        [len(previous), 2] or, per sample, [samples, len(previous), 2], on the inputs' device: the sum of the change
+        first. float64 from the loop for CPUs, float32 otherwise. Not finite if an input is not.
 
     Raises:
-        ValueError: where only one of `base` and `out` is given, or with too many of `previous`.
+        ValueError: if only one of `base` and `out` is given, or `previous` has too many members.
     """
     if (base is None) is not (out is None):
-        raise ValueError("l1_diff: out goes with base, since without a base r is hidden itself")
+        raise ValueError("l1_sums: out goes with base, since without a base r is hidden itself")
     if runs_on_triton(hidden, base, *previous, out) and hidden.dtype in (torch.bfloat16, torch.float16, torch.float32):
         return launch(hidden, base, previous, out, per_sample)
-    found = _on_cpu(hidden, base, previous, out, per_sample)
-    if found is not None:
-        return found
+    sums = _on_cpu(hidden, base, previous, out, per_sample)
+    if sums is not None:
+        return sums
     r = residual(hidden, base)
     if out is not None:
         out.copy_(r)
     if not per_sample:
         r, previous = r[None], [before[None] for before in previous]
-    differences = r.new_empty((r.shape[0], len(previous)))
+    sums = r.new_empty((r.shape[0], len(previous), 2))
     for i, k in itertools.product(range(r.shape[0]), range(len(previous))):
-        differences[i, k] = l1_difference(previous[k][i], r[i])
-    return differences if per_sample else differences[0]
+        sums[i, k] = absolute_sums(previous[k][i], r[i])
+    return sums if per_sample else sums[0]
 
 
 def _on_cpu(
@@ -216,13 +212,13 @@ def _on_cpu(
     out: torch.Tensor | None,
     per_sample: bool,
 ) -> torch.Tensor | None:
-    """As `l1_diff`, in one pass; None where that cannot be. Sums of tiles are added in float64."""
-    run = cpu.loop("l1_diff", (hidden, base, out, *previous), hidden.dtype)
+    """As `l1_sums`, in one pass; None if there is no loop. Sums of tiles are added in float64."""
+    run = cpu.loop("l1_sums", (hidden, base, out, *previous), hidden.dtype)
     seen = layout((hidden, base), per_sample) if base is None or base.dtype is hidden.dtype else None
     if run is None or seen is None:
         return None
     groups = hidden.shape[0] if per_sample else 1
-    found = torch.empty((groups, len(previous)), dtype=torch.float32)
+    sums = torch.empty((groups, len(previous), 2), dtype=torch.float64)
     run(
         cpu.Layout(*seen),
         cpu.strided(hidden, seen),
@@ -230,22 +226,11 @@ def _on_cpu(
         cpu.pointers(previous),
         len(previous),
         None if out is None else out.data_ptr(),
-        found.data_ptr(),
+        sums.data_ptr(),
         groups,
-        EPSILON,
         torch.get_num_threads(),
     )
-    return found if per_sample else found[0]
-
-
-library.define("l1_diff(Tensor hidden, Tensor? base, Tensor[] previous, Tensor(a!)? out, bool per_sample) -> Tensor")
-library.impl("l1_diff", l1_diff, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("cachedit_fx::l1_diff")
-def _(hidden, base, previous, out, per_sample):
-    shape = (hidden.shape[0], len(previous)) if per_sample else (len(previous),)
-    return hidden.new_empty(shape, dtype=torch.float32)
+    return sums if per_sample else sums[0]
 
 
 def residual(hidden: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
@@ -254,6 +239,6 @@ def residual(hidden: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
     return hidden if base is None else hidden - base.detach()
 
 
-def l1_difference(previous: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
-    """The reference: d as a 0-d float32 tensor. Inputs: float32, one shape. Not finite where an input is not."""
-    return (previous - current).abs().sum() / (previous.abs().sum() + EPSILON)
+def absolute_sums(previous: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
+    """The reference: sum|previous - current| and sum|previous|, [2]. Inputs: float32, one shape."""
+    return torch.stack([(previous - current).abs().sum(), previous.abs().sum()])
