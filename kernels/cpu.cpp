@@ -263,8 +263,8 @@ template <class T> void dequant_fp8(Tokens seen, const uint8_t* packed, T* out, 
   }
 
 #define PER_TYPE(T, t)                                                                                                 \
-  extern "C" void l1_sums_##t(Layout seen, Strided<T> hidden, Strided<T> base, const float* const* previous,           \
-                              int64_t count, float* out, double* sums, int64_t groups, int64_t threads) {              \
+  extern "C" void l1_sums_##t##_fp32(Layout seen, Strided<T> hidden, Strided<T> base, const float* const* previous,    \
+                                     int64_t count, float* out, double* sums, int64_t groups, int64_t threads) {       \
     l1_sums<T>(seen, hidden, base, previous, count, out, sums, groups, threads);                                       \
   }                                                                                                                    \
   extern "C" void quant_fp8_##t(Tokens seen, const T* x, int64_t head_stride, uint8_t* packed, int64_t row_bytes,      \

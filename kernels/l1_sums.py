@@ -213,23 +213,13 @@ def _on_cpu(
     per_sample: bool,
 ) -> torch.Tensor | None:
     """As `l1_sums`, in one pass; None if there is no loop. Sums of tiles are added in float64."""
-    run = cpu.loop("l1_sums", (hidden, base, out, *previous), hidden.dtype)
-    seen = layout((hidden, base), per_sample) if base is None or base.dtype is hidden.dtype else None
-    if run is None or seen is None:
+    run = cpu.loop_over_rows("l1_sums", (hidden, base), (*previous, out), per_sample)
+    if run is None:
         return None
     groups = hidden.shape[0] if per_sample else 1
     sums = torch.empty((groups, len(previous), 2), dtype=torch.float64)
-    run(
-        cpu.Layout(*seen),
-        cpu.strided(hidden, seen),
-        cpu.strided(base, seen),
-        cpu.pointers(previous),
-        len(previous),
-        None if out is None else out.data_ptr(),
-        sums.data_ptr(),
-        groups,
-        torch.get_num_threads(),
-    )
+    written = None if out is None else out.data_ptr()
+    run((hidden, base), cpu.pointers(previous), len(previous), written, sums.data_ptr(), groups)
     return sums if per_sample else sums[0]
 
 

@@ -28,10 +28,6 @@ except ImportError:  # pragma: no cover
 HAS_TRITON = triton is not None
 
 
-library = torch.library.Library("cachedit_fx", "FRAGMENT")
-"""Where the ops are registered: `torch.ops.cachedit_fx.*`."""
-
-
 NUM_WARPS = 8
 
 
@@ -122,6 +118,50 @@ def layout(tensors: Sequence[torch.Tensor | None], per_sample: bool = False) -> 
     if len(shape) == 2 and per_sample:
         return None
     return Layout(shape[0] if len(shape) == 3 else 1, shape[-2], shape[-1])
+
+
+class Tokens(NamedTuple):
+    """A shape [..., heads, head_dim] as rows, a token's head each, and the places of its tokens: three sizes and
+    strides, the first size of which nobody needs."""
+
+    rows: int
+    heads: int
+    head_dim: int
+    size_1: int
+    size_2: int
+    stride_0: int
+    stride_1: int
+    stride_2: int
+
+
+def collapsed(tensor: torch.Tensor, dims: int) -> tuple[list[int], list[int]] | None:
+    """Sizes and strides of the first `dims` dimensions as three, merged where no copy is needed; None if more stay."""
+    sizes: list[int] = []
+    strides: list[int] = []
+    for size, stride in zip(tensor.shape[:dims], tensor.stride()[:dims], strict=True):
+        if size == 1:
+            continue
+        if strides and strides[-1] == size * stride:
+            sizes[-1], strides[-1] = sizes[-1] * size, stride
+        else:
+            sizes.append(size)
+            strides.append(stride)
+    missing = 3 - len(sizes)
+    return None if missing < 0 else ([1] * missing + sizes, [0] * missing + strides)
+
+
+def tokens(
+    tensor: torch.Tensor, dims: int, heads: int, head_dim: int, multiple: int = 1
+) -> tuple[torch.Tensor, Tokens]:
+    """The tokens of `tensor`, which its first `dims` dimensions count. `tensor` is copied first if more than three
+    strides, or strides that are no multiples of `multiple`, lead to them."""
+    merged = collapsed(tensor, dims) if tensor.stride(-1) == 1 else None
+    if merged is None or any(stride % multiple for stride in merged[1]):
+        tensor = tensor.contiguous()
+        merged = collapsed(tensor, dims)
+    assert merged is not None
+    sizes, strides = merged
+    return tensor, Tokens(math.prod(sizes) * heads, heads, head_dim, *sizes[1:], *strides)
 
 
 @dataclass(frozen=True)

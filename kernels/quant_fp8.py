@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import torch
 
 from . import cpu
-from .layout import NUM_WARPS, device_of, jit, library, runs_on_triton, tl
+from .layout import NUM_WARPS, device_of, jit, runs_on_triton, tl, tokens
 from .variants import TYPES, Variant
 
 LARGEST = 448.0
@@ -137,33 +137,6 @@ def _dequantize(
     tl.store(out_ptr + rows.to(tl.int64) * head_dim + cols, x.to(out_ptr.dtype.element_ty), mask)
 
 
-def _collapsed(tensor: torch.Tensor, dims: int) -> tuple[list[int], list[int]] | None:
-    """Sizes and strides of the first `dims` dimensions as three, merged where no copy is needed; None if more stay."""
-    sizes: list[int] = []
-    strides: list[int] = []
-    for size, stride in zip(tensor.shape[:dims], tensor.stride()[:dims], strict=True):
-        if size == 1:
-            continue
-        if strides and strides[-1] == size * stride:
-            sizes[-1], strides[-1] = sizes[-1] * size, stride
-        else:
-            sizes.append(size)
-            strides.append(stride)
-    missing = 3 - len(sizes)
-    return None if missing < 0 else ([1] * missing + sizes, [0] * missing + strides)
-
-
-def _seen(tensor: torch.Tensor, dims: int, multiple: int = 1) -> tuple[torch.Tensor, list[int], list[int]]:
-    """`tensor`, copied first where more than three strides, or strides of no such multiple, lead to its tokens, which
-    are counted by the first `dims` dimensions; and those sizes and strides."""
-    seen = _collapsed(tensor, dims) if tensor.stride(-1) == 1 else None
-    if seen is None or any(stride % multiple for stride in seen[1]):
-        tensor = tensor.contiguous()
-        seen = _collapsed(tensor, dims)
-    assert seen is not None
-    return tensor, *seen
-
-
 def _tile(head_dim: int) -> tuple[int, int]:
     cols = next(block for block in BLOCKS if head_dim <= block)
     return TILE // cols, cols
@@ -171,41 +144,27 @@ def _tile(head_dim: int) -> tuple[int, int]:
 
 def launch_quant(x: torch.Tensor) -> torch.Tensor:
     """As `quant_fp8`, by the kernel above."""
-    *leading, heads, head_dim = x.shape
-    x, sizes, strides = _seen(x, x.ndim - 2)
-    packed = torch.empty((*leading, _row_bytes(heads, head_dim)), dtype=torch.uint8, device=x.device)
+    packed = _empty_packed(x)
     if not x.numel():
         return packed
-    rows, tile = math.prod(sizes) * heads, _tile(head_dim)
+    x, seen = tokens(x, x.ndim - 2, x.shape[-2], x.shape[-1])
+    tile = _tile(seen.head_dim)
     with device_of(x):
-        _quantize[(-(-rows // tile[0]),)](
-            x,
-            packed,
-            rows,
-            heads,
-            head_dim,
-            *sizes[1:],
-            *strides,
-            x.stride(-2),
-            _row_bytes(heads, head_dim),
-            *tile,
-            num_warps=NUM_WARPS,
+        _quantize[(-(-seen.rows // tile[0]),)](
+            x, packed, *seen, x.stride(-2), packed.shape[-1], *tile, num_warps=NUM_WARPS
         )
     return packed
 
 
 def launch_dequant(packed: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.Tensor:
     """As `dequant_fp8`, by the kernel above."""
-    head_dim = _head_dim(packed, heads)
-    packed, sizes, strides = _seen(packed, packed.ndim - 1, SCALE_BYTES)
-    out = torch.empty((*packed.shape[:-1], heads, head_dim), dtype=dtype, device=packed.device)
+    out = _empty_heads(packed, heads, dtype)
     if not out.numel():
         return out
-    rows, tile = math.prod(sizes) * heads, _tile(head_dim)
+    packed, seen = tokens(packed, packed.ndim - 1, heads, out.shape[-1], SCALE_BYTES)
+    tile = _tile(seen.head_dim)
     with device_of(packed):
-        _dequantize[(-(-rows // tile[0]),)](
-            packed, out, rows, heads, head_dim, *sizes[1:], *strides, *tile, num_warps=NUM_WARPS
-        )
+        _dequantize[(-(-seen.rows // tile[0]),)](packed, out, *seen, *tile, num_warps=NUM_WARPS)
     return out
 
 
@@ -251,6 +210,17 @@ def _head_dim(packed: torch.Tensor, heads: int) -> int:
     return packed.shape[-1] // heads - SCALE_BYTES
 
 
+def _empty_packed(x: torch.Tensor) -> torch.Tensor:
+    """Memory for what `quant_fp8` returns."""
+    *leading, heads, head_dim = x.shape
+    return torch.empty((*leading, _row_bytes(heads, head_dim)), dtype=torch.uint8, device=x.device)
+
+
+def _empty_heads(packed: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.Tensor:
+    """Memory for what `dequant_fp8` returns."""
+    return torch.empty((*packed.shape[:-1], heads, _head_dim(packed, heads)), dtype=dtype, device=packed.device)
+
+
 def _has_kernel(tensor: torch.Tensor, tokens: int, heads: int, head_dim: int) -> bool:
     """Whether a head fits a tile, scales start at multiples of four bytes, and rows are counted in 32 bits."""
     fits = head_dim <= BLOCKS[-1] and tokens * heads < 2**31 - TILE
@@ -274,12 +244,12 @@ def quant_fp8(x: torch.Tensor) -> torch.Tensor:
     *leading, heads, head_dim = x.shape
     if _has_kernel(x, math.prod(leading), heads, head_dim):
         return launch_quant(x)
-    packed = torch.empty((*leading, _row_bytes(heads, head_dim)), dtype=torch.uint8, device=x.device)
+    packed = _empty_packed(x)
     run = cpu.loop("quant_fp8", (x,), x.dtype)
     if run is not None:
-        x, sizes, strides = _seen(x, x.ndim - 2)
-        tokens = cpu.Tokens(math.prod(sizes) * heads, heads, head_dim, *sizes[1:], *strides)
-        run(tokens, x.data_ptr(), x.stride(-2), packed.data_ptr(), packed.shape[-1], torch.get_num_threads())
+        x, seen = tokens(x, x.ndim - 2, heads, head_dim)
+        threads = torch.get_num_threads()
+        run(cpu.Tokens(*seen), x.data_ptr(), x.stride(-2), packed.data_ptr(), packed.shape[-1], threads)
         return packed
     values, scales = quantized(x)
     packed[..., : heads * head_dim] = values.view(torch.uint8).flatten(-2)
@@ -310,10 +280,9 @@ def dequant_fp8(packed: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.T
         return launch_dequant(packed, heads, dtype)
     run = cpu.loop("dequant_fp8", (packed,), dtype)
     if run is not None:
-        out = torch.empty((*packed.shape[:-1], heads, head_dim), dtype=dtype)
-        packed, sizes, strides = _seen(packed, packed.ndim - 1)
-        tokens = cpu.Tokens(math.prod(sizes) * heads, heads, head_dim, *sizes[1:], *strides)
-        run(tokens, packed.data_ptr(), out.data_ptr(), torch.get_num_threads())
+        out = _empty_heads(packed, heads, dtype)
+        packed, seen = tokens(packed, packed.ndim - 1, heads, head_dim)
+        run(cpu.Tokens(*seen), packed.data_ptr(), out.data_ptr(), torch.get_num_threads())
         return out
     values = packed[..., : heads * head_dim].unflatten(-1, (heads, head_dim))
     # A copy: as a view the scales need not start at a multiple of four bytes.
@@ -321,6 +290,8 @@ def dequant_fp8(packed: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.T
     return dequantized(values.view(torch.float8_e4m3fn), scales).to(dtype).contiguous()
 
 
+library = torch.library.Library("cachedit_fx", "FRAGMENT")
+"""Graphs will hold these two between collectives, as `torch.ops.cachedit_fx.*`."""
 library.define("quant_fp8(Tensor x) -> Tensor")
 library.impl("quant_fp8", quant_fp8, "CompositeExplicitAutograd")
 library.define("dequant_fp8(Tensor packed, int heads, ScalarType dtype) -> Tensor")
@@ -329,13 +300,12 @@ library.impl("dequant_fp8", dequant_fp8, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("cachedit_fx::quant_fp8")
 def _(x):
-    *leading, heads, head_dim = x.shape
-    return x.new_empty((*leading, _row_bytes(heads, head_dim)), dtype=torch.uint8)
+    return _empty_packed(x)
 
 
 @torch.library.register_fake("cachedit_fx::dequant_fp8")
 def _(packed, heads, dtype):
-    return packed.new_empty((*packed.shape[:-1], heads, _head_dim(packed, heads)), dtype=dtype)
+    return _empty_heads(packed, heads, dtype)
 
 
 def quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -26,8 +26,6 @@ from .layout import (
     elements_of_tile,
     jit,
     launch_groups,
-    layout,
-    library,
     runs_on_triton,
     tl,
 )
@@ -186,23 +184,11 @@ def _has_kernel(out: torch.Tensor, residual: torch.Tensor) -> bool:
 def _on_cpu(
     base: torch.Tensor | None, residuals: Sequence[torch.Tensor], weights: Sequence[float], out: torch.Tensor
 ) -> bool:
-    """One result, in one pass; False where that cannot be."""
-    kept = residuals[0].dtype
-    run = cpu.loop("residual_apply", (base, out, *residuals), out.dtype, kept)
-    if run is None or any(r.dtype is not kept for r in residuals) or not out.is_contiguous():
+    """One result, in one pass; False if there is no loop."""
+    run = cpu.loop_over_rows("residual_apply", (base, out), residuals) if out.is_contiguous() else None
+    if run is None:
         return False
-    seen = layout((base, out)) if base is None or base.dtype is out.dtype else None
-    if seen is None:
-        return False
-    run(
-        cpu.Layout(*seen),
-        cpu.strided(base, seen),
-        cpu.pointers(residuals),
-        cpu.doubles(weights),
-        len(weights),
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
+    run((base,), cpu.pointers(residuals), cpu.doubles(weights), len(weights), out.data_ptr())
     return True
 
 
@@ -225,22 +211,3 @@ def weighted_sum(
     for value, weight in zip(others, more, strict=True):
         total.add_(value, alpha=weight)
     return total
-
-
-def _op(
-    bases: Sequence[torch.Tensor | None],
-    stored: Sequence[torch.Tensor],
-    weights: Sequence[float],
-    outs: Sequence[torch.Tensor],
-) -> None:
-    terms = len(weights)
-    residual_apply(bases, [stored[i * terms : (i + 1) * terms] for i in range(len(outs))], weights, outs)
-
-
-library.define("residual_apply(Tensor?[] bases, Tensor[] stored, float[] weights, Tensor(a!)[] outs) -> ()")
-library.impl("residual_apply", _op, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("cachedit_fx::residual_apply")
-def _(bases, stored, weights, outs):
-    return None

@@ -29,8 +29,6 @@ from .layout import (
     elements_of_tile,
     jit,
     launch_groups,
-    layout,
-    library,
     runs_on_triton,
     tl,
 )
@@ -181,25 +179,14 @@ def residual_store(
 
 
 def _on_cpu(result: torch.Tensor, base: torch.Tensor, out: torch.Tensor) -> bool:
-    """One residual, in one pass; False where that cannot be."""
-    run = cpu.loop("residual_store", (result, base, out), result.dtype, out.dtype)
-    seen = layout((result, base)) if run is not None and base.dtype is result.dtype else None
-    if run is None or seen is None:
+    """One residual, in one pass; False if there is no loop."""
+    run = cpu.loop_over_rows("residual_store", (result, base), (out,))
+    if run is None:
         return False
-    operands = cpu.strided(result, seen), cpu.strided(base, seen)
-    run(cpu.Layout(*seen), *operands, out.data_ptr(), torch.get_num_threads())
+    run((result, base), out.data_ptr())
     return True
 
 
 def difference(result: torch.Tensor, base: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """The reference: the residual of one result, in `dtype`."""
     return result.to(dtype, copy=True) if base is None else result.to(dtype) - base
-
-
-library.define("residual_store(Tensor[] results, Tensor?[] bases, Tensor(a!)[] outs) -> ()")
-library.impl("residual_store", residual_store, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("cachedit_fx::residual_store")
-def _(results, bases, outs):
-    return None

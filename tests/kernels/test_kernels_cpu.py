@@ -26,8 +26,9 @@ def empty_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", cpu.ARGUMENTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_kernel_has_a_loop(name, dtype):
-    wider = [residual_like(torch.empty(0, dtype=dtype)).dtype] if name.startswith("residual") else []
-    assert cpu.loop(name, [torch.empty(0)], dtype, *wider) is not None
+    value = torch.empty(0, dtype=dtype)
+    kept = {"l1_sums": [torch.float32], "quant_fp8": [], "dequant_fp8": []}.get(name, [residual_like(value).dtype])
+    assert cpu.loop(name, [value], dtype, *kept) is not None
 
 
 def test_what_is_no_plain_tensor_on_the_cpu_has_none():
@@ -37,6 +38,20 @@ def test_what_is_no_plain_tensor_on_the_cpu_has_none():
     for x in (torch.empty(0, device="meta"), torch.empty(0).as_subclass(Own)):
         assert cpu.loop("quant_fp8", [x], torch.float32) is None
     assert cpu.loop("quant_fp8", [torch.empty(0)], torch.float64) is None
+
+
+def test_loops_over_rows_take_one_dtype_of_values_and_one_of_residuals():
+    value, residual, wider = torch.ones(3, 4), torch.ones(3, 4), torch.ones(3, 4, dtype=torch.float64)
+    for name, values, residuals in (
+        ("l1_sums", (value, None), (residual,)),
+        ("residual_store", (value, value), (wider,)),
+        ("residual_apply", (None, value), (residual, residual)),
+    ):
+        assert cpu.loop_over_rows(name, values, residuals) is not None
+        assert cpu.loop_over_rows(name, (*values, value.bfloat16()), residuals) is None
+        assert cpu.loop_over_rows(name, values, (*residuals, residual.bfloat16())) is None
+        assert cpu.loop_over_rows(name, values, ()) is None
+        assert cpu.loop_over_rows(name, (*values, value.t().contiguous().t()[:, ::2]), residuals) is None
 
 
 def test_compiled_once_and_kept(empty_folder, monkeypatch):
