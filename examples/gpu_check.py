@@ -54,12 +54,22 @@ class Launchers:
     is_rehearsal: bool
 
     def __post_init__(self) -> None:
-        own = not self.is_rehearsal
-        self.l1_sums: Callable[..., torch.Tensor] = l1_sums.launch if own else l1_sums.l1_sums
-        self.apply: Callable[..., None] = residual_apply.launch if own else residual_apply.residual_apply
-        self.store: Callable[..., None] = residual_store.launch if own else residual_store.residual_store
-        self.quant: Callable[..., torch.Tensor] = quant_fp8.launch_quant if own else quant_fp8.quant_fp8
-        self.dequant: Callable[..., torch.Tensor] = quant_fp8.launch_dequant if own else quant_fp8.dequant_fp8
+        self.l1_sums: Callable[..., torch.Tensor] = l1_sums.l1_sums
+        self.apply: Callable[..., None] = residual_apply.residual_apply
+        self.store: Callable[..., None] = residual_store.residual_store
+        self.quant: Callable[..., torch.Tensor] = quant_fp8.quant_fp8
+        self.dequant: Callable[..., torch.Tensor] = quant_fp8.dequant_fp8
+        if not self.is_rehearsal:
+            from cachedit_fx.kernels import (
+                l1_sums_triton,
+                quant_fp8_triton,
+                residual_apply_triton,
+                residual_store_triton,
+            )
+
+            self.l1_sums = l1_sums_triton.launch
+            self.apply, self.store = residual_apply_triton.launch, residual_store_triton.launch
+            self.quant, self.dequant = quant_fp8_triton.launch_quant, quant_fp8_triton.launch_dequant
 
 
 @dataclass

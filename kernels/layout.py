@@ -1,31 +1,21 @@
-"""What the kernels share: Triton where there is one, and how tensors are seen as rows.
+"""What the kernels share: how tensors are seen as rows, and where Triton can run.
 
 Every kernel here is bound by memory: it reads each input once and writes each output once. A program works on one tile
 of `BLOCK_ROWS` x `BLOCK_COLS` elements; a tensor is seen as samples x rows x columns, columns adjacent in memory, so
 that a slice of a joint stream of text and image is read where it lies.
-
-The CPU build of torch comes without Triton; then a kernel below is its plain Python function, which nobody launches.
 """
 
 from __future__ import annotations
 
-import inspect
-import itertools
+import importlib.util
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # pragma: no cover
-    triton = tl = None
-
-HAS_TRITON = triton is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+"""Whether Triton is installed. It is imported when a kernel is first launched: see `layout_triton`."""
 
 
 NUM_WARPS = 8
@@ -33,29 +23,6 @@ NUM_WARPS = 8
 
 TILE = 2048
 """Elements of a tile: eight a thread, so that a thread's 16-bit elements are one load of 128 bits."""
-
-
-def jit(kernel: Callable[..., Any]) -> Any:
-    """`triton.jit`, where there is a Triton. Counts of rows and first programs are no reason to compile anew."""
-    if not HAS_TRITON:
-        return kernel
-    names = inspect.signature(kernel).parameters
-    return triton.jit(kernel, do_not_specialize=[name for name in ("n_rows", "starts") if name in names])
-
-
-@jit
-def elements_of_tile(tile, n_rows, n_cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """Sample, rows, columns of tile number `tile`, to be broadcast against each other, and which of them there are.
-
-    Row and sample numbers are 64 bits wide, since offsets are made of them.
-    """
-    col_tiles = tl.cdiv(n_cols, BLOCK_COLS)
-    tiles = tl.cdiv(n_rows, BLOCK_ROWS) * col_tiles
-    sample = (tile // tiles).to(tl.int64)
-    tile = tile % tiles
-    rows = ((tile // col_tiles).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
-    cols = ((tile % col_tiles).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS))[None, :]
-    return sample, rows, cols, (rows < n_rows) & (cols < n_cols)
 
 
 def runs_on_triton(*tensors: torch.Tensor | None) -> bool:
@@ -68,14 +35,6 @@ def runs_on_triton(*tensors: torch.Tensor | None) -> bool:
         ):
             return False
     return True
-
-
-def device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
-    """Makes the GPU of `tensor` the current one, which is where Triton launches."""
-    if tensor.device.type == "cpu":  # Triton's interpreter
-        return nullcontext()
-    guard: AbstractContextManager[Any] = getattr(torch, tensor.device.type).device_of(tensor)
-    return guard
 
 
 class Layout(NamedTuple):
@@ -150,7 +109,7 @@ def collapsed(tensor: torch.Tensor, dims: int) -> tuple[list[int], list[int]] | 
     return None if missing < 0 else ([1] * missing + sizes, [0] * missing + strides)
 
 
-def tokens(
+def tokens_of(
     tensor: torch.Tensor, dims: int, heads: int, head_dim: int, multiple: int = 1
 ) -> tuple[torch.Tensor, Tokens]:
     """The tokens of `tensor`, which its first `dims` dimensions count. `tensor` is copied first if more than three
@@ -162,48 +121,3 @@ def tokens(
     assert merged is not None
     sizes, strides = merged
     return tensor, Tokens(math.prod(sizes) * heads, heads, head_dim, *sizes[1:], *strides)
-
-
-@dataclass(frozen=True)
-class Group:
-    """Results that one launch writes, alike but for their sizes.
-
-    Attributes:
-        members: their places among all results.
-        operands: of each member, the inputs that need not be contiguous.
-        starts: the first program of each member, and the number of programs.
-        geometry: rows and columns of each, then sample and row strides of each one's first operand, second, ...
-        tile: rows and columns of a program's tile.
-    """
-
-    members: tuple[int, ...]
-    operands: tuple[tuple[torch.Tensor | None, ...], ...]
-    starts: tuple[int, ...]
-    geometry: tuple[tuple[int, ...], ...]
-    tile: tuple[int, int]
-
-
-def launch_groups(
-    outs: Sequence[torch.Tensor], operands: Sequence[Sequence[torch.Tensor | None]], limit: int
-) -> Iterator[Group]:
-    """Sort results into launches of `limit` at most. `outs` are contiguous; what of `operands` is not, and has no rows,
-    is copied. Results without an element are left out."""
-    alike: dict[Any, list[tuple[int, Layout, tuple[torch.Tensor | None, ...]]]] = {}
-    for index, (out, given) in enumerate(zip(outs, operands, strict=True)):
-        if not out.numel():
-            continue
-        seen = layout((out, *given))
-        if seen is None:
-            given = [None if x is None else x.contiguous() for x in given]
-            seen = Layout(1, 1, out.numel())
-        key = seen.tile, out.device, out.dtype, *(None if x is None else x.dtype for x in given)
-        alike.setdefault(key, []).append((index, seen, tuple(given)))
-    for results in alike.values():
-        for first in range(0, len(results), limit):
-            members, layouts, chosen = zip(*results[first : first + limit], strict=True)
-            starts = (0, *itertools.accumulate(seen.samples * seen.tiles for seen in layouts))
-            geometry = [tuple(seen.rows for seen in layouts), tuple(seen.cols for seen in layouts)]
-            for place in range(len(chosen[0])):
-                strides = [seen.strides(given[place]) for seen, given in zip(layouts, chosen, strict=True)]
-                geometry += zip(*strides, strict=True)
-            yield Group(members, chosen, starts, tuple(geometry), layouts[0].tile)

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lib.bad_kernels import variants
 
-from cachedit_fx.bench import kernels_verify as kernel_verify
 from cachedit_fx.bench.kernels_verify import (
     KERNELS,
     TARGETS,
@@ -21,6 +19,7 @@ from cachedit_fx.bench.kernels_verify import (
     amdgcn_usage,
     checker,
     leaves,
+    module_of,
     not_minimal,
     ptx_accesses,
     ptxas_usage,
@@ -30,16 +29,14 @@ from cachedit_fx.bench.kernels_verify import (
     too_narrow,
     totals,
 )
-from cachedit_fx.kernels import l1_sums, quant_fp8, residual_apply, residual_store
-from cachedit_fx.kernels.layout import HAS_TRITON
+from cachedit_fx.kernels.residual_store import residual_like
 from cachedit_fx.kernels.variants import Variant
 
 pytest.importorskip("triton")
+from lib.bad_kernels import variants  # noqa: E402 - it imports Triton
 
 NVIDIA = [name for name, target in TARGETS.items() if target.backend == "cuda"]
-
-
-BAD = {variant.name: index for index, variant in enumerate(variants())} if HAS_TRITON else {}
+BAD = {variant.name: index for index, variant in enumerate(variants())}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +78,7 @@ def test_an_error_of_the_compiler_reaches_the_caller(run):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_specialisation(run, kernel, target):
-    todo = [task for task in tasks([target]) if task.module.endswith(f".{kernel}")]
+    todo = [task for task in tasks([target]) if task.module == module_of(kernel)]
     assert todo
     short = {(row.variant, row.target): row.problems for row in run(todo) if not row.is_good}
     assert not short
@@ -201,8 +198,8 @@ def test_tasks_are_chosen_by_the_names_of_variants():
 
 
 def test_names_of_variants_are_their_own():
-    for kernel in kernel_verify.kernels():
-        names = [variant.name for variant in importlib.import_module(f"cachedit_fx.kernels.{kernel}").variants()]
+    for kernel in KERNELS:
+        names = [variant.name for variant in importlib.import_module(module_of(kernel)).variants()]
         assert len(set(names)) == len(names)
 
 
@@ -230,6 +227,8 @@ def launch_everything(case):
     import triton
     from triton.backends.compiler import GPUTarget
 
+    from cachedit_fx.kernels import l1_sums_triton, quant_fp8_triton, residual_apply_triton, residual_store_triton
+
     class Fake:
         def get_current_target(self):
             return GPUTarget("cuda", 90, 32)
@@ -253,23 +252,23 @@ def launch_everything(case):
     x, y = lying(shape, dtype, layout), lying(shape, dtype, layout)
     like = [torch.empty(shape, dtype=torch.float32) for _ in range(2)]
     if kernel == "l1_sums":
-        for count, has_base in itertools.product(range(l1_sums.MAX_PREVIOUS + 1), (True, False)):
+        for count, has_base in itertools.product(range(l1_sums_triton.MAX_PREVIOUS + 1), (True, False)):
             if count or has_base:
                 out = torch.empty(shape) if has_base else None
-                l1_sums.launch(x, y if has_base else None, like[:count], out, count == 2)
+                l1_sums_triton.launch(x, y if has_base else None, like[:count], out, count == 2)
     elif kernel == "residual_store":
         for kind in ("wider", "float32", "model"):
-            outs = [residual_store.residual_like(x, kind) for _ in range(3)]
-            residual_store.launch([x] * 3, [y] * 3, outs)
+            outs = [residual_like(x, kind) for _ in range(3)]
+            residual_store_triton.launch([x] * 3, [y] * 3, outs)
     elif kernel == "residual_apply":
         for kind, terms, has_base in itertools.product(("wider", "float32", "model"), (1, 2, 6), (True, False)):
-            stored = [[residual_store.residual_like(x, kind)] * terms] * 3
+            stored = [[residual_like(x, kind)] * terms] * 3
             outs = [torch.empty(shape, dtype=dtype) for _ in range(3)]
-            residual_apply.launch([x if has_base else None] * 3, stored, [0.5] * terms, outs)
+            residual_apply_triton.launch([x if has_base else None] * 3, stored, [0.5] * terms, outs)
     elif len(shape) > 1:
         heads = lying((*shape[:-1], 4, 64 if shape[-1] > 64 else 5), dtype, layout)
-        packed = quant_fp8.launch_quant(heads)
-        quant_fp8.launch_dequant(packed, 4, dtype)
+        packed = quant_fp8_triton.launch_quant(heads)
+        quant_fp8_triton.launch_dequant(packed, 4, dtype)
     return found
 
 
@@ -302,7 +301,7 @@ def covers(variant, own, name, num_warps, derived):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_what_the_launchers_choose_is_one_of_the_variants(launched, kernel, dtype):
-    module = importlib.import_module(f"cachedit_fx.kernels.{kernel}")
+    module = importlib.import_module(module_of(kernel))
     known = [(variant, specialization(variant)) for variant in module.variants()]
     seen: set[str] = set()
     for shape, layout in itertools.product(SHAPES, LAYOUTS):

@@ -14,12 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from cachedit_fx.kernels import cpu
-from cachedit_fx.kernels.l1_sums import MAX_PREVIOUS, absolute_sums, l1_sums, residual
-from cachedit_fx.kernels.l1_sums import launch as launch_l1_sums
+from cachedit_fx.kernels.l1_sums import absolute_sums, l1_sums, residual
 from cachedit_fx.kernels.layout import collapsed
 from cachedit_fx.kernels.quant_fp8 import dequant_fp8, dequantized, quant_fp8, quantized
 from cachedit_fx.kernels.residual_apply import MAX_TERMS, residual_apply, weighted_sum
-from cachedit_fx.kernels.residual_apply import launch as launch_residual_apply
 from cachedit_fx.kernels.residual_store import difference, residual_dtype, residual_like, residual_store
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -160,13 +158,11 @@ def test_the_change_is_not_finite_if_an_input_is_not(previous, current):
     assert not math.isfinite(change)
 
 
-def test_sums_refuse_a_base_without_out_and_too_many_previous():
+def test_sums_refuse_a_base_without_out():
     x = torch.ones(3)
     for base, out in ((x, None), (None, x)):
         with pytest.raises(ValueError, match="out goes with base"):
             l1_sums(x, base, [x], out)
-    with pytest.raises(ValueError, match="residuals to compare with"):
-        launch_l1_sums(x, None, [x] * (MAX_PREVIOUS + 1), None)
 
 
 # residual_store and residual_apply
@@ -301,12 +297,6 @@ def test_bases_and_residuals_stay_as_they_are():
     residual_apply([base], [stored], [2.0, -1.0], [torch.empty(5)])
     residual_apply([None], [stored], [1.0, 2.0], [torch.empty(5)])
     assert all(map(torch.equal, (base, *stored), before))
-
-
-def test_a_launch_refuses_more_residuals_than_it_adds():
-    x, n_terms = torch.ones(3), MAX_TERMS + 1
-    with pytest.raises(ValueError, match="residuals of each result"):
-        launch_residual_apply([x], [[x] * n_terms], [1.0] * n_terms, [torch.empty(3)])
 
 
 @pytest.mark.parametrize("state", [torch.float32, torch.float64])

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,3 +144,13 @@ def test_the_number_of_threads_changes_no_bit(threads, dtype):
     for count in (2, 4):
         threads(count)
         assert all(map(torch.equal, everything(), expected))
+
+
+def test_a_cpu_needs_no_triton():
+    """Only the modules named *_triton import it. As a package of their own, so that nothing else is imported."""
+    folder = Path(cpu.__file__).parent
+    modules = [f"{folder.name}.{path.stem}" for path in folder.glob("*.py") if not path.stem.endswith("_triton")]
+    assert len(modules) >= 7
+    code = f"import sys, {', '.join(modules)}; assert 'triton' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
