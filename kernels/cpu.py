@@ -1,7 +1,7 @@
-"""The loops of `cpu.cpp`: compiled where they are first needed, kept on disk beside inductor's code, called by ctypes.
+"""The loops of `cpu.cpp`: compiled when first needed, kept on disk next to inductor's code, called by ctypes.
 
 Without a C++ compiler, for dtypes that have no loop (float16, float64) and for layouts that are no rows, torch's ops do
-the same: each kernel's reference, several passes where a loop takes one.
+the same: each kernel's reference, in several passes instead of one.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def loop_over_rows(
     residuals: Sequence[torch.Tensor | None],
     per_sample: bool = False,
 ) -> Callable[..., None] | None:
-    """The loop `name` for values that are seen as rows.
+    """The loop `name` for values as rows.
 
     Args:
         values: of one shape.
@@ -128,7 +128,7 @@ def _loop(name: str, dtypes: tuple[torch.dtype | None, ...]) -> Callable[..., No
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled loops; None, with a line in the log, where they cannot be had."""
+    """The compiled loops; None, with a line in the log, if they cannot be had."""
     with _loading:
         return _load()
 
@@ -158,12 +158,12 @@ def _folder() -> Path:
     whoever can write there can have anything run.
 
     Raises:
-        OSError: where there can be no such folder.
+        OSError: if there can be no such folder.
     """
-    given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    folder = Path(given) / "cachedit_fx" if given else Path(tempfile.gettempdir()) / f"cachedit_fx_{os.getuid()}"
+    chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    folder = Path(chosen) / "cachedit_fx" if chosen else Path(tempfile.gettempdir()) / f"cachedit_fx_{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not given and folder.stat().st_uid != os.getuid():
+    if not chosen and folder.stat().st_uid != os.getuid():
         raise PermissionError(f"{folder} is another user's")
     return folder
 
@@ -187,7 +187,7 @@ def _strided(tensor: torch.Tensor | None, rows: layout.Layout) -> Strided:
 
 
 def pointers(tensors: Sequence[torch.Tensor]) -> Any:
-    """An array of where the data of `tensors` begin."""
+    """An array of the addresses of `tensors`."""
     return (c_void_p * len(tensors))(*[x.data_ptr() for x in tensors])
 
 

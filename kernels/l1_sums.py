@@ -42,7 +42,8 @@ def l1_sums(
 
     Returns:
         [len(previous), 2] or, per sample, [samples, len(previous), 2], on the inputs' device: the sum of the change
-        first. float64 from the loop for CPUs, float32 otherwise. Not finite if an input is not.
+        first. float64 from the loop for CPUs, which adds the sums of tiles in it, otherwise float32. Not finite if an
+        input is not.
 
     Raises:
         ValueError: if only one of `base` and `out` is given, or `previous` has too many members.
@@ -53,40 +54,26 @@ def l1_sums(
         from .l1_sums_triton import launch
 
         return launch(hidden, base, previous, out, per_sample)
-    sums = _on_cpu(hidden, base, previous, out, per_sample)
-    if sums is not None:
-        return sums
-    r = residual(hidden, base)
-    if out is not None:
-        out.copy_(r)
-    if not per_sample:
-        r, previous = r[None], [before[None] for before in previous]
-    sums = r.new_empty((r.shape[0], len(previous), 2))
-    for i, k in itertools.product(range(r.shape[0]), range(len(previous))):
-        sums[i, k] = absolute_sums(previous[k][i], r[i])
-    return sums if per_sample else sums[0]
-
-
-def _on_cpu(
-    hidden: torch.Tensor,
-    base: torch.Tensor | None,
-    previous: Sequence[torch.Tensor],
-    out: torch.Tensor | None,
-    per_sample: bool,
-) -> torch.Tensor | None:
-    """As `l1_sums`, in one pass; None if there is no loop. Sums of tiles are added in float64."""
+    samples = hidden.shape[0] if per_sample else 1
     run = cpu.loop_over_rows("l1_sums", (hidden, base), (*previous, out), per_sample)
-    if run is None:
-        return None
-    groups = hidden.shape[0] if per_sample else 1
-    sums = torch.empty((groups, len(previous), 2), dtype=torch.float64)
-    written = None if out is None else out.data_ptr()
-    run((hidden, base), cpu.pointers(previous), len(previous), written, sums.data_ptr(), groups)
+    if run is not None:
+        sums = torch.empty((samples, len(previous), 2), dtype=torch.float64)
+        written = None if out is None else out.data_ptr()
+        run((hidden, base), cpu.pointers(previous), len(previous), written, sums.data_ptr(), samples)
+    else:
+        r = residual(hidden, base)
+        if out is not None:
+            out.copy_(r)
+        if not per_sample:
+            r, previous = r[None], [before[None] for before in previous]
+        sums = r.new_empty((samples, len(previous), 2))
+        for i, k in itertools.product(range(samples), range(len(previous))):
+            sums[i, k] = absolute_sums(previous[k][i], r[i])
     return sums if per_sample else sums[0]
 
 
 def residual(hidden: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
-    """The reference: r = hidden - base in float32, shape of `hidden`; `hidden` in float32 where there is no base."""
+    """The reference: r = hidden - base in float32, shape of `hidden`; `hidden` in float32 if there is no base."""
     hidden = hidden.detach().to(torch.float32)
     return hidden if base is None else hidden - base.detach()
 

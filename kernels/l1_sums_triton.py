@@ -76,16 +76,16 @@ def launch(
     """
     if len(previous) > MAX_PREVIOUS:
         raise ValueError(f"{len(previous)} residuals to compare with; one launch takes {MAX_PREVIOUS}")
-    seen = layout((hidden, base), per_sample)
-    if seen is None:
+    view = layout((hidden, base), per_sample)
+    if view is None:
         hidden, base = hidden.contiguous(), None if base is None else base.contiguous()
-        seen = layout((hidden, base), per_sample)
-    assert isinstance(seen, Layout)
+        view = layout((hidden, base), per_sample)
+    assert isinstance(view, Layout)
     groups = hidden.shape[0] if per_sample else 1
     sums = torch.empty((groups, len(previous), 2), dtype=torch.float32, device=hidden.device)
     if not hidden.numel():
         return (sums if per_sample else sums[0]).zero_()
-    programs = seen.samples * seen.tiles
+    programs = view.samples * view.tiles
     partial = torch.empty((2 * len(previous), programs), dtype=torch.float32, device=hidden.device)
     with device_of(hidden):
         _partial_sums[(programs,)](
@@ -94,11 +94,11 @@ def launch(
             tuple(previous),
             out,
             partial,
-            seen.rows,
-            seen.cols,
-            *seen.strides(hidden),
-            *seen.strides(base),
-            *seen.tile,
+            view.rows,
+            view.cols,
+            *view.strides(hidden),
+            *view.strides(base),
+            *view.tile,
             num_warps=NUM_WARPS,
         )
         if previous:

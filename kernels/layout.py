@@ -1,8 +1,8 @@
-"""What the kernels share: how tensors are seen as rows, and where Triton can run.
+"""What the kernels share: tensors as rows, and whether Triton can run.
 
-Every kernel here is bound by memory: it reads each input once and writes each output once. A program works on one tile
-of `BLOCK_ROWS` x `BLOCK_COLS` elements; a tensor is seen as samples x rows x columns, columns adjacent in memory, so
-that a slice of a joint stream of text and image is read where it lies.
+Memory bounds every kernel: it reads each input once and writes each output once. A program works on one tile of
+`BLOCK_ROWS` x `BLOCK_COLS` elements. A tensor is samples x rows x columns, with columns adjacent in memory: a slice of
+a joint stream of text and image needs no copy.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TILE = 2048
 
 
 def runs_on_triton(*tensors: torch.Tensor | None) -> bool:
-    """Whether a kernel can be launched on these: plain tensors on a GPU that Triton has a compiler for."""
+    """Whether all are plain tensors on a GPU that Triton has a compiler for."""
     if not HAS_TRITON:
         return False
     for x in tensors:
@@ -56,7 +56,7 @@ class Layout(NamedTuple):
         return -(-self.rows // rows) * -(-self.cols // cols)
 
     def strides(self, tensor: torch.Tensor | None) -> tuple[int, int]:
-        """From one sample of `tensor` to the next, and from one row to the next. 0 where there is one only."""
+        """From one sample of `tensor` to the next, and from one row to the next. 0 if there is only one."""
         if tensor is None:
             return 0, 0
         if self.rows == 1 and tensor.is_contiguous():
@@ -65,14 +65,14 @@ class Layout(NamedTuple):
 
 
 def layout(tensors: Sequence[torch.Tensor | None], per_sample: bool = False) -> Layout | None:
-    """How `tensors`, of one shape, can be seen: as a single row where all of them are contiguous (a row a sample with
-    `per_sample`), as their own rows where these are; None where some must be copied first."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    shape = given[0].shape
-    if all(tensor.is_contiguous() for tensor in given):
+    """`tensors`, of one shape, as rows: their own rows, or a single row (a row a sample with `per_sample`) if all are
+    contiguous. None if some must be copied first."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    shape = present[0].shape
+    if all(tensor.is_contiguous() for tensor in present):
         samples = shape[0] if per_sample and shape else 1
         return Layout(samples, 1, math.prod(shape) // max(samples, 1))
-    if len(shape) not in (2, 3) or any(tensor.stride(-1) != 1 for tensor in given):
+    if len(shape) not in (2, 3) or any(tensor.stride(-1) != 1 for tensor in present):
         return None
     if len(shape) == 2 and per_sample:
         return None
@@ -81,7 +81,7 @@ def layout(tensors: Sequence[torch.Tensor | None], per_sample: bool = False) -> 
 
 class Tokens(NamedTuple):
     """A shape [..., heads, head_dim] as rows, a token's head each, and the places of its tokens: three sizes and
-    strides, the first size of which nobody needs."""
+    strides. Nobody needs the first size."""
 
     rows: int
     heads: int

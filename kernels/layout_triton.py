@@ -39,7 +39,7 @@ def elements_of_tile(tile, n_rows, n_cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS:
 
 
 def device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
-    """Makes the GPU of `tensor` the current one, which is where Triton launches."""
+    """Makes the GPU of `tensor` the current one: Triton launches there."""
     if tensor.device.type == "cpu":  # Triton's interpreter
         return nullcontext()
     guard: AbstractContextManager[Any] = getattr(torch, tensor.device.type).device_of(tensor)
@@ -48,7 +48,7 @@ def device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
 
 @dataclass(frozen=True)
 class Group:
-    """Results that one launch writes, alike but for their sizes.
+    """Results that one launch writes. Only their sizes differ.
 
     Attributes:
         members: their places among all results.
@@ -68,24 +68,24 @@ class Group:
 def launch_groups(
     outs: Sequence[torch.Tensor], operands: Sequence[Sequence[torch.Tensor | None]], limit: int
 ) -> Iterator[Group]:
-    """Sort results into launches of `limit` at most. `outs` are contiguous; what of `operands` is not, and has no rows,
-    is copied. Results without an element are left out."""
-    alike: dict[Any, list[tuple[int, Layout, tuple[torch.Tensor | None, ...]]]] = {}
-    for index, (out, given) in enumerate(zip(outs, operands, strict=True)):
+    """Sort results into launches of `limit` at most. `outs` are contiguous; operands without rows are copied. Results
+    without an element are left out."""
+    classes: dict[Any, list[tuple[int, Layout, tuple[torch.Tensor | None, ...]]]] = {}
+    for index, (out, inputs) in enumerate(zip(outs, operands, strict=True)):
         if not out.numel():
             continue
-        seen = layout((out, *given))
-        if seen is None:
-            given = [None if x is None else x.contiguous() for x in given]
-            seen = Layout(1, 1, out.numel())
-        key = seen.tile, out.device, out.dtype, *(None if x is None else x.dtype for x in given)
-        alike.setdefault(key, []).append((index, seen, tuple(given)))
-    for results in alike.values():
+        view = layout((out, *inputs))
+        if view is None:
+            inputs = [None if x is None else x.contiguous() for x in inputs]
+            view = Layout(1, 1, out.numel())
+        key = view.tile, out.device, out.dtype, *(None if x is None else x.dtype for x in inputs)
+        classes.setdefault(key, []).append((index, view, tuple(inputs)))
+    for results in classes.values():
         for first in range(0, len(results), limit):
             members, layouts, chosen = zip(*results[first : first + limit], strict=True)
-            starts = (0, *itertools.accumulate(seen.samples * seen.tiles for seen in layouts))
-            geometry = [tuple(seen.rows for seen in layouts), tuple(seen.cols for seen in layouts)]
+            starts = (0, *itertools.accumulate(view.samples * view.tiles for view in layouts))
+            geometry = [tuple(view.rows for view in layouts), tuple(view.cols for view in layouts)]
             for place in range(len(chosen[0])):
-                strides = [seen.strides(given[place]) for seen, given in zip(layouts, chosen, strict=True)]
+                strides = [view.strides(inputs[place]) for view, inputs in zip(layouts, chosen, strict=True)]
                 geometry += zip(*strides, strict=True)
             yield Group(members, chosen, starts, tuple(geometry), layouts[0].tile)

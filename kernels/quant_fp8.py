@@ -5,9 +5,9 @@
 
     [..., heads, head_dim]  ->  uint8 [..., heads * head_dim values | heads float32 scales]
 
-A scale travels in the row of its token, beside the values: one message, rows that stay multiples of 16 bytes where
-`heads` is one of 4 and `head_dim` of 16. The view that an all-to-all sends ([world, batch, sequence, heads / world,
-head_dim], permuted) is read where it lies, and so is what it received.
+A scale travels in the row of its token, after the values: one message. Rows stay multiples of 16 bytes if `heads` is
+a multiple of 4 and `head_dim` of 16. The view that an all-to-all sends ([world, batch, sequence, heads / world,
+head_dim], permuted) is read without a copy, and so is the view that it received.
 
 Values round to nearest, ties to even, saturate at +-448, infinities too, and stay NaN. Both conversions work on bits:
 they need no fp8 unit, so compute capability 7.5 runs them, and gfx942, whose own format has another bias.
@@ -81,9 +81,9 @@ def quant_fp8(x: torch.Tensor) -> torch.Tensor:
     packed = empty_packed(x)
     run = cpu.loop("quant_fp8", (x,), x.dtype)
     if run is not None:
-        x, seen = tokens_of(x, x.ndim - 2, heads, head_dim)
+        x, tokens = tokens_of(x, x.ndim - 2, heads, head_dim)
         threads = torch.get_num_threads()
-        run(cpu.Tokens(*seen), x.data_ptr(), x.stride(-2), packed.data_ptr(), packed.shape[-1], threads)
+        run(cpu.Tokens(*tokens), x.data_ptr(), x.stride(-2), packed.data_ptr(), packed.shape[-1], threads)
         return packed
     values, scales = quantized(x)
     packed[..., : heads * head_dim] = values.view(torch.uint8).flatten(-2)
@@ -117,8 +117,8 @@ def dequant_fp8(packed: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.T
     run = cpu.loop("dequant_fp8", (packed,), dtype)
     if run is not None:
         out = empty_heads(packed, heads, dtype)
-        packed, seen = tokens_of(packed, packed.ndim - 1, heads, head_dim)
-        run(cpu.Tokens(*seen), packed.data_ptr(), out.data_ptr(), torch.get_num_threads())
+        packed, tokens = tokens_of(packed, packed.ndim - 1, heads, head_dim)
+        run(cpu.Tokens(*tokens), packed.data_ptr(), out.data_ptr(), torch.get_num_threads())
         return out
     values = packed[..., : heads * head_dim].unflatten(-1, (heads, head_dim))
     # A copy: as a view the scales need not start at a multiple of four bytes.

@@ -124,11 +124,11 @@ def launch_quant(x: torch.Tensor) -> torch.Tensor:
     packed = empty_packed(x)
     if not x.numel():
         return packed
-    x, seen = tokens_of(x, x.ndim - 2, x.shape[-2], x.shape[-1])
-    tile = _tile(seen.head_dim)
+    x, tokens = tokens_of(x, x.ndim - 2, x.shape[-2], x.shape[-1])
+    tile = _tile(tokens.head_dim)
     with device_of(x):
-        _quantize[(-(-seen.rows // tile[0]),)](
-            x, packed, *seen, x.stride(-2), packed.shape[-1], *tile, num_warps=NUM_WARPS
+        _quantize[(-(-tokens.rows // tile[0]),)](
+            x, packed, *tokens, x.stride(-2), packed.shape[-1], *tile, num_warps=NUM_WARPS
         )
     return packed
 
@@ -138,10 +138,10 @@ def launch_dequant(packed: torch.Tensor, heads: int, dtype: torch.dtype) -> torc
     out = empty_heads(packed, heads, dtype)
     if not out.numel():
         return out
-    packed, seen = tokens_of(packed, packed.ndim - 1, heads, out.shape[-1], SCALE_BYTES)
-    tile = _tile(seen.head_dim)
+    packed, tokens = tokens_of(packed, packed.ndim - 1, heads, out.shape[-1], SCALE_BYTES)
+    tile = _tile(tokens.head_dim)
     with device_of(packed):
-        _dequantize[(-(-seen.rows // tile[0]),)](packed, out, *seen, *tile, num_warps=NUM_WARPS)
+        _dequantize[(-(-tokens.rows // tile[0]),)](packed, out, *tokens, *tile, num_warps=NUM_WARPS)
     return out
 
 

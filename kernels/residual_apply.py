@@ -6,7 +6,7 @@ One residual of weight 1 repeats the latest computed step; more of them, with a 
 whatever the number of residuals: reads the base and each residual, writes the result. All results of a region are
 written by one launch; a program finds its result by its number.
 
-Summed in float32, in float64 where a residual is float64; the weights are float32. One residual of weight 1 gives
+Summed in float32, in float64 if a residual is float64; the weights are float32. One residual of weight 1 gives
 back, to the bit, the result that `residual_store` took it from.
 """
 
@@ -68,8 +68,8 @@ def _on_cpu(
 def weighted_sum(
     base: torch.Tensor | None, residuals: Sequence[torch.Tensor], weights: Sequence[float]
 ) -> torch.Tensor:
-    """The reference: base + sum_j weights[j] * residuals[j], in float32 where the residuals are of 16 bits, else in
-    their own precision."""
+    """The reference: base + sum_j weights[j] * residuals[j], in float32 if the residuals have 16 bits, otherwise
+    in their own precision."""
     if base is None and len(weights) == 1 and weights[0] == 1:
         return residuals[0]
     if residuals[0].is_floating_point() and residuals[0].itemsize < 4:

@@ -83,7 +83,8 @@ def launch(
     weights: Sequence[float],
     outs: Sequence[torch.Tensor],
 ) -> None:
-    """As `residual_apply`, by the kernel above: results that are seen alike share a launch, `max_results` at a time.
+    """As `residual_apply`, by the kernel above. Results with equal dtypes and tiles share a launch, `max_results` at a
+    time.
 
     Raises:
         ValueError: with more than `MAX_TERMS` residuals of a result.

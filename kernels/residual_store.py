@@ -4,7 +4,7 @@
 
 One pass: reads result and base, writes the residual; all results of a region by one launch. This is the whole update of
 the state for every calibrator: a predictor that is linear in the values of computed steps (Taylor of any order, FoCa,
-Lagrange) keeps the values, and its derivatives are weights (`runtime.calibrators`). A step writes one buffer, where
+Lagrange) keeps the values, and its derivatives are weights (`runtime.calibrators`). A step writes one buffer;
 updating n derivatives in place would read n + 1 and write as many.
 
 Residuals are kept one precision up (float32 for 16-bit values, float64 for float32 ones): base + (result - base) in the
@@ -44,7 +44,7 @@ def residual_like(result: torch.Tensor, kind: str = "wider") -> torch.Tensor:
 def residual_store(
     results: Sequence[torch.Tensor], bases: Sequence[torch.Tensor | None], outs: Sequence[torch.Tensor]
 ) -> None:
-    """Write result - base to each of `outs`, the result itself where there is no base.
+    """Write result - base to each of `outs`, the result itself if there is no base.
 
     Args:
         results: any shapes and strides.

@@ -75,7 +75,8 @@ def _store(
 
 
 def launch(results: Sequence[torch.Tensor], bases: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) -> None:
-    """As `residual_store`, by the kernel above: results that are seen alike share a launch, `MAX_RESULTS` at a time."""
+    """As `residual_store`, by the kernel above: results with equal dtypes and tiles share a launch, `MAX_RESULTS` at a
+    time."""
     for group in launch_groups(outs, list(zip(results, bases, strict=True)), MAX_RESULTS):
         result_ptrs, base_ptrs = zip(*group.operands, strict=True)
         with device_of(outs[group.members[0]]):
