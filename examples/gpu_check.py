@@ -35,7 +35,7 @@ from cachedit_fx.bench import flux
 from cachedit_fx.bench import kernels_bandwidth as kernel_bench
 from cachedit_fx.cli.kernels import hardware
 from cachedit_fx.cli.terminal import quiet
-from cachedit_fx.kernels import l1_diff, quant_fp8, residual_apply, residual_store
+from cachedit_fx.kernels import l1_sums, quant_fp8, residual_apply, residual_store
 from cachedit_fx.kernels.layout import HAS_TRITON
 from cachedit_fx.report.files import check_folder, whole_files
 
@@ -54,12 +54,22 @@ class Launchers:
     is_rehearsal: bool
 
     def __post_init__(self) -> None:
-        own = not self.is_rehearsal
-        self.l1_diff: Callable[..., torch.Tensor] = l1_diff.launch if own else l1_diff.l1_diff
-        self.apply: Callable[..., None] = residual_apply.launch if own else residual_apply.residual_apply
-        self.store: Callable[..., None] = residual_store.launch if own else residual_store.residual_store
-        self.quant: Callable[..., torch.Tensor] = quant_fp8.launch_quant if own else quant_fp8.quant_fp8
-        self.dequant: Callable[..., torch.Tensor] = quant_fp8.launch_dequant if own else quant_fp8.dequant_fp8
+        self.l1_sums: Callable[..., torch.Tensor] = l1_sums.l1_sums
+        self.apply: Callable[..., None] = residual_apply.residual_apply
+        self.store: Callable[..., None] = residual_store.residual_store
+        self.quant: Callable[..., torch.Tensor] = quant_fp8.quant_fp8
+        self.dequant: Callable[..., torch.Tensor] = quant_fp8.dequant_fp8
+        if not self.is_rehearsal:
+            from cachedit_fx.kernels import (
+                l1_sums_triton,
+                quant_fp8_triton,
+                residual_apply_triton,
+                residual_store_triton,
+            )
+
+            self.l1_sums = l1_sums_triton.launch
+            self.apply, self.store = residual_apply_triton.launch, residual_store_triton.launch
+            self.quant, self.dequant = quant_fp8_triton.launch_quant, quant_fp8_triton.launch_dequant
 
 
 @dataclass
@@ -107,7 +117,7 @@ def lying(values: torch.Tensor, look: str) -> torch.Tensor:
 
 def numerics(launchers: Launchers, device: torch.device, shapes: Sequence[tuple[int, ...]]) -> Iterator[Check]:
     """A check for each launcher and dtype."""
-    for kernel in (_l1_diff, _residuals, _eight_bits):
+    for kernel in (_l1_sums, _residuals, _eight_bits):
         for name, dtype in DTYPES.items():
             check = Check(f"{kernel.__name__.strip('_')}, {name}")
             try:
@@ -125,7 +135,7 @@ def _random(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> t
     return torch.randn(tuple(shape), device=device).to(dtype)
 
 
-def _l1_diff(
+def _l1_sums(
     check: Check, launchers: Launchers, shape: tuple[int, ...], look: str, dtype: torch.dtype, device: torch.device
 ) -> None:
     hidden, base = (lying(_random(shape, dtype, device), look) for _ in range(2))
@@ -133,17 +143,15 @@ def _l1_diff(
         what = f"{shape} {look}, {count} previous, {'a' if has_base else 'no'} base"
         previous = [_random(shape, torch.float32, device) for _ in range(count)]
         out = torch.full(shape, torch.nan, device=device) if has_base else None
-        found = launchers.l1_diff(hidden, base if has_base else None, previous, out, per_sample)
+        found = launchers.l1_sums(hidden, base if has_base else None, previous, out, per_sample)
         r = hidden.double() - base.double() if has_base else hidden.double()
         if out is not None:
             check.take(what, (out.double() - r).abs(), r.abs() * EPSILON + 1e-45)
         for k, before in enumerate(previous):
             change, size = (before.double() - r.float()).abs(), before.double().abs()
-            if per_sample:
-                expected = change.reshape(shape[0], -1).sum(1) / size.reshape(shape[0], -1).sum(1)
-            else:
-                expected = change.sum() / size.sum()
-            check.take(f"{what}, d", (found[..., k].double() - expected).abs(), expected * 1e-5)
+            both = torch.stack([change, size]).reshape(2, shape[0] if per_sample else 1, -1).sum(2).T
+            expected = both if per_sample else both[0]
+            check.take(f"{what}, sums", (found[..., k, :].double() - expected).abs(), expected * 1e-5)
 
 
 def _residuals(
@@ -210,8 +218,8 @@ def far_apart(launchers: Launchers, device: torch.device) -> Check:
         shape = (2, 4, 256) if strides[0] == distance else (1, 4, 256)
         hidden = whole.as_strided(shape, strides).normal_()
         base, out = torch.zeros_like(hidden.contiguous()), torch.empty(shape, device=device)
-        launchers.l1_diff(hidden, base, [], out, False)
-        check.same(f"l1_diff {strides}", out, hidden.float())
+        launchers.l1_sums(hidden, base, [], out, False)
+        check.same(f"l1_sums {strides}", out, hidden.float())
         launchers.store([hidden], [base], [out])
         check.same(f"residual_store {strides}", out, hidden.float())
         result = torch.empty(shape, dtype=torch.bfloat16, device=device)

@@ -1,7 +1,7 @@
 // The kernels' loops for tensors on the CPU: every input is read once, every result written once.
 //
-// Compiled by cpu.py. A name ends in the dtypes that it is for, as residual_apply_bf16_fp32; what arguments mean is in
-// the Python file of that name. Sizes and strides count elements. Arithmetic stays in the order written (no -ffast-math,
+// Compiled by cpu.py. A name ends in its dtypes, as residual_apply_bf16_fp32; the Python file of that name says what
+// the arguments mean. Sizes and strides count elements. Arithmetic stays in the order written (no -ffast-math,
 // no contraction), so that a result depends neither on the machine nor on the number of threads.
 
 #include <algorithm>
@@ -56,7 +56,7 @@ void in_parallel(int64_t tiles, int64_t elements, int64_t threads, const Work& w
 }
 
 template <class T> struct Strided {
-  const T* data;  // null where there is no such tensor
+  const T* data;  // null if there is no such tensor
   int64_t sample, row;
 };
 
@@ -71,13 +71,13 @@ struct Layout {
 struct Tile {
   int64_t sample, row, col, size, at;  // `at`: where it begins in a contiguous tensor
 
-  Tile(const Layout& seen, int64_t number) {
-    const int64_t row_number = number / seen.tiles_of_row();
-    sample = row_number / seen.rows;
-    row = row_number % seen.rows;
-    col = number % seen.tiles_of_row() * TILE;
-    size = std::min(TILE, seen.cols - col);
-    at = row_number * seen.cols + col;
+  Tile(const Layout& layout, int64_t number) {
+    const int64_t row_number = number / layout.tiles_of_row();
+    sample = row_number / layout.rows;
+    row = row_number % layout.rows;
+    col = number % layout.tiles_of_row() * TILE;
+    size = std::min(TILE, layout.cols - col);
+    at = row_number * layout.cols + col;
   }
 
   template <class T> const T* of(const Strided<T>& tensor) const {
@@ -90,13 +90,13 @@ template <> struct Sum<double> { using type = double; };
 
 // out = base + sum_j weights[j] * stored[j]
 template <class T, class S>
-void residual_apply(Layout seen, Strided<T> base, const S* const* stored, const double* weights, int64_t terms, T* out,
-                    int64_t threads) {
+void residual_apply(Layout layout, Strided<T> base, const S* const* stored, const double* weights, int64_t terms,
+                    T* out, int64_t threads) {
   using A = typename Sum<S>::type;
-  in_parallel(seen.tiles(), seen.elements(), threads, [=](int64_t first, int64_t last) {
+  in_parallel(layout.tiles(), layout.elements(), threads, [=](int64_t first, int64_t last) {
     A total[TILE];
     for (int64_t number = first; number < last; number++) {
-      const Tile tile(seen, number);
+      const Tile tile(layout, number);
       if (const T* values = tile.of(base)) {
         for (int64_t i = 0; i < tile.size; i++) total[i] = static_cast<A>(values[i]);
       } else {
@@ -113,11 +113,12 @@ void residual_apply(Layout seen, Strided<T> base, const S* const* stored, const 
 }
 
 // out = result - base
-template <class T, class S> void residual_store(Layout seen, Strided<T> result, Strided<T> base, S* out, int64_t threads) {
+template <class T, class S>
+void residual_store(Layout layout, Strided<T> result, Strided<T> base, S* out, int64_t threads) {
   using A = typename Sum<S>::type;
-  in_parallel(seen.tiles(), seen.elements(), threads, [=](int64_t first, int64_t last) {
+  in_parallel(layout.tiles(), layout.elements(), threads, [=](int64_t first, int64_t last) {
     for (int64_t number = first; number < last; number++) {
-      const Tile tile(seen, number);
+      const Tile tile(layout, number);
       const T *values = tile.of(result), *before = tile.of(base);
       S* written = out + tile.at;
       for (int64_t i = 0; i < tile.size; i++) {
@@ -134,7 +135,7 @@ constexpr int64_t LANES = sizeof(Lanes) / sizeof(float);
 Lanes magnitude(Lanes values) { return bits_of<Lanes>(bits_of<LaneBits>(values) & 0x7FFFFFFF); }
 
 // |previous - r| and |previous| of a tile, added up side by side.
-void add_differences(const float* previous, const float* r, int64_t count, double found[2]) {
+void add_differences(const float* previous, const float* r, int64_t count, double sums[2]) {
   Lanes change = {}, size = {}, before = {}, now = {};
   for (; count >= LANES; count -= LANES, previous += LANES, r += LANES) {
     std::memcpy(&before, previous, sizeof before);
@@ -147,31 +148,32 @@ void add_differences(const float* previous, const float* r, int64_t count, doubl
   std::memcpy(&now, r, count * sizeof(float));
   change += magnitude(before - now);
   size += magnitude(before);
-  found[0] = found[1] = 0;
+  sums[0] = sums[1] = 0;
   for (int64_t lane = 0; lane < LANES; lane++) {
-    found[0] += change[lane];
-    found[1] += size[lane];
+    sums[0] += change[lane];
+    sums[1] += size[lane];
   }
 }
 
-// r = hidden - base, written to `out` where there is a base; d of each group of tiles against each of `previous`
+// r = hidden - base, written to `out` if there is a base; for each group of tiles and each of `previous`, the sums of
+// |previous - r| and |previous|
 template <class T>
-void l1_diff(Layout seen, Strided<T> hidden, Strided<T> base, const float* const* previous, int64_t count, float* out,
-             float* d, int64_t groups, float epsilon, int64_t threads) {
-  const int64_t tiles = seen.tiles();
-  std::vector<double> partial(tiles * count * 2);
-  double* sums = partial.data();
-  in_parallel(tiles, seen.elements(), threads, [=](int64_t first, int64_t last) {
+void l1_sums(Layout layout, Strided<T> hidden, Strided<T> base, const float* const* previous, int64_t count, float* out,
+             double* sums, int64_t groups, int64_t threads) {
+  const int64_t tiles = layout.tiles();
+  std::vector<double> partial_sums(tiles * count * 2);
+  double* partial = partial_sums.data();
+  in_parallel(tiles, layout.elements(), threads, [=](int64_t first, int64_t last) {
     float held[TILE];
     for (int64_t number = first; number < last; number++) {
-      const Tile tile(seen, number);
+      const Tile tile(layout, number);
       const T *values = tile.of(hidden), *before = tile.of(base);
       float* r = out ? out + tile.at : held;
       for (int64_t i = 0; i < tile.size; i++) {
         r[i] = before ? static_cast<float>(values[i]) - static_cast<float>(before[i]) : static_cast<float>(values[i]);
       }
       for (int64_t k = 0; k < count; k++) {
-        add_differences(previous[k] + tile.at, r, tile.size, sums + (number * count + k) * 2);
+        add_differences(previous[k] + tile.at, r, tile.size, partial + (number * count + k) * 2);
       }
     }
   });
@@ -179,10 +181,11 @@ void l1_diff(Layout seen, Strided<T> hidden, Strided<T> base, const float* const
     for (int64_t k = 0; k < count; k++) {
       double change = 0, size = 0;
       for (int64_t number = tiles / groups * group; number < tiles / groups * (group + 1); number++) {
-        change += sums[(number * count + k) * 2];
-        size += sums[(number * count + k) * 2 + 1];
+        change += partial[(number * count + k) * 2];
+        size += partial[(number * count + k) * 2 + 1];
       }
-      d[group * count + k] = static_cast<float>(change) / (static_cast<float>(size) + epsilon);
+      sums[(group * count + k) * 2] = change;
+      sums[(group * count + k) * 2 + 1] = size;
     }
   }
 }
@@ -197,7 +200,7 @@ struct Tokens {
   }
 };
 
-// As in quant_fp8.py, where it is explained.
+// quant_fp8_triton.py explains these two.
 uint8_t to_e4m3(float x) {
   const uint32_t bits = bits_of<uint32_t>(x), size = bits & 0x7FFFFFFF;
   const uint32_t kept = std::min<uint32_t>(size, 0x43E00000);
@@ -216,11 +219,11 @@ float from_e4m3(uint8_t code) {
 }
 
 template <class T>
-void quant_fp8(Tokens seen, const T* x, int64_t head_stride, uint8_t* packed, int64_t row_bytes, int64_t threads) {
-  in_parallel(seen.rows, seen.rows * seen.head_dim, threads, [=](int64_t first, int64_t last) {
+void quant_fp8(Tokens tokens, const T* x, int64_t head_stride, uint8_t* packed, int64_t row_bytes, int64_t threads) {
+  in_parallel(tokens.rows, tokens.rows * tokens.head_dim, threads, [=](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row++) {
-      const int64_t token = row / seen.heads, head = row % seen.heads, head_dim = seen.head_dim;
-      const T* values = x + seen.at(token) + head * head_stride;
+      const int64_t token = row / tokens.heads, head = row % tokens.heads, head_dim = tokens.head_dim;
+      const T* values = x + tokens.at(token) + head * head_stride;
       uint32_t largest = 0;  // of non-negative floats the bits are in their order
       for (int64_t i = 0; i < head_dim; i++) {
         const uint32_t size = bits_of<uint32_t>(static_cast<float>(values[i])) & 0x7FFFFFFF;
@@ -228,23 +231,23 @@ void quant_fp8(Tokens seen, const T* x, int64_t head_stride, uint8_t* packed, in
       }
       const float amax = std::max(bits_of<float>(largest), 0x1p-100f), scale = amax / 448, factor = 448 / amax;
       uint8_t* codes = packed + token * row_bytes;
-      std::memcpy(codes + seen.heads * head_dim + head * sizeof scale, &scale, sizeof scale);
+      std::memcpy(codes + tokens.heads * head_dim + head * sizeof scale, &scale, sizeof scale);
       codes += head * head_dim;
       for (int64_t i = 0; i < head_dim; i++) codes[i] = to_e4m3(static_cast<float>(values[i]) * factor);
     }
   });
 }
 
-template <class T> void dequant_fp8(Tokens seen, const uint8_t* packed, T* out, int64_t threads) {
-  in_parallel(seen.rows, seen.rows * seen.head_dim, threads, [=](int64_t first, int64_t last) {
+template <class T> void dequant_fp8(Tokens tokens, const uint8_t* packed, T* out, int64_t threads) {
+  in_parallel(tokens.rows, tokens.rows * tokens.head_dim, threads, [=](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row++) {
-      const uint8_t* codes = packed + seen.at(row / seen.heads);
-      const int64_t head = row % seen.heads;
+      const uint8_t* codes = packed + tokens.at(row / tokens.heads);
+      const int64_t head = row % tokens.heads;
       float scale;
-      std::memcpy(&scale, codes + seen.heads * seen.head_dim + head * sizeof scale, sizeof scale);
-      codes += head * seen.head_dim;
-      T* values = out + row * seen.head_dim;
-      for (int64_t i = 0; i < seen.head_dim; i++) values[i] = static_cast<T>(from_e4m3(codes[i]) * scale);
+      std::memcpy(&scale, codes + tokens.heads * tokens.head_dim + head * sizeof scale, sizeof scale);
+      codes += head * tokens.head_dim;
+      T* values = out + row * tokens.head_dim;
+      for (int64_t i = 0; i < tokens.head_dim; i++) values[i] = static_cast<T>(from_e4m3(codes[i]) * scale);
     }
   });
 }
@@ -252,25 +255,26 @@ template <class T> void dequant_fp8(Tokens seen, const uint8_t* packed, T* out, 
 }  // namespace
 
 #define PER_PAIR(T, t, S, s)                                                                                           \
-  extern "C" void residual_apply_##t##_##s(Layout seen, Strided<T> base, const S* const* stored,                       \
+  extern "C" void residual_apply_##t##_##s(Layout layout, Strided<T> base, const S* const* stored,                     \
                                            const double* weights, int64_t terms, T* out, int64_t threads) {            \
-    residual_apply<T, S>(seen, base, stored, weights, terms, out, threads);                                            \
+    residual_apply<T, S>(layout, base, stored, weights, terms, out, threads);                                          \
   }                                                                                                                    \
-  extern "C" void residual_store_##t##_##s(Layout seen, Strided<T> result, Strided<T> base, S* out, int64_t threads) { \
-    residual_store<T, S>(seen, result, base, out, threads);                                                            \
+  extern "C" void residual_store_##t##_##s(Layout layout, Strided<T> result, Strided<T> base, S* out,                  \
+                                           int64_t threads) {                                                          \
+    residual_store<T, S>(layout, result, base, out, threads);                                                          \
   }
 
 #define PER_TYPE(T, t)                                                                                                 \
-  extern "C" void l1_diff_##t(Layout seen, Strided<T> hidden, Strided<T> base, const float* const* previous,           \
-                              int64_t count, float* out, float* d, int64_t groups, float epsilon, int64_t threads) {   \
-    l1_diff<T>(seen, hidden, base, previous, count, out, d, groups, epsilon, threads);                                 \
+  extern "C" void l1_sums_##t##_fp32(Layout layout, Strided<T> hidden, Strided<T> base, const float* const* previous,  \
+                                     int64_t count, float* out, double* sums, int64_t groups, int64_t threads) {       \
+    l1_sums<T>(layout, hidden, base, previous, count, out, sums, groups, threads);                                     \
   }                                                                                                                    \
-  extern "C" void quant_fp8_##t(Tokens seen, const T* x, int64_t head_stride, uint8_t* packed, int64_t row_bytes,      \
+  extern "C" void quant_fp8_##t(Tokens tokens, const T* x, int64_t head_stride, uint8_t* packed, int64_t row_bytes,    \
                                 int64_t threads) {                                                                     \
-    quant_fp8<T>(seen, x, head_stride, packed, row_bytes, threads);                                                    \
+    quant_fp8<T>(tokens, x, head_stride, packed, row_bytes, threads);                                                  \
   }                                                                                                                    \
-  extern "C" void dequant_fp8_##t(Tokens seen, const uint8_t* packed, T* out, int64_t threads) {                       \
-    dequant_fp8<T>(seen, packed, out, threads);                                                                        \
+  extern "C" void dequant_fp8_##t(Tokens tokens, const uint8_t* packed, T* out, int64_t threads) {                     \
+    dequant_fp8<T>(tokens, packed, out, threads);                                                                      \
   }
 
 PER_TYPE(bfloat16, bf16)

@@ -1,7 +1,7 @@
-"""The loops of `cpu.cpp`: compiled where they are first needed, kept on disk beside inductor's code, called by ctypes.
+"""The loops of `cpu.cpp`: compiled when first needed, kept on disk next to inductor's code, called by ctypes.
 
 Without a C++ compiler, for dtypes that have no loop (float16, float64) and for layouts that are no rows, torch's ops do
-the same: each kernel's reference, several passes where a loop takes one.
+the same: each kernel's reference, in several passes instead of one.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from ctypes import c_double, c_float, c_int64, c_void_p
+from ctypes import c_double, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import variants
-from .layout import Layout as TensorLayout
+from . import layout, variants
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ _loading = threading.Lock()
 
 
 class Layout(ctypes.Structure):
-    """`TensorLayout`, as the loops take it. This and the next two are cpu.cpp's structs of the same names."""
+    """`layout.Layout`, as the loops take it. This and the next two are cpu.cpp's structs of the same names."""
 
     _fields_ = [("samples", c_int64), ("rows", c_int64), ("cols", c_int64)]
 
@@ -55,41 +54,81 @@ class Strided(ctypes.Structure):
 
 
 class Tokens(ctypes.Structure):
-    """How many rows (a token's head each) there are, and where tokens lie."""
+    """`layout.Tokens`, as the loops take them."""
 
-    names = ("rows", "heads", "head_dim", "size_1", "size_2", "stride_0", "stride_1", "stride_2")
-    _fields_ = [(name, c_int64) for name in names]
+    _fields_ = [(name, c_int64) for name in layout.Tokens._fields]
 
 
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "residual_apply": (Layout, Strided, c_void_p, c_void_p, c_int64, c_void_p, c_int64),
     "residual_store": (Layout, Strided, Strided, c_void_p, c_int64),
-    "l1_diff": (Layout, Strided, Strided, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_float, c_int64),
+    "l1_sums": (Layout, Strided, Strided, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64),
     "quant_fp8": (Tokens, c_void_p, c_int64, c_void_p, c_int64, c_int64),
     "dequant_fp8": (Tokens, c_void_p, c_void_p, c_int64),
 }
 
 
-def loop(name: str, tensors: Sequence[torch.Tensor | None], *dtypes: torch.dtype) -> Callable[..., None] | None:
-    """The loop `name` for these dtypes; None where there is none, or one of `tensors` is no plain tensor on the CPU."""
+def loop(name: str, tensors: Sequence[torch.Tensor], *dtypes: torch.dtype) -> Callable[..., None] | None:
+    """The loop `name` for these dtypes; None if there is none, or one of `tensors` is no plain tensor on the CPU."""
+    return _loop(name, dtypes) if all(map(_is_plain, tensors)) else None
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    return x.is_cpu and type(x) in (torch.Tensor, torch.nn.Parameter)
+
+
+def loop_over_rows(
+    name: str,
+    values: Sequence[torch.Tensor | None],
+    residuals: Sequence[torch.Tensor | None],
+    per_sample: bool = False,
+) -> Callable[..., None] | None:
+    """The loop `name` for values as rows.
+
+    Args:
+        values: of one shape.
+        residuals: of the same shape, contiguous.
+        per_sample: see `layout.layout`.
+
+    Returns:
+        A function of the tensors that the loop takes as `Strided`, in a sequence, and of the arguments after them. None
+        if there is no loop, the values or the residuals differ in dtype, or a value must be copied to have rows.
+    """
+    run = _loop(name, (_common_dtype(values), _common_dtype(residuals)))
+    rows = layout.layout(values, per_sample) if run is not None else None
+    if run is None or rows is None:
+        return None
+
+    def run_on(tensors: Sequence[torch.Tensor | None], *arguments: Any) -> None:
+        run(Layout(*rows), *[_strided(x, rows) for x in tensors], *arguments, torch.get_num_threads())
+
+    return run_on
+
+
+def _common_dtype(tensors: Sequence[torch.Tensor | None]) -> torch.dtype | None:
+    """The dtype of plain tensors on the CPU; None if there are several dtypes, no tensors or other tensors."""
+    dtype = None
     for x in tensors:
-        if x is not None and (x.device.type != "cpu" or type(x) not in (torch.Tensor, torch.nn.Parameter)):
-            return None
-    return _loop(name, dtypes)
+        if x is not None:
+            if not _is_plain(x) or dtype not in (None, x.dtype):
+                return None
+            dtype = x.dtype
+    return dtype
 
 
 @functools.cache
-def _loop(name: str, dtypes: tuple[torch.dtype, ...]) -> Callable[..., None] | None:
-    if any(dtype not in variants.TYPES for dtype in dtypes):
+def _loop(name: str, dtypes: tuple[torch.dtype | None, ...]) -> Callable[..., None] | None:
+    suffixes = [variants.TYPES[dtype] for dtype in dtypes if dtype in variants.TYPES]
+    if len(suffixes) < len(dtypes):
         return None
-    found = getattr(library(), "_".join([name, *(variants.TYPES[dtype] for dtype in dtypes)]), None)
-    if found is not None:
-        found.argtypes, found.restype = ARGUMENTS[name], None
-    return found
+    function = getattr(library(), "_".join([name, *suffixes]), None)
+    if function is not None:
+        function.argtypes, function.restype = ARGUMENTS[name], None
+    return function
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled loops; None, with a line in the log, where they cannot be had."""
+    """The compiled loops; None, with a line in the log, if they cannot be had."""
     with _loading:
         return _load()
 
@@ -119,12 +158,12 @@ def _folder() -> Path:
     whoever can write there can have anything run.
 
     Raises:
-        OSError: where there can be no such folder.
+        OSError: if there can be no such folder.
     """
-    given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    folder = Path(given) / "cachedit_fx" if given else Path(tempfile.gettempdir()) / f"cachedit_fx_{os.getuid()}"
+    chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    folder = Path(chosen) / "cachedit_fx" if chosen else Path(tempfile.gettempdir()) / f"cachedit_fx_{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not given and folder.stat().st_uid != os.getuid():
+    if not chosen and folder.stat().st_uid != os.getuid():
         raise PermissionError(f"{folder} is another user's")
     return folder
 
@@ -143,12 +182,12 @@ def _compile(command: Sequence[str], target: Path) -> None:
         made.replace(target)
 
 
-def strided(tensor: torch.Tensor | None, seen: TensorLayout) -> Strided:
-    return Strided(None if tensor is None else tensor.data_ptr(), *seen.strides(tensor))
+def _strided(tensor: torch.Tensor | None, rows: layout.Layout) -> Strided:
+    return Strided(None if tensor is None else tensor.data_ptr(), *rows.strides(tensor))
 
 
 def pointers(tensors: Sequence[torch.Tensor]) -> Any:
-    """An array of where the data of `tensors` begin."""
+    """An array of the addresses of `tensors`."""
     return (c_void_p * len(tensors))(*[x.data_ptr() for x in tensors])
 
 

@@ -1,35 +1,21 @@
-"""What the kernels share: Triton where there is one, and how tensors are seen as rows.
+"""What the kernels share: tensors as rows, and whether Triton can run.
 
-Every kernel here is bound by memory: it reads each input once and writes each output once. A program works on one tile
-of `BLOCK_ROWS` x `BLOCK_COLS` elements; a tensor is seen as samples x rows x columns, columns adjacent in memory, so
-that a slice of a joint stream of text and image is read where it lies.
-
-The CPU build of torch comes without Triton; then a kernel below is its plain Python function, which nobody launches.
+Memory bounds every kernel: it reads each input once and writes each output once. A program works on one tile of
+`BLOCK_ROWS` x `BLOCK_COLS` elements. A tensor is samples x rows x columns, with columns adjacent in memory: a slice of
+a joint stream of text and image needs no copy.
 """
 
 from __future__ import annotations
 
-import inspect
-import itertools
+import importlib.util
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # pragma: no cover
-    triton = tl = None
-
-HAS_TRITON = triton is not None
-
-
-library = torch.library.Library("cachedit_fx", "FRAGMENT")
-"""Where the ops are registered: `torch.ops.cachedit_fx.*`."""
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+"""Whether Triton is installed. It is imported when a kernel is first launched: see `layout_triton`."""
 
 
 NUM_WARPS = 8
@@ -39,31 +25,8 @@ TILE = 2048
 """Elements of a tile: eight a thread, so that a thread's 16-bit elements are one load of 128 bits."""
 
 
-def jit(kernel: Callable[..., Any]) -> Any:
-    """`triton.jit`, where there is a Triton. Counts of rows and first programs are no reason to compile anew."""
-    if not HAS_TRITON:
-        return kernel
-    names = inspect.signature(kernel).parameters
-    return triton.jit(kernel, do_not_specialize=[name for name in ("n_rows", "starts") if name in names])
-
-
-@jit
-def elements_of_tile(tile, n_rows, n_cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """Sample, rows, columns of tile number `tile`, to be broadcast against each other, and which of them there are.
-
-    Row and sample numbers are 64 bits wide, since offsets are made of them.
-    """
-    col_tiles = tl.cdiv(n_cols, BLOCK_COLS)
-    tiles = tl.cdiv(n_rows, BLOCK_ROWS) * col_tiles
-    sample = (tile // tiles).to(tl.int64)
-    tile = tile % tiles
-    rows = ((tile // col_tiles).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
-    cols = ((tile % col_tiles).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS))[None, :]
-    return sample, rows, cols, (rows < n_rows) & (cols < n_cols)
-
-
 def runs_on_triton(*tensors: torch.Tensor | None) -> bool:
-    """Whether a kernel can be launched on these: plain tensors on a GPU that Triton has a compiler for."""
+    """Whether all are plain tensors on a GPU that Triton has a compiler for."""
     if not HAS_TRITON:
         return False
     for x in tensors:
@@ -72,14 +35,6 @@ def runs_on_triton(*tensors: torch.Tensor | None) -> bool:
         ):
             return False
     return True
-
-
-def device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
-    """Makes the GPU of `tensor` the current one, which is where Triton launches."""
-    if tensor.device.type == "cpu":  # Triton's interpreter
-        return nullcontext()
-    guard: AbstractContextManager[Any] = getattr(torch, tensor.device.type).device_of(tensor)
-    return guard
 
 
 class Layout(NamedTuple):
@@ -101,7 +56,7 @@ class Layout(NamedTuple):
         return -(-self.rows // rows) * -(-self.cols // cols)
 
     def strides(self, tensor: torch.Tensor | None) -> tuple[int, int]:
-        """From one sample of `tensor` to the next, and from one row to the next. 0 where there is one only."""
+        """From one sample of `tensor` to the next, and from one row to the next. 0 if there is only one."""
         if tensor is None:
             return 0, 0
         if self.rows == 1 and tensor.is_contiguous():
@@ -110,60 +65,59 @@ class Layout(NamedTuple):
 
 
 def layout(tensors: Sequence[torch.Tensor | None], per_sample: bool = False) -> Layout | None:
-    """How `tensors`, of one shape, can be seen: as a single row where all of them are contiguous (a row a sample with
-    `per_sample`), as their own rows where these are; None where some must be copied first."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    shape = given[0].shape
-    if all(tensor.is_contiguous() for tensor in given):
+    """`tensors`, of one shape, as rows: their own rows, or a single row (a row a sample with `per_sample`) if all are
+    contiguous. None if some must be copied first."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    shape = present[0].shape
+    if all(tensor.is_contiguous() for tensor in present):
         samples = shape[0] if per_sample and shape else 1
         return Layout(samples, 1, math.prod(shape) // max(samples, 1))
-    if len(shape) not in (2, 3) or any(tensor.stride(-1) != 1 for tensor in given):
+    if len(shape) not in (2, 3) or any(tensor.stride(-1) != 1 for tensor in present):
         return None
     if len(shape) == 2 and per_sample:
         return None
     return Layout(shape[0] if len(shape) == 3 else 1, shape[-2], shape[-1])
 
 
-@dataclass(frozen=True)
-class Group:
-    """Results that one launch writes, alike but for their sizes.
+class Tokens(NamedTuple):
+    """A shape [..., heads, head_dim] as rows, a token's head each, and the places of its tokens: three sizes and
+    strides. Nobody needs the first size."""
 
-    Attributes:
-        members: their places among all results.
-        operands: of each member, the inputs that need not be contiguous.
-        starts: the first program of each member, and the number of programs.
-        geometry: rows and columns of each, then sample and row strides of each one's first operand, second, ...
-        tile: rows and columns of a program's tile.
-    """
-
-    members: tuple[int, ...]
-    operands: tuple[tuple[torch.Tensor | None, ...], ...]
-    starts: tuple[int, ...]
-    geometry: tuple[tuple[int, ...], ...]
-    tile: tuple[int, int]
+    rows: int
+    heads: int
+    head_dim: int
+    size_1: int
+    size_2: int
+    stride_0: int
+    stride_1: int
+    stride_2: int
 
 
-def launch_groups(
-    outs: Sequence[torch.Tensor], operands: Sequence[Sequence[torch.Tensor | None]], limit: int
-) -> Iterator[Group]:
-    """Sort results into launches of `limit` at most. `outs` are contiguous; what of `operands` is not, and has no rows,
-    is copied. Results without an element are left out."""
-    alike: dict[Any, list[tuple[int, Layout, tuple[torch.Tensor | None, ...]]]] = {}
-    for index, (out, given) in enumerate(zip(outs, operands, strict=True)):
-        if not out.numel():
+def collapsed(tensor: torch.Tensor, dims: int) -> tuple[list[int], list[int]] | None:
+    """Sizes and strides of the first `dims` dimensions as three, merged where no copy is needed; None if more stay."""
+    sizes: list[int] = []
+    strides: list[int] = []
+    for size, stride in zip(tensor.shape[:dims], tensor.stride()[:dims], strict=True):
+        if size == 1:
             continue
-        seen = layout((out, *given))
-        if seen is None:
-            given = [None if x is None else x.contiguous() for x in given]
-            seen = Layout(1, 1, out.numel())
-        key = seen.tile, out.device, out.dtype, *(None if x is None else x.dtype for x in given)
-        alike.setdefault(key, []).append((index, seen, tuple(given)))
-    for results in alike.values():
-        for first in range(0, len(results), limit):
-            members, layouts, chosen = zip(*results[first : first + limit], strict=True)
-            starts = (0, *itertools.accumulate(seen.samples * seen.tiles for seen in layouts))
-            geometry = [tuple(seen.rows for seen in layouts), tuple(seen.cols for seen in layouts)]
-            for place in range(len(chosen[0])):
-                strides = [seen.strides(given[place]) for seen, given in zip(layouts, chosen, strict=True)]
-                geometry += zip(*strides, strict=True)
-            yield Group(members, chosen, starts, tuple(geometry), layouts[0].tile)
+        if strides and strides[-1] == size * stride:
+            sizes[-1], strides[-1] = sizes[-1] * size, stride
+        else:
+            sizes.append(size)
+            strides.append(stride)
+    missing = 3 - len(sizes)
+    return None if missing < 0 else ([1] * missing + sizes, [0] * missing + strides)
+
+
+def tokens_of(
+    tensor: torch.Tensor, dims: int, heads: int, head_dim: int, multiple: int = 1
+) -> tuple[torch.Tensor, Tokens]:
+    """The tokens of `tensor`, which its first `dims` dimensions count. `tensor` is copied first if more than three
+    strides, or strides that are no multiples of `multiple`, lead to them."""
+    merged = collapsed(tensor, dims) if tensor.stride(-1) == 1 else None
+    if merged is None or any(stride % multiple for stride in merged[1]):
+        tensor = tensor.contiguous()
+        merged = collapsed(tensor, dims)
+    assert merged is not None
+    sizes, strides = merged
+    return tensor, Tokens(math.prod(sizes) * heads, heads, head_dim, *sizes[1:], *strides)

@@ -5,9 +5,9 @@
 
     [..., heads, head_dim]  ->  uint8 [..., heads * head_dim values | heads float32 scales]
 
-A scale travels in the row of its token, beside the values: one message, rows that stay multiples of 16 bytes where
-`heads` is one of 4 and `head_dim` of 16. The view that an all-to-all sends ([world, batch, sequence, heads / world,
-head_dim], permuted) is read where it lies, and so is what it received.
+A scale travels in the row of its token, after the values: one message. Rows stay multiples of 16 bytes if `heads` is
+a multiple of 4 and `head_dim` of 16. The view that an all-to-all sends ([world, batch, sequence, heads / world,
+head_dim], permuted) is read without a copy, and so is the view that it received.
 
 Values round to nearest, ties to even, saturate at +-448, infinities too, and stay NaN. Both conversions work on bits:
 they need no fp8 unit, so compute capability 7.5 runs them, and gfx942, whose own format has another bias.
@@ -15,18 +15,15 @@ they need no fp8 unit, so compute capability 7.5 runs them, and gfx942, whose ow
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
 
 import torch
 
 from . import cpu
-from .layout import NUM_WARPS, device_of, jit, library, runs_on_triton, tl
-from .variants import TYPES, Variant
+from .layout import runs_on_triton, tokens_of
 
 LARGEST = 448.0
-"""The largest finite e4m3 value. (Kernels cannot read these two.)"""
+"""The largest finite e4m3 value. The Triton kernels, which cannot read globals, spell this and the next out."""
 SMALLEST_AMAX = 2.0**-100
 """Keeps 0/0 apart from a number: zeros give zeros."""
 SCALE_BYTES = 4
@@ -37,218 +34,23 @@ BLOCKS = (64, 128, 256)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-@jit
-def _rows_of_tile(n_rows, heads, size_1, size_2, stride_0, stride_1, stride_2, BLOCK_ROWS: tl.constexpr):
-    """Rows (a token's head each) of this program: numbers, tokens, heads, where the tokens lie, and which there are."""
-    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-    tokens = rows // heads
-    rest = tokens // size_2
-    lies_at = (rest // size_1).to(tl.int64) * stride_0 + (rest % size_1).to(tl.int64) * stride_1
-    lies_at += (tokens % size_2).to(tl.int64) * stride_2
-    return rows, tokens.to(tl.int64), rows % heads, lies_at, rows < n_rows
-
-
-@jit
-def _to_e4m3(x):
-    """The codes of float32 `x`, in the low eight bits."""
-    bits = x.to(tl.uint32, bitcast=True)
-    size = bits & 0x7FFFFFFF
-    kept = tl.minimum(size, 0x43E00000)  # 448
-    # Drops 20 bits of mantissa, ties to even by the last bit that stays; a carry goes on into the exponent, whose bias
-    # is smaller by 120.
-    normal = ((kept + 0x7FFFF + ((kept >> 20) & 1)) >> 20) - (120 << 3)
-    # Below 2^-6 codes are multiples of 2^-9, as are the floats from 2^14 on: the addition rounds.
-    rounded = kept.to(tl.float32, bitcast=True) + 16384.0
-    code = tl.where(kept < (121 << 23), rounded.to(tl.uint32, bitcast=True) - 0x46800000, normal)
-    return tl.where(size > 0x7F800000, 0x7F, code) | ((bits >> 24) & 0x80)
-
-
-@jit
-def _from_e4m3(codes):
-    """The values of uint8 `codes` in float32. Subnormal codes come of a difference, not of subnormal floats."""
-    codes = codes.to(tl.uint32)
-    size = codes & 0x7F
-    small = ((size << 20) + (121 << 23)).to(tl.float32, bitcast=True) - 0.015625  # 2^-6
-    bits = tl.where(size < 8, small.to(tl.uint32, bitcast=True), (size << 20) + (120 << 23))
-    bits = tl.where(size == 0x7F, 0x7FC00000, bits) | ((codes & 0x80) << 24)
-    return bits.to(tl.float32, bitcast=True)
-
-
-@jit
-def _quantize(
-    x_ptr,
-    packed_ptr,
-    n_rows,
-    heads,
-    head_dim,
-    size_1,
-    size_2,
-    stride_0,
-    stride_1,
-    stride_2,
-    head_stride,
-    row_bytes,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-):
-    """Row `token` of `packed_ptr` begins at token * row_bytes; token [i, j, k] of x at the sum of its strides."""
-    _, tokens, head, lies_at, row_mask = _rows_of_tile(
-        n_rows, heads, size_1, size_2, stride_0, stride_1, stride_2, BLOCK_ROWS
-    )
-    cols = tl.arange(0, BLOCK_COLS)[None, :]
-    mask = row_mask & (cols < head_dim)
-    at = lies_at + head.to(tl.int64) * head_stride
-    x = tl.load(x_ptr + at + cols, mask, other=0.0).to(tl.float32)
-    size = tl.abs(x)
-    amax = tl.max(tl.where(size < float("inf"), size, 0.0), 1, keep_dims=True)
-    amax = tl.maximum(amax, 7.888609052210118e-31)  # 2^-100
-    row_ptr = packed_ptr + tokens * row_bytes
-    codes = _to_e4m3(x * tl.div_rn(448.0, amax))
-    tl.store(row_ptr + head * head_dim + cols, codes.to(tl.uint8), mask)
-    scale_ptr = (row_ptr + heads * head_dim).to(tl.pointer_type(tl.float32), bitcast=True)
-    tl.store(scale_ptr + head, tl.div_rn(amax, 448.0), row_mask)
-
-
-@jit
-def _dequantize(
-    packed_ptr,
-    out_ptr,
-    n_rows,
-    heads,
-    head_dim,
-    size_1,
-    size_2,
-    stride_0,
-    stride_1,
-    stride_2,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-):
-    """Row of token [i, j, k] begins in `packed_ptr` at the sum of its strides; the heads of `out_ptr` are adjacent."""
-    rows, _, head, lies_at, row_mask = _rows_of_tile(
-        n_rows, heads, size_1, size_2, stride_0, stride_1, stride_2, BLOCK_ROWS
-    )
-    cols = tl.arange(0, BLOCK_COLS)[None, :]
-    mask = row_mask & (cols < head_dim)
-    row_ptr = packed_ptr + lies_at
-    codes = tl.load(row_ptr + head * head_dim + cols, mask, other=0)
-    scale_ptr = (row_ptr + heads * head_dim).to(tl.pointer_type(tl.float32), bitcast=True)
-    x = _from_e4m3(codes) * tl.load(scale_ptr + head, row_mask, other=0.0)
-    tl.store(out_ptr + rows.to(tl.int64) * head_dim + cols, x.to(out_ptr.dtype.element_ty), mask)
-
-
-def _collapsed(tensor: torch.Tensor, dims: int) -> tuple[list[int], list[int]] | None:
-    """Sizes and strides of the first `dims` dimensions as three, merged where no copy is needed; None if more stay."""
-    sizes: list[int] = []
-    strides: list[int] = []
-    for size, stride in zip(tensor.shape[:dims], tensor.stride()[:dims], strict=True):
-        if size == 1:
-            continue
-        if strides and strides[-1] == size * stride:
-            sizes[-1], strides[-1] = sizes[-1] * size, stride
-        else:
-            sizes.append(size)
-            strides.append(stride)
-    missing = 3 - len(sizes)
-    return None if missing < 0 else ([1] * missing + sizes, [0] * missing + strides)
-
-
-def _seen(tensor: torch.Tensor, dims: int, multiple: int = 1) -> tuple[torch.Tensor, list[int], list[int]]:
-    """`tensor`, copied first where more than three strides, or strides of no such multiple, lead to its tokens, which
-    are counted by the first `dims` dimensions; and those sizes and strides."""
-    seen = _collapsed(tensor, dims) if tensor.stride(-1) == 1 else None
-    if seen is None or any(stride % multiple for stride in seen[1]):
-        tensor = tensor.contiguous()
-        seen = _collapsed(tensor, dims)
-    assert seen is not None
-    return tensor, *seen
-
-
-def _tile(head_dim: int) -> tuple[int, int]:
-    cols = next(block for block in BLOCKS if head_dim <= block)
-    return TILE // cols, cols
-
-
-def launch_quant(x: torch.Tensor) -> torch.Tensor:
-    """As `quant_fp8`, by the kernel above."""
-    *leading, heads, head_dim = x.shape
-    x, sizes, strides = _seen(x, x.ndim - 2)
-    packed = torch.empty((*leading, _row_bytes(heads, head_dim)), dtype=torch.uint8, device=x.device)
-    if not x.numel():
-        return packed
-    rows, tile = math.prod(sizes) * heads, _tile(head_dim)
-    with device_of(x):
-        _quantize[(-(-rows // tile[0]),)](
-            x,
-            packed,
-            rows,
-            heads,
-            head_dim,
-            *sizes[1:],
-            *strides,
-            x.stride(-2),
-            _row_bytes(heads, head_dim),
-            *tile,
-            num_warps=NUM_WARPS,
-        )
-    return packed
-
-
-def launch_dequant(packed: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.Tensor:
-    """As `dequant_fp8`, by the kernel above."""
-    head_dim = _head_dim(packed, heads)
-    packed, sizes, strides = _seen(packed, packed.ndim - 1, SCALE_BYTES)
-    out = torch.empty((*packed.shape[:-1], heads, head_dim), dtype=dtype, device=packed.device)
-    if not out.numel():
-        return out
-    rows, tile = math.prod(sizes) * heads, _tile(head_dim)
-    with device_of(packed):
-        _dequantize[(-(-rows // tile[0]),)](
-            packed, out, rows, heads, head_dim, *sizes[1:], *strides, *tile, num_warps=NUM_WARPS
-        )
-    return out
-
-
-def variants() -> Iterator[Variant]:
-    """Every specialisation that the launchers can choose. A head need not fill its tile: 96 elements are in those of
-    128. If their number is no multiple of 16, so is no address: the unaligned ones."""
-    strides = ("stride_0", "stride_1", "stride_2")
-    numbers = dict.fromkeys(("n_rows", "heads", "head_dim", "size_1", "size_2", *strides), "i32")
-    constexprs = dict.fromkeys(("BLOCK_ROWS", "BLOCK_COLS"), "constexpr")
-    for dtype, head_dim, aligned in itertools.product(FLOATS, BLOCKS, (True, False)):
-        rows, cols = _tile(head_dim)
-        name = f"{TYPES[dtype]}, heads of {cols}{'' if aligned else ', unaligned'}"
-        values, scales = TILE * dtype.itemsize, rows * SCALE_BYTES
-        yield Variant(
-            _quantize,
-            f"quant_fp8 {name}",
-            {"x_ptr": f"*{TYPES[dtype]}", "packed_ptr": "*u8", **numbers, "head_stride": "i32", "row_bytes": "i32"}
-            | constexprs,
-            {"BLOCK_ROWS": rows, "BLOCK_COLS": cols},
-            read_bytes=values,
-            written_bytes=TILE,
-            written_once=scales,
-            aligned=aligned,
-            multiples=frozenset({"head_dim", "head_stride", "row_bytes", *strides}),
-        )
-        yield Variant(
-            _dequantize,
-            f"dequant_fp8 {name}",
-            {"packed_ptr": "*u8", "out_ptr": f"*{TYPES[dtype]}", **numbers, **constexprs},
-            {"BLOCK_ROWS": rows, "BLOCK_COLS": cols},
-            read_bytes=TILE + scales,
-            written_bytes=values,
-            aligned=aligned,
-            multiples=frozenset({"head_dim", *strides}),
-        )
-
-
 def _row_bytes(heads: int, head_dim: int) -> int:
     return heads * (head_dim + SCALE_BYTES)
 
 
 def _head_dim(packed: torch.Tensor, heads: int) -> int:
     return packed.shape[-1] // heads - SCALE_BYTES
+
+
+def empty_packed(x: torch.Tensor) -> torch.Tensor:
+    """Memory for what `quant_fp8` returns."""
+    *leading, heads, head_dim = x.shape
+    return torch.empty((*leading, _row_bytes(heads, head_dim)), dtype=torch.uint8, device=x.device)
+
+
+def empty_heads(packed: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.Tensor:
+    """Memory for what `dequant_fp8` returns."""
+    return torch.empty((*packed.shape[:-1], heads, _head_dim(packed, heads)), dtype=dtype, device=packed.device)
 
 
 def _has_kernel(tensor: torch.Tensor, tokens: int, heads: int, head_dim: int) -> bool:
@@ -273,13 +75,15 @@ def quant_fp8(x: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"quant_fp8 takes 16- and 32-bit floats [..., heads, head_dim], not {x.dtype} {[*x.shape]}")
     *leading, heads, head_dim = x.shape
     if _has_kernel(x, math.prod(leading), heads, head_dim):
+        from .quant_fp8_triton import launch_quant
+
         return launch_quant(x)
-    packed = torch.empty((*leading, _row_bytes(heads, head_dim)), dtype=torch.uint8, device=x.device)
+    packed = empty_packed(x)
     run = cpu.loop("quant_fp8", (x,), x.dtype)
     if run is not None:
-        x, sizes, strides = _seen(x, x.ndim - 2)
-        tokens = cpu.Tokens(math.prod(sizes) * heads, heads, head_dim, *sizes[1:], *strides)
-        run(tokens, x.data_ptr(), x.stride(-2), packed.data_ptr(), packed.shape[-1], torch.get_num_threads())
+        x, tokens = tokens_of(x, x.ndim - 2, heads, head_dim)
+        threads = torch.get_num_threads()
+        run(cpu.Tokens(*tokens), x.data_ptr(), x.stride(-2), packed.data_ptr(), packed.shape[-1], threads)
         return packed
     values, scales = quantized(x)
     packed[..., : heads * head_dim] = values.view(torch.uint8).flatten(-2)
@@ -307,13 +111,14 @@ def dequant_fp8(packed: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.T
         raise ValueError(f"dequant_fp8: no row of {heads} heads and their scales in {[*packed.shape]}")
     head_dim = _head_dim(packed, heads)
     if _has_kernel(packed, math.prod(packed.shape[:-1]), heads, head_dim) and packed.data_ptr() % SCALE_BYTES == 0:
+        from .quant_fp8_triton import launch_dequant
+
         return launch_dequant(packed, heads, dtype)
     run = cpu.loop("dequant_fp8", (packed,), dtype)
     if run is not None:
-        out = torch.empty((*packed.shape[:-1], heads, head_dim), dtype=dtype)
-        packed, sizes, strides = _seen(packed, packed.ndim - 1)
-        tokens = cpu.Tokens(math.prod(sizes) * heads, heads, head_dim, *sizes[1:], *strides)
-        run(tokens, packed.data_ptr(), out.data_ptr(), torch.get_num_threads())
+        out = empty_heads(packed, heads, dtype)
+        packed, tokens = tokens_of(packed, packed.ndim - 1, heads, head_dim)
+        run(cpu.Tokens(*tokens), packed.data_ptr(), out.data_ptr(), torch.get_num_threads())
         return out
     values = packed[..., : heads * head_dim].unflatten(-1, (heads, head_dim))
     # A copy: as a view the scales need not start at a multiple of four bytes.
@@ -321,6 +126,8 @@ def dequant_fp8(packed: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.T
     return dequantized(values.view(torch.float8_e4m3fn), scales).to(dtype).contiguous()
 
 
+library = torch.library.Library("cachedit_fx", "FRAGMENT")
+"""Graphs will hold these two between collectives, as `torch.ops.cachedit_fx.*`."""
 library.define("quant_fp8(Tensor x) -> Tensor")
 library.impl("quant_fp8", quant_fp8, "CompositeExplicitAutograd")
 library.define("dequant_fp8(Tensor packed, int heads, ScalarType dtype) -> Tensor")
@@ -329,13 +136,12 @@ library.impl("dequant_fp8", dequant_fp8, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("cachedit_fx::quant_fp8")
 def _(x):
-    *leading, heads, head_dim = x.shape
-    return x.new_empty((*leading, _row_bytes(heads, head_dim)), dtype=torch.uint8)
+    return empty_packed(x)
 
 
 @torch.library.register_fake("cachedit_fx::dequant_fp8")
 def _(packed, heads, dtype):
-    return packed.new_empty((*packed.shape[:-1], heads, _head_dim(packed, heads)), dtype=dtype)
+    return empty_heads(packed, heads, dtype)
 
 
 def quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The specialisations that a launcher can choose, as ahead-of-time compilation wants them."""
+"""The specialisations that a launcher can choose, for ahead-of-time compilation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Type = str | None | tuple["Type", ...]
 
 @dataclass(frozen=True)
 class Variant:
-    """A specialisation that a launcher can choose, as ahead-of-time compilation wants it (`cachedit kernels verify`).
+    """A specialisation that a launcher can choose (`cachedit kernels verify` compiles it).
 
     Attributes:
         kernel: the function that `jit` made.

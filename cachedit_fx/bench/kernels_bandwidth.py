@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from cachedit_fx.kernels.l1_diff import l1_diff, l1_difference, residual
+from cachedit_fx.kernels.l1_sums import absolute_sums, l1_sums, residual
 from cachedit_fx.kernels.residual_apply import residual_apply, weighted_sum
 from cachedit_fx.kernels.residual_store import difference, residual_like, residual_store
 
@@ -85,29 +85,29 @@ def cases(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> 
     def random(shape: Shape, kind: torch.dtype = dtype) -> torch.Tensor:
         return torch.randn(shape, dtype=torch.float32, device=device).to(kind)
 
-    for makers in (_differences, _applied, _stored, _eight_bits):
+    for makers in (_sums, _applied, _stored, _eight_bits):
         yield from makers(random, shapes)
 
 
 Random = Callable[..., torch.Tensor]
 
 
-def _differences(random: Random, shapes: Sequence[Shape]) -> Iterator[Case]:
+def _sums(random: Random, shapes: Sequence[Shape]) -> Iterator[Case]:
     hidden, base = random(shapes[0]), random(shapes[0])
     out, *previous = (random(shapes[0], torch.float32) for _ in range(3))
     for count in (1, 2):
         given = previous[:count]
         yield Case(
-            f"l1_diff, {count} previous",
+            f"l1_sums, {count} previous",
             _moved(hidden, base, out, *given),
-            partial(l1_diff, hidden, base, given, out),
-            partial(_plain_differences, hidden, base, given),
+            partial(l1_sums, hidden, base, given, out),
+            partial(_plain_sums, hidden, base, given),
         )
 
 
-def _plain_differences(hidden: torch.Tensor, base: torch.Tensor, previous: Sequence[torch.Tensor]) -> object:
+def _plain_sums(hidden: torch.Tensor, base: torch.Tensor, previous: Sequence[torch.Tensor]) -> object:
     r = residual(hidden, base)
-    return [l1_difference(before, r) for before in previous]
+    return torch.stack([absolute_sums(before, r) for before in previous])
 
 
 def _applied(random: Random, shapes: Sequence[Shape]) -> Iterator[Case]:
@@ -120,11 +120,11 @@ def _applied(random: Random, shapes: Sequence[Shape]) -> Iterator[Case]:
             f"residual_apply, {count} term{'s' if count > 1 else ''}",
             _moved(*bases, *outs, *itertools.chain.from_iterable(terms)),
             partial(residual_apply, bases, terms, weights, outs),
-            partial(_plain_sums, bases, terms, weights),
+            partial(_plain_results, bases, terms, weights),
         )
 
 
-def _plain_sums(
+def _plain_results(
     bases: Sequence[torch.Tensor], stored: Sequence[Sequence[torch.Tensor]], weights: Sequence[float]
 ) -> object:
     return [weighted_sum(base, terms, weights).to(base.dtype) for base, terms in zip(bases, stored, strict=True)]

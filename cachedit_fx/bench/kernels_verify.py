@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import io
 import math
 import multiprocessing
@@ -27,8 +26,8 @@ from typing import Any, NamedTuple
 from cachedit_fx.kernels.layout import HAS_TRITON
 from cachedit_fx.kernels.variants import Type, Variant
 
-KERNELS = ("l1_diff", "residual_apply", "residual_store", "quant_fp8")
-"""Modules of `cachedit_fx.kernels` that have `variants`."""
+KERNELS = ("l1_sums", "residual_apply", "residual_store", "quant_fp8")
+"""Families of `cachedit_fx.kernels` that have Triton kernels."""
 WIDE = 16
 """Bytes of the widest load or store that every target has."""
 
@@ -96,18 +95,19 @@ class Task(NamedTuple):
     target: str
 
 
-def kernels() -> list[str]:
-    """The modules of `KERNELS` that are there."""
-    found = [name for name in KERNELS if importlib.util.find_spec(f"cachedit_fx.kernels.{name}")]
-    return [name for name in found if hasattr(importlib.import_module(f"cachedit_fx.kernels.{name}"), "variants")]
+_TRITON = "_triton"
+
+
+def module_of(kernel: str) -> str:
+    """The module that holds the Triton kernels of one of `KERNELS`, and its `variants`."""
+    return f"cachedit_fx.kernels.{kernel}{_TRITON}"
 
 
 def tasks(targets: Sequence[str], texts: Sequence[str] = ()) -> list[Task]:
     """Every variant whose name contains one of `texts`, on each of these targets."""
-    modules = [f"cachedit_fx.kernels.{name}" for name in kernels()]
     return [
         Task(module, place, target)
-        for module in modules
+        for module in map(module_of, KERNELS)
         for place, variant in enumerate(importlib.import_module(module).variants())
         if not texts or any(text in variant.name for text in texts)
         for target in targets
@@ -230,7 +230,7 @@ def check(variant: Variant, target: str) -> Checked:
     if variant.aligned:
         problems += narrow
     return Checked(
-        kernel=variant.kernel.__module__.rpartition(".")[2],
+        kernel=variant.kernel.__module__.rpartition(".")[2].removesuffix(_TRITON),
         variant=variant.name,
         target=target,
         registers=registers,

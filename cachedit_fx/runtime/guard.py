@@ -1,18 +1,32 @@
-"""Measures how far a region's input has moved, and reads the difference back."""
+"""Measures how far a region's input has moved: sums on the device, read back, divided on the host."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ctypes import c_float
 
 import torch
 
-from cachedit_fx.kernels.l1_diff import l1_diff
+from cachedit_fx.kernels.l1_sums import l1_sums
+
+EPSILON = 1e-30
+"""Keeps 0/0 apart from a number: two zero residuals have difference 0."""
+
+
+def relative_difference(change: float, size: float) -> float:
+    """change / (size + EPSILON), computed in float32 from sum|r_prev - r| and sum|r_prev|."""
+    return _float32(_float32(change) / _float32(_float32(size) + _float32(EPSILON)))
+
+
+def _float32(number: float) -> float:
+    """The nearest float32; infinite beyond the largest."""
+    return c_float(number).value
 
 
 def read_back(values: Sequence[torch.Tensor]) -> list[float]:
     """All elements of `values` as numbers, in one transfer: the only place where the host waits for the device.
 
-    They meet in the widest of their dtypes: whole numbers beside float32 are exact up to 2^24.
+    They meet in the widest of their dtypes: whole numbers next to float32 are exact up to 2^24.
     """
     if len(values) == 1 and values[0].numel() == 1:
         return [float(values[0])]
@@ -42,11 +56,11 @@ class Residual:
         self.hidden, self.base, self.spare = hidden, base, spare
         self._is_written = False
 
-    def differences(self, previous: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The relative L1 difference from each of `previous`: float32, [len(previous)]."""
-        found = l1_diff(self.hidden, self.base, previous, self._out())
+    def sums(self, previous: Sequence[torch.Tensor]) -> torch.Tensor:
+        """sum|r_prev - r| and sum|r_prev| for each r_prev of `previous`: [len(previous), 2]."""
+        sums = l1_sums(self.hidden, self.base, previous, self._out())
         self._is_written = True
-        return found
+        return sums
 
     @classmethod
     def of(
@@ -62,7 +76,7 @@ class Residual:
             kept = self._buffer(old)
             return kept.copy_(self.hidden), None
         if not self._is_written:
-            self.differences(())
+            self.sums(())
         assert self.spare is not None
         return self.spare, old
 
@@ -84,8 +98,9 @@ def read_differences(
     residual: Residual, previous: Sequence[torch.Tensor], *others: torch.Tensor
 ) -> tuple[list[float], list[float]]:
     """The relative L1 differences of r from each of `previous`, and the numbers `others`, all in one transfer."""
-    numbers = read_back([*others, residual.differences(previous)])
-    return numbers[len(others) :], numbers[: len(others)]
+    numbers = read_back([*others, residual.sums(previous)])
+    sums = numbers[len(others) :]
+    return list(map(relative_difference, sums[::2], sums[1::2])), numbers[: len(others)]
 
 
 def _thinned(hidden: torch.Tensor, every: int) -> torch.Tensor:

@@ -12,8 +12,14 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from cachedit_fx.kernels import l1_diff, quant_fp8, residual_apply, residual_store
-from cachedit_fx.kernels.layout import jit
+from cachedit_fx.kernels import (
+    l1_sums_triton,
+    quant_fp8,
+    quant_fp8_triton,
+    residual_apply_triton,
+    residual_store,
+    residual_store_triton,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1,), (5,), (3, 1), (1, 1, 1), (2, 7, 5), (2, 1, 300), (1, 33, 129), (2, 9, 300))
@@ -74,94 +80,95 @@ def normal(shape, dtype, look="contiguous"):
     return lying(torch.randn(shape).to(dtype), look)
 
 
-# l1_diff
+# l1_sums
 
 
-def differences(hidden, base, previous, per_sample=False):
-    """d in float64, of r rounded to float32."""
+def exact_sums(hidden, base, previous, per_sample=False):
+    """In float64, of r rounded to float32."""
     r = (hidden.float() if base is None else hidden.float() - base.float()).double()
     dims = tuple(range(1, r.ndim)) if per_sample else tuple(range(r.ndim))
 
     def norm(x):
         return x.abs().sum(dims) if dims else x.abs()
 
-    return torch.stack([norm(before.double() - r) / norm(before.double()) for before in previous], -1)
+    return torch.stack([torch.stack([norm(x.double() - r), norm(x.double())], -1) for x in previous], -2)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("look", LOOKS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_l1_diff(dtype, look, shape):
+def test_l1_sums(dtype, look, shape):
     hidden, base = normal(shape, dtype, look), normal(shape, dtype)
-    previous = [normal(shape, torch.float32) for _ in range(l1_diff.MAX_PREVIOUS)]
+    previous = [normal(shape, torch.float32) for _ in range(l1_sums_triton.MAX_PREVIOUS)]
     out = Out(shape, torch.float32)
-    found = l1_diff.launch(hidden, base, previous, out.value)
+    found = l1_sums_triton.launch(hidden, base, previous, out.value)
     assert torch.equal(out.check(), hidden.float() - base.float())
-    torch.testing.assert_close(found.double(), differences(hidden, base, previous), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.double(), exact_sums(hidden, base, previous), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("look", LOOKS)
-def test_l1_diff_per_sample(look, shape):
+def test_l1_sums_per_sample(look, shape):
     hidden, base = normal(shape, torch.bfloat16), normal(shape, torch.bfloat16, look)
-    previous = [normal(shape, torch.float32) for _ in range(l1_diff.MAX_PREVIOUS)]
+    previous = [normal(shape, torch.float32) for _ in range(l1_sums_triton.MAX_PREVIOUS)]
     out = Out(shape, torch.float32)
-    found = l1_diff.launch(hidden, base, previous, out.value, per_sample=True)
-    assert found.shape == (shape[0], l1_diff.MAX_PREVIOUS)
+    found = l1_sums_triton.launch(hidden, base, previous, out.value, per_sample=True)
+    assert found.shape == (shape[0], l1_sums_triton.MAX_PREVIOUS, 2)
     assert torch.equal(out.check(), hidden.float() - base.float())
-    torch.testing.assert_close(found.double(), differences(hidden, base, previous, True), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.double(), exact_sums(hidden, base, previous, True), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("look", ["contiguous", "sliced"])
-def test_l1_diff_without_base_and_without_previous(look, per_sample):
+def test_l1_sums_without_base_and_without_previous(look, per_sample):
     hidden = normal((2, 9, 300), torch.bfloat16, look)
     previous = [normal(hidden.shape, torch.float32)]
-    found = l1_diff.launch(hidden, None, previous, None, per_sample)
-    torch.testing.assert_close(found.double(), differences(hidden, None, previous, per_sample), rtol=1e-5, atol=0)
+    found = l1_sums_triton.launch(hidden, None, previous, None, per_sample)
+    torch.testing.assert_close(found.double(), exact_sums(hidden, None, previous, per_sample), rtol=1e-5, atol=0)
     out = Out(hidden.shape, torch.float32)
-    found = l1_diff.launch(hidden, torch.ones_like(hidden), [], out.value, per_sample)
-    assert found.shape == ((2, 0) if per_sample else (0,))
+    found = l1_sums_triton.launch(hidden, torch.ones_like(hidden), [], out.value, per_sample)
+    assert found.shape == ((2, 0, 2) if per_sample else (0, 2))
     assert torch.equal(out.check(), hidden.float() - 1)
 
 
-def test_l1_diff_totals_more_tiles_than_one_step_adds(monkeypatch):
-    monkeypatch.setattr(l1_diff, "FINISH_BLOCK", 4)
+def test_l1_sums_totals_more_tiles_than_one_step_adds(monkeypatch):
+    monkeypatch.setattr(l1_sums_triton, "TOTAL_BLOCK", 4)
     shape = (2, 5 * 2048 + 1)
     hidden, base, previous = normal(shape, torch.float16), normal(shape, torch.float16), normal(shape, torch.float32)
     for per_sample in (False, True):
-        found = l1_diff.launch(hidden, base, [previous], torch.empty(shape), per_sample)
-        expected = differences(hidden, base, [previous], per_sample)
+        found = l1_sums_triton.launch(hidden, base, [previous], torch.empty(shape), per_sample)
+        expected = exact_sums(hidden, base, [previous], per_sample)
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("shape", EMPTY)
-def test_l1_diff_of_nothing_is_zero(shape):
+def test_l1_sums_of_nothing_are_zero(shape):
     x, before = torch.empty(shape, dtype=torch.bfloat16), torch.empty(shape)
-    assert l1_diff.launch(x, x, [before], torch.empty(shape)).tolist() == [0]
-    assert l1_diff.launch(x, x, [before], torch.empty(shape), True).tolist() == [[0]] * shape[0]
+    assert l1_sums_triton.launch(x, x, [before], torch.empty(shape)).tolist() == [[0, 0]]
+    assert l1_sums_triton.launch(x, x, [before], torch.empty(shape), True).tolist() == [[[0, 0]]] * shape[0]
 
 
-def test_l1_diff_of_zeros_is_zero_and_change_from_zero_is_large():
+def test_l1_sums_puts_the_change_first():
     zeros, ones = torch.zeros(2, 300), torch.ones(2, 300)
-    assert l1_diff.launch(ones, ones, [zeros], torch.empty(2, 300)).item() == 0
-    assert l1_diff.launch(ones, zeros, [zeros], torch.empty(2, 300)).item() > 1e6
+    assert l1_sums_triton.launch(ones, ones, [zeros], torch.empty(2, 300)).tolist() == [[0, 0]]
+    found = l1_sums_triton.launch(ones, zeros, [zeros, 3 * ones], torch.empty(2, 300))
+    assert found.tolist() == [[600, 0], [1200, 1800]]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("where", range(3))
-def test_l1_diff_is_not_finite_where_an_input_is_not(where, value):
+def test_l1_sums_are_not_finite_if_an_input_is_not(where, value):
     given = [torch.ones(2, 300) for _ in range(3)]
     given[where][1, 7] = value
     hidden, base, previous = given
-    found = l1_diff.launch(hidden, base, [previous], torch.empty(2, 300), per_sample=True)
-    assert found[0].item() == 1 and not found[1].isfinite()
+    found = l1_sums_triton.launch(hidden, base, [previous], torch.empty(2, 300), per_sample=True)
+    assert found[0].tolist() == [[300, 300]] and not found[1].isfinite().all()
 
 
-def test_l1_diff_refuses_too_many_previous():
+def test_l1_sums_refuses_too_many_previous():
     x = torch.ones(3)
     with pytest.raises(ValueError, match="residuals to compare with"):
-        l1_diff.launch(x, None, [x] * (l1_diff.MAX_PREVIOUS + 1), None)
+        l1_sums_triton.launch(x, None, [x] * (l1_sums_triton.MAX_PREVIOUS + 1), None)
 
 
 # residual_store and residual_apply
@@ -182,7 +189,7 @@ def test_residual_store(dtype, kind):
     bases = [normal(shape, dtype, look) for shape, look in zip(shapes, looking(len(shapes))[::-1], strict=True)]
     state = residual_store.residual_dtype(results[0], kind)
     outs = [Out(shape, state) for shape in shapes]
-    residual_store.launch(results, bases, [out.value for out in outs])
+    residual_store_triton.launch(results, bases, [out.value for out in outs])
     for result, base, out in zip(results, bases, outs, strict=True):
         wide = torch.float64 if state is torch.float64 else torch.float32
         assert torch.equal(out.check(), (result.to(wide) - base.to(wide)).to(state))
@@ -193,7 +200,7 @@ def test_residual_store(dtype, kind):
 def test_residual_store_one_by_one(shape, look):
     result, base = normal(shape, torch.bfloat16, look), normal(shape, torch.bfloat16, "sliced")
     out = Out(shape, torch.float32)
-    residual_store.launch([result], [base], [out.value])
+    residual_store_triton.launch([result], [base], [out.value])
     assert torch.equal(out.check(), result.float() - base.float())
 
 
@@ -203,7 +210,7 @@ def bound(dtype, state, exact, terms):
     return exact.abs() * torch.finfo(dtype).eps / 2 * 1.001 + summed + torch.finfo(dtype).smallest_normal
 
 
-@pytest.mark.parametrize("n_terms", range(1, residual_apply.MAX_TERMS + 1))
+@pytest.mark.parametrize("n_terms", range(1, residual_apply_triton.MAX_TERMS + 1))
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_residual_apply(dtype, kind, n_terms):
@@ -216,7 +223,7 @@ def test_residual_apply(dtype, kind, n_terms):
     stored = [[normal(shape, state) for _ in range(n_terms)] for shape in shapes]
     weights = torch.randn(n_terms).tolist()
     outs = [Out(shape, dtype) for shape in shapes]
-    residual_apply.launch(bases, stored, weights, [out.value for out in outs])
+    residual_apply_triton.launch(bases, stored, weights, [out.value for out in outs])
     for base, residuals, out in zip(bases, stored, outs, strict=True):
         terms = [weight * r.double() for weight, r in zip(weights, residuals, strict=True)]
         terms += [] if base is None else [base.double()]
@@ -234,8 +241,8 @@ def test_what_was_stored_comes_back_to_the_bit(dtype, look):
     bases = [base * 2.0 ** (4 if dtype is torch.float16 else 6) for base in bases]
     stored = [Out(shape, residual_store.residual_dtype(result)) for shape, result in zip(shapes, results, strict=True)]
     outs = [Out(shape, dtype) for shape in shapes]
-    residual_store.launch(results, bases, [out.value for out in stored])
-    residual_apply.launch(bases, [[out.check()] for out in stored], [1.0], [out.value for out in outs])
+    residual_store_triton.launch(results, bases, [out.value for out in stored])
+    residual_apply_triton.launch(bases, [[out.check()] for out in stored], [1.0], [out.value for out in outs])
     for result, base, out in zip(results, bases, outs, strict=True):
         spared = result.abs() >= base.abs() * 2.0**-12
         assert spared.float().mean() > 0.9 or result.numel() < 20
@@ -243,18 +250,18 @@ def test_what_was_stored_comes_back_to_the_bit(dtype, look):
 
 
 def test_residual_apply_refuses_too_many_terms():
-    x, n_terms = torch.ones(3), residual_apply.MAX_TERMS + 1
+    x, n_terms = torch.ones(3), residual_apply_triton.MAX_TERMS + 1
     with pytest.raises(ValueError, match="residuals of each result"):
-        residual_apply.launch([x], [[x] * n_terms], [1.0] * n_terms, [torch.empty(3)])
+        residual_apply_triton.launch([x], [[x] * n_terms], [1.0] * n_terms, [torch.empty(3)])
 
 
 # quant_fp8
 
 
-@jit
+@triton.jit
 def _encode(x_ptr, out_ptr, n, BLOCK_SIZE: tl.constexpr):
     at = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-    codes = quant_fp8._to_e4m3(tl.load(x_ptr + at, at < n, other=0.0))
+    codes = quant_fp8_triton._to_e4m3(tl.load(x_ptr + at, at < n, other=0.0))
     tl.store(out_ptr + at, codes.to(tl.uint8), at < n)
 
 
@@ -308,12 +315,12 @@ def test_all_codes_decode_exactly_and_come_back(dtype):
     codes = torch.arange(256, dtype=torch.uint8).view(2, 128)
     one = torch.ones(2, 1).view(torch.uint8)
     packed = torch.cat([codes, one], 1)
-    found = quant_fp8.launch_dequant(packed, 1, dtype)[:, 0]
+    found = quant_fp8_triton.launch_dequant(packed, 1, dtype)[:, 0]
     expected = codes.view(torch.float8_e4m3fn).to(dtype)
     assert found.isnan().sum() == 2
     finite = ~found.isnan()
     assert torch.equal(found.view(_BITS[dtype.itemsize])[finite], expected.view(_BITS[dtype.itemsize])[finite])
-    again = quant_fp8.launch_quant(found[:, None])  # 448 is in each half, so the scale is 1 again
+    again = quant_fp8_triton.launch_quant(found[:, None])  # 448 is in each half, so the scale is 1 again
     assert torch.equal(again[:, 128:], one) and torch.equal(again[:, :128][finite], codes[finite])
     assert decode(again[:, :128])[~finite].isnan().all()
 
@@ -356,29 +363,29 @@ def test_quant_and_dequant(dtype, view):
     """To the bit what torch's ops give, and near x."""
     x = VIEWS[view](dtype)
     *leading, heads, head_dim = x.shape
-    packed = quant_fp8.launch_quant(x)
+    packed = quant_fp8_triton.launch_quant(x)
     assert packed.is_contiguous() and packed.shape == (*leading, heads * (head_dim + 4))
     assert torch.equal(packed, quant_fp8.quant_fp8(x))
-    found = quant_fp8.launch_dequant(packed, heads, torch.float32)
+    found = quant_fp8_triton.launch_dequant(packed, heads, torch.float32)
     assert found.is_contiguous() and near(found, x)
     for result in (torch.float32, dtype):
-        found = quant_fp8.launch_dequant(packed, heads, result)
+        found = quant_fp8_triton.launch_dequant(packed, heads, result)
         assert torch.equal(found, quant_fp8.dequant_fp8(packed, heads, result))
 
 
 def test_dequant_reads_what_was_received_in_the_order_that_is_wanted():
     x = torch.randn(2, 3, 5, 4, 64)  # world, batch, sequence / world, heads, head_dim
-    received = quant_fp8.launch_quant(x).transpose(0, 1)
-    found = quant_fp8.launch_dequant(received, 4, torch.float32)
+    received = quant_fp8_triton.launch_quant(x).transpose(0, 1)
+    found = quant_fp8_triton.launch_dequant(received, 4, torch.float32)
     assert found.is_contiguous() and near(found, x.transpose(0, 1))
 
 
 @pytest.mark.parametrize("step", [1, 2])
 def test_dequant_copies_rows_that_are_not_adjacent_or_misaligned(step):
-    packed = quant_fp8.launch_quant(torch.randn(3, 4, 64))
+    packed = quant_fp8_triton.launch_quant(torch.randn(3, 4, 64))
     lies = torch.zeros(3, packed.shape[-1] * step + 1, dtype=torch.uint8)[:, : packed.shape[-1] * step : step]
-    found = quant_fp8.launch_dequant(lies.copy_(packed), 4, torch.float32)
-    assert torch.equal(found, quant_fp8.launch_dequant(packed, 4, torch.float32))
+    found = quant_fp8_triton.launch_dequant(lies.copy_(packed), 4, torch.float32)
+    assert torch.equal(found, quant_fp8_triton.launch_dequant(packed, 4, torch.float32))
 
 
 def test_heads_of_zeros_and_of_what_is_not_finite():
@@ -389,9 +396,9 @@ def test_heads_of_zeros_and_of_what_is_not_finite():
     x[3] = math.inf
     x[4, 0] = 1e-42
     x[5, 0, 0] = torch.finfo(torch.float32).max
-    packed = quant_fp8.launch_quant(x)
+    packed = quant_fp8_triton.launch_quant(x)
     assert torch.equal(packed, quant_fp8.quant_fp8(x))
-    found = quant_fp8.launch_dequant(packed, 2, torch.float32)
+    found = quant_fp8_triton.launch_dequant(packed, 2, torch.float32)
     assert not found[0].any() and found[2].isnan().all() and not found[4, 0].any()
     amax = x[1, 0, 3:].abs().max().item()
     assert found[1, 0, 0].isnan() and found[1, 0, 1:3].tolist() == pytest.approx([amax, -amax])

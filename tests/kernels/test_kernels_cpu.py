@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
 from cachedit_fx.kernels import cpu
-from cachedit_fx.kernels.l1_diff import l1_diff
+from cachedit_fx.kernels.l1_sums import l1_sums
 from cachedit_fx.kernels.quant_fp8 import dequant_fp8, quant_fp8
 from cachedit_fx.kernels.residual_apply import residual_apply
 from cachedit_fx.kernels.residual_store import residual_like, residual_store
@@ -26,8 +27,9 @@ def empty_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", cpu.ARGUMENTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_kernel_has_a_loop(name, dtype):
-    wider = [residual_like(torch.empty(0, dtype=dtype)).dtype] if name.startswith("residual") else []
-    assert cpu.loop(name, [torch.empty(0)], dtype, *wider) is not None
+    value = torch.empty(0, dtype=dtype)
+    kept = {"l1_sums": [torch.float32], "quant_fp8": [], "dequant_fp8": []}.get(name, [residual_like(value).dtype])
+    assert cpu.loop(name, [value], dtype, *kept) is not None
 
 
 def test_what_is_no_plain_tensor_on_the_cpu_has_none():
@@ -37,6 +39,20 @@ def test_what_is_no_plain_tensor_on_the_cpu_has_none():
     for x in (torch.empty(0, device="meta"), torch.empty(0).as_subclass(Own)):
         assert cpu.loop("quant_fp8", [x], torch.float32) is None
     assert cpu.loop("quant_fp8", [torch.empty(0)], torch.float64) is None
+
+
+def test_loops_over_rows_take_one_dtype_of_values_and_one_of_residuals():
+    value, residual, wider = torch.ones(3, 4), torch.ones(3, 4), torch.ones(3, 4, dtype=torch.float64)
+    for name, values, residuals in (
+        ("l1_sums", (value, None), (residual,)),
+        ("residual_store", (value, value), (wider,)),
+        ("residual_apply", (None, value), (residual, residual)),
+    ):
+        assert cpu.loop_over_rows(name, values, residuals) is not None
+        assert cpu.loop_over_rows(name, (*values, value.bfloat16()), residuals) is None
+        assert cpu.loop_over_rows(name, values, (*residuals, residual.bfloat16())) is None
+        assert cpu.loop_over_rows(name, values, ()) is None
+        assert cpu.loop_over_rows(name, (*values, value.t().contiguous().t()[:, ::2]), residuals) is None
 
 
 def test_compiled_once_and_kept(empty_folder, monkeypatch):
@@ -119,8 +135,8 @@ def test_the_number_of_threads_changes_no_bit(threads, dtype):
         residual_store([hidden, base], [base, hidden], kept)
         residual_apply([base], [kept], [1.0, -0.3], [result])
         packed = quant_fp8(heads)
-        differences = [l1_diff(hidden, base, previous, r, per_sample) for per_sample in (False, True)]
-        return [*differences, r, *kept, result, packed, dequant_fp8(packed, 2, dtype)]
+        sums = [l1_sums(hidden, base, previous, r, per_sample) for per_sample in (False, True)]
+        return [*sums, r, *kept, result, packed, dequant_fp8(packed, 2, dtype)]
 
     assert hidden.numel() >= 4 * 2**17
     threads(1)
@@ -128,3 +144,13 @@ def test_the_number_of_threads_changes_no_bit(threads, dtype):
     for count in (2, 4):
         threads(count)
         assert all(map(torch.equal, everything(), expected))
+
+
+def test_a_cpu_needs_no_triton():
+    """Only the modules named *_triton import it."""
+    paths = Path(cpu.__file__).parent.glob("*.py")
+    modules = [f"cachedit_fx.kernels.{path.stem}" for path in paths if not path.stem.endswith("_triton")]
+    assert len(modules) >= 7
+    code = f"import sys, {', '.join(modules)}; assert 'triton' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -12,7 +12,6 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="without Triton")
 def test_kernels_in_the_interpreter(tmp_path):
     report = tmp_path / "report.xml"

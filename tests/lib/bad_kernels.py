@@ -1,16 +1,18 @@
 """Kernels that are not what their variants say, and one that is: for the tests of `cachedit kernels verify`."""
 
-from cachedit_fx.kernels.layout import jit, tl
+import triton
+import triton.language as tl
+
 from cachedit_fx.kernels.variants import Variant
 
 
-@jit
+@triton.jit
 def _copy(x_ptr, out_ptr, n, BLOCK_SIZE: tl.constexpr):
     at = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     tl.store(out_ptr + at, tl.load(x_ptr + at, at < n), at < n)
 
 
-@jit
+@triton.jit
 def _reads_twice(x_ptr, out_ptr, n, BLOCK_SIZE: tl.constexpr):
     at = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     x = tl.load(x_ptr + at, at < n)
@@ -18,19 +20,19 @@ def _reads_twice(x_ptr, out_ptr, n, BLOCK_SIZE: tl.constexpr):
     tl.store(out_ptr + at, x + tl.load(x_ptr + at, at < n, volatile=True), at < n)
 
 
-@jit
+@triton.jit
 def _shifted(x_ptr, out_ptr, n, BLOCK_SIZE: tl.constexpr):
     at = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     tl.store(out_ptr + at, tl.load(x_ptr + 1 + at, at < n), at < n)
 
 
-@jit
+@triton.jit
 def _every_other(x_ptr, out_ptr, n, BLOCK_SIZE: tl.constexpr):
     at = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     tl.store(out_ptr + at, tl.load(x_ptr + 2 * at, at < n), at < n)
 
 
-@jit
+@triton.jit
 def _spilling(x_ptr, out_ptr, n, BLOCK_SIZE: tl.constexpr):
     at = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     x = tl.load(x_ptr + at, at < n).to(tl.float32)

@@ -136,7 +136,7 @@ def test_the_difference_is_taken_to_the_last_computed_step(toy):
 @pytest.mark.keep_compiled
 def test_downsampling_compares_every_nth_token(toy, monkeypatch):
     seen: dict[int, list[tuple[torch.Tensor, ...]]] = {1: [], 2: []}
-    right = guard.l1_diff
+    right = guard.l1_sums
     for factor, compared in seen.items():
 
         def spy(hidden, base, previous, out, compared=compared):
@@ -144,7 +144,7 @@ def test_downsampling_compares_every_nth_token(toy, monkeypatch):
             compared.append((hidden.clone(), base.clone(), out.clone()))
             return found
 
-        monkeypatch.setattr(guard, "l1_diff", spy)
+        monkeypatch.setattr(guard, "l1_sums", spy)
         _, region = run(toy, ALWAYS.reset(downsample_factor=factor))
         assert pattern(region) == "crrrrrrrrr"
     assert len(seen[1]) == len(seen[2]) == 10

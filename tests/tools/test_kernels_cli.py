@@ -24,8 +24,8 @@ from cachedit_fx.kernels import layout
 runner = CliRunner()
 CPU = torch.device("cpu")
 KERNELS = [
-    "l1_diff, 1 previous",
-    "l1_diff, 2 previous",
+    "l1_sums, 1 previous",
+    "l1_sums, 2 previous",
     "residual_apply, 1 term",
     "residual_apply, 2 terms",
     "residual_apply, 4 terms",
@@ -46,7 +46,7 @@ def plain(text):
 
 def checked(variant, target="sm90", problems=(), **more):
     given = {"registers": 20, "spills": 0, "is_wide": True, "is_exact": True, "seconds": 0.1} | more
-    return Checked("l1_diff", variant, target, accesses=Accesses((16, 16, 4), (16,)), problems=problems, **given)
+    return Checked("l1_sums", variant, target, accesses=Accesses((16, 16, 4), (16,)), problems=problems, **given)
 
 
 @pytest.fixture
@@ -67,12 +67,12 @@ def found(monkeypatch):
 def test_verify_compiles_what_is_chosen(tmp_path):
     pytest.importorskip("triton")
     result = invoke(
-        "verify", "-k", "l1_diff bf16, 1 previous, row", "--target", "sm90", "--all", "--out", tmp_path / "o"
+        "verify", "-k", "l1_sums bf16, 1 previous, row", "--target", "sm90", "--all", "--out", tmp_path / "o"
     )
     assert result.exit_code == 0, result.output
     assert "4 of 4 hold" in result.stdout
     text = (tmp_path / "o" / "kernels.md").read_text()
-    assert "| l1_diff | sm90 | 4 |" in text and "| 2 of 2 | 4 of 4 |" in text
+    assert "| l1_sums | sm90 | 4 |" in text and "| 2 of 2 | 4 of 4 |" in text
     rows = list(csv.DictReader((tmp_path / "o" / "kernels.csv").open()))
     assert len(rows) == 4 and {row["spills"] for row in rows} == {"0"} and rows[0]["loads"] == "4 x 16"
 
@@ -83,7 +83,7 @@ def test_a_variant_that_falls_short_is_told_and_fails(found, tmp_path):
     assert "2 of 3 hold" in result.stdout and "second, sm90: 8 spilled" in result.stdout
     text = (tmp_path / "kernels.md").read_text()
     assert (
-        "| l1_diff | sm80 | 1 | 20 | 0 | 0 of 0 | 1 of 1 |\n| l1_diff | sm90 | 2 | 40 | 8 | 2 of 2 | 2 of 2 |" in text
+        "| l1_sums | sm80 | 1 | 20 | 0 | 0 of 0 | 1 of 1 |\n| l1_sums | sm90 | 2 | 40 | 8 | 2 of 2 | 2 of 2 |" in text
     )
     assert "- second, sm90: 8 spilled" in text
     assert [row["problems"] for row in csv.DictReader((tmp_path / "kernels.csv").open())] == ["", "8 spilled", ""]
@@ -161,7 +161,7 @@ def test_bytes_that_cannot_be_avoided():
     moved = {case.kernel: case.moved for case in cases([(1, 16, 128), (1, 4, 128)], torch.bfloat16, CPU)}
     elements, both = 16 * 128, 20 * 128
     assert list(moved) == KERNELS
-    assert moved["l1_diff, 2 previous"] == elements * (2 + 2 + 4 + 4 + 4)
+    assert moved["l1_sums, 2 previous"] == elements * (2 + 2 + 4 + 4 + 4)
     assert moved["residual_apply, 4 terms"] == both * (2 + 2 + 4 * 4)
     assert moved["residual_store"] == both * (2 + 2 + 4)
     assert moved["quant_fp8"] == moved["dequant_fp8"] == elements * (2 + 1) + 16 * 4
@@ -175,8 +175,8 @@ def test_the_reference_does_what_the_kernel_does(dtype):
     reference: Any
     for case in cases([(1, 16, 128)], dtype, CPU):
         ours, reference = case.ours(), case.reference()
-        if case.kernel.startswith("l1_diff"):
-            torch.testing.assert_close(ours, torch.stack(reference))
+        if case.kernel.startswith("l1_sums"):
+            torch.testing.assert_close(ours.float(), reference)
         elif case.kernel == "dequant_fp8":
             torch.testing.assert_close(ours, reference)
 
@@ -231,7 +231,7 @@ def test_the_rehearsal_of_the_gpu_check(tmp_path):
     report = (tmp_path / "report.md").read_text()
     assert report.startswith("# Rehearsal on a CPU: nothing here was run on a GPU") and " no |" not in report
     for text in (
-        "l1_diff, bf16",
+        "l1_sums, bf16",
         "residuals, fp16",
         "eight_bits, fp32",
         "threshold 0 against no cache",
