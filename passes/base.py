@@ -3,8 +3,8 @@
     Analysis   graph, facts ──► one fact                 pure: repeated whenever a rewrite has made its fact stale
     Rewrite    graph, facts ──► graph, matches, facts    says which facts stay true: `preserves`
 
-A fact is a frozen dataclass, known by its type. Passes name the facts that they need. The manager finds the order,
-drops the facts that a rewrite made stale, and analyses anew on demand. Options are bound in the constructor, so that
+A fact is a frozen dataclass, found by its type. Passes name the facts that they need. The manager finds the order,
+drops the facts that a rewrite made stale, and analyses anew on demand. Options are bound in a pass's constructor, so
 the manager knows no pass's arguments.
 """
 
@@ -28,13 +28,13 @@ Kind = TypeVar("Kind")
 class FlatGraph:
     """Fact: the graph is as dynamo captured it, no block outlined. Every run of the manager starts with it.
 
-    A rewrite of the flat graph requires and preserves this fact, so that it runs before blocks are outlined wherever it
-    stands in the list.
+    A rewrite of the flat graph requires and preserves this fact. The rewrite then runs before blocks are outlined, at
+    any place in the list.
     """
 
 
 class Facts:
-    """What is known of one graph, by the type of the fact."""
+    """The facts that are known of one graph, by their types."""
 
     def __init__(self, facts: Iterable[Any] = ()) -> None:
         self._by_kind: dict[type, Any] = {}
@@ -62,7 +62,7 @@ class Facts:
 
     @property
     def kinds(self) -> tuple[type, ...]:
-        """The types of what is known."""
+        """The types of the known facts."""
         return tuple(self._by_kind)
 
 
@@ -71,7 +71,7 @@ class Pass(ABC):
 
     Attributes:
         name: the pass in `options={"passes": {name: False}}`, in the log, and in its artifacts.
-        requires: facts that it cannot do without. If one is not to be had, the pass is skipped.
+        requires: facts that it cannot do without. If one cannot be established, the pass is skipped.
         uses: facts that it reads if they are known; their analyses run first.
     """
 
@@ -91,12 +91,12 @@ class Analysis(Pass, Generic[Kind]):
 
     @abstractmethod
     def run(self, gm: fx.GraphModule, facts: Facts) -> Kind | None:
-        """The fact; None if there is nothing to be known."""
+        """The fact; None if the graph does not show it."""
 
 
 @dataclass(frozen=True)
 class Rewritten:
-    """What a rewrite hands back: the graph module to go on with, how many places it matched, new facts."""
+    """The result of a rewrite: the graph module to go on with, the number of places it matched, new facts."""
 
     graph_module: fx.GraphModule
     matches: int
@@ -121,10 +121,13 @@ class Rewrite(Pass):
 
 @dataclass(frozen=True)
 class Traced:
-    """What is known beside the graph: of the module that it is, or is a part of, and of the frame that was traced.
+    """Knowledge from outside the graph: about the module that was captured, and the Python frame that was traced.
+
+    The graph may be the whole module or a part of it.
 
     Attributes:
-        sample: name of the module's first argument, which is the noisy sample. None: the sample is told by its looks.
+        sample: name of the module's first argument, which is the noisy sample. If None, the sample is the graph input
+            that looks most like the output.
         parameters: numbers in all its weights.
         largest: numbers in the weights of its largest ModuleList.
         numbers: arguments of the frame that are Python numbers, by name. Dynamo makes them constants of the graph.
@@ -137,17 +140,17 @@ class Traced:
 
     @classmethod
     def of(cls, module: torch.nn.Module) -> Traced:
-        """What a module tells before any of its graphs is seen."""
+        """Read a module before any of its graphs is captured."""
 
-        def count(part: torch.nn.Module) -> int:
-            return sum(parameter.numel() for parameter in part.parameters())
+        def count(container: torch.nn.Module) -> int:
+            return sum(parameter.numel() for parameter in container.parameters())
 
         sample = next(iter(inspect.signature(module.forward).parameters), None)
-        containers = (part for part in module.modules() if isinstance(part, torch.nn.ModuleList))
+        containers = (child for child in module.modules() if isinstance(child, torch.nn.ModuleList))
         return cls(sample, count(module), max(map(count, containers), default=0))
 
     def with_numbers(self, numbers: Mapping[str, float]) -> Traced:
-        """The same, for a frame with these numbers."""
+        """A copy for a frame with these numbers."""
         return replace(self, numbers=MappingProxyType(dict(numbers)))
 
 
@@ -155,9 +158,9 @@ NOTHING_KNOWN = Traced()
 
 
 def make_module(root: torch.nn.Module | dict[str, Any], graph: fx.Graph, name: str) -> fx.GraphModule:
-    """A graph module whose code is generated when it is first called or printed.
+    """A graph module whose code is generated when the module is first called or printed.
 
-    Most pieces of a model are identical to another, and never called. Generating their code took most of the time of
-    all passes together.
+    Most pieces of a model are identical to another one, and are never called. Generating their code took most of the
+    time of all passes together.
     """
     return _LazyGraphModule(root, graph, name)

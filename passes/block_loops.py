@@ -1,4 +1,8 @@
-"""What detection finds: blocks, the values that cross their borders, loops, the chain."""
+"""The types of detection's result: blocks, the values that cross their borders, loops, the chain. Nothing here detects.
+
+BlockLoop `blocks`                 Block 0 ──► Block 1 ──► ... ──► Block N-1      (──► a `Carried` value)
+Detection    every loop of the graph, and the chain: the loops that the hidden states run through
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph_values import (
-    is_weight,
-)
+from .graph_values import is_weight
 
 
 @dataclass(frozen=True)
 class Block:
-    """One turn of a loop: the body nodes [start, end) in graph order."""
+    """One iteration of a loop: the body nodes [start, end) in graph order."""
 
     name: str
     start: int
@@ -31,10 +33,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Carried:
-    """A value that every block takes from the one before and hands on in the same place.
+    """A value that every block takes from the previous block and hands on in the same place.
 
-    `inputs[i]` enters block i and `outputs[i]` leaves it (None where a block, such as a last one that drops the text
-    stream, hands nothing on).
+    `inputs[i]` enters block i and `outputs[i]` leaves it. `outputs[i]` is None if block i hands nothing on, as a last
+    block does that drops the text stream.
     """
 
     name: str
@@ -46,15 +48,15 @@ class Carried:
 
 @dataclass(frozen=True)
 class BlockLoop:
-    """A run of alike blocks, with every value that crosses their borders classified.
+    """Consecutive similar blocks, with every value that crosses their borders classified.
 
     Attributes:
-        name: the container's path in the module, or `loop_<k>` where the graph has no names.
+        name: the container's path in the module, or `loop_<k>` if the graph has no names.
         blocks: in order.
-        carried: taken from the block before and handed on.
-        invariant: the same value enters several blocks (time embedding, rotary tables, masks).
-        per_block: enters one block only (weights, ControlNet residuals).
-        skips: (value, made by block i, taken by block j), j > i + 1.
+        carried: values taken from the previous block and handed on.
+        invariant: values that enter several blocks (time embedding, rotary tables, masks).
+        per_block: values that enter one block only (weights, ControlNet residuals).
+        skips: (value, i, j): block i makes the value and block j takes it, j > i + 1.
         cost: estimated floating-point operations of all blocks.
         evidence: "names" or "structure".
     """
@@ -88,11 +90,11 @@ class BlockLoop:
 
 @dataclass(frozen=True)
 class Detection:
-    """What was found in one graph.
+    """Fact: the block loops of one graph, and the chain among them.
 
     Attributes:
         loops: every block loop, in graph order.
-        chain: indices into `loops` of those that the hidden states run through and that hold the bulk of the work.
+        chain: indices into `loops`: the loops that the hidden states run through and that do most of the work.
         hidden: for each loop of the chain, the index of the carried value that is the hidden-states stream.
         notes: one sentence per decision, for `explain()`.
         num_nodes: body nodes in the graph.

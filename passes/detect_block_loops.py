@@ -3,15 +3,16 @@
     [prologue] [block 0][block 1] ... [block N-1] [glue] [block 0] ... [block M-1] [epilogue]
                └────────── loop A ────────────┘        └────── loop B ──────┘          chain = (A, B)
 
-A block loop is a run of alike sub-graphs in which each takes what the one before it made. Two sources of evidence:
+A block loop is a sequence of similar sub-graphs: each takes a value that the previous one made. There are two sources
+of evidence:
 
-* names: the `nn_module_stack` on the nodes, where blocks are numbered members of a container (ModuleList, Sequential,
-  ModuleDict, attributes that end in a number);
-* structure: tandem repeats in the sequence of node fingerprints, for graphs without names (make_fx, torch.export,
-  plain functions) and for parts of a graph that the names leave open.
+* names (loops_by_name.py): the `nn_module_stack` on the nodes. Blocks are numbered members of a container (ModuleList,
+  Sequential, ModuleDict, attributes that end in a number);
+* structure (loops_by_structure.py): tandem repeats in the sequence of node fingerprints. They serve graphs without
+  names (make_fx, torch.export, plain functions), and the nodes that no named loop covers.
 
-Whatever the source, the dataflow decides: without a value of constant shape that is carried from block to block there
-is no loop.
+The dataflow decides in both cases (classify_values.py). Blocks form a loop only if they carry a value of constant shape
+from block to block.
 """
 
 from __future__ import annotations
@@ -27,13 +28,8 @@ from .base import NOTHING_KNOWN, Analysis, Facts, FlatGraph, Traced
 from .block_loops import BlockLoop, Detection
 from .choose_chain import choose_chain
 from .classify_values import build_loop
-from .graph_values import (
-    body_nodes,
-    fingerprint,
-    is_data_movement,
-    same_kind,
-)
-from .loops_by_name import Span, alike_parts, are_alike, repeats_itself, spans_by_name
+from .graph_values import body_nodes, fingerprint, is_data_movement, same_kind
+from .loops_by_name import Span, are_similar, repeats_itself, similar_spans, spans_by_name
 from .loops_by_structure import tandem_repeats
 from .normalize import Normalized
 
@@ -43,8 +39,8 @@ class DetectBlockLoops(Analysis[Detection]):
 
     Args:
         loops: names of the loops that make up the chain; None chooses them.
-        use_names: whether module names may be used as evidence. Structure alone must do if not.
-        traced: what is known of the module that the graph is, or is a part of.
+        use_names: whether module names count as evidence. If not, structure is the only evidence.
+        traced: knowledge about the module that the graph is, or is a part of.
     """
 
     name: ClassVar[str] = "detect_block_loops"
@@ -64,7 +60,7 @@ class DetectBlockLoops(Analysis[Detection]):
 
 def detect(
     gm: fx.GraphModule,
-    chosen: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
     use_names: bool = True,
     traced: Traced = NOTHING_KNOWN,
 ) -> Detection:
@@ -74,8 +70,10 @@ def detect(
     loops: list[BlockLoop] = []
     for span in spans_by_name(nodes) if use_names else []:
         whole = build_loop(span, nodes, prints, "names") if repeats_itself(span, prints) else None
-        parts = [whole] if whole else [build_loop(part, nodes, prints, "names") for part in alike_parts(span, prints)]
-        loops.extend(loop for loop in parts if loop)
+        candidates = (
+            [whole] if whole else [build_loop(sub, nodes, prints, "names") for sub in similar_spans(span, prints)]
+        )
+        loops.extend(loop for loop in candidates if loop)
     loops = _outermost(loops)
     unnamed = 0
     for start, end in _gaps(loops, len(nodes)):
@@ -89,34 +87,40 @@ def detect(
     loops.sort(key=lambda loop: loop.start)
     ends = [*(loop.start for loop in loops[1:]), len(nodes)]
     loops = [_grown(loop, nodes, prints, end) for loop, end in zip(loops, ends, strict=False)]
-    chain, hidden, notes = choose_chain(gm, nodes, loops, chosen, traced)
+    chain, hidden, notes = choose_chain(gm, nodes, loops, names, traced)
     return Detection(tuple(loops), chain, hidden, tuple(notes), len(nodes))
 
 
 def _outermost(loops: list[BlockLoop]) -> list[BlockLoop]:
-    """Drop loops that lie inside a block of another. Of two that run in turns (spatial, temporal, spatial, ...) the one
-    that cuts finer is kept, of equals the first: its blocks have taken in the other's."""
+    """Drop loops that lie inside a block of another loop, and one of two loops that alternate.
+
+    If two loops alternate (spatial, temporal, spatial, ...), keep the one with more blocks; on a tie, the first. Its
+    blocks already contain the other's.
+    """
 
     def holds(outer: BlockLoop, inner: BlockLoop) -> bool:
         return any(block.start <= inner.start and inner.end <= block.end for block in outer.blocks)
 
-    kept: list[BlockLoop] = []
+    result: list[BlockLoop] = []
     outer = [loop for loop in loops if not any(holds(other, loop) for other in loops if other is not loop)]
-    for loop in sorted(outer, key=lambda item: (-item.num_blocks, item.start - item.end, item.start)):
-        if all(loop.end <= other.start or loop.start >= other.end for other in kept):
-            kept.append(loop)
-    return kept
+    for loop in sorted(outer, key=lambda loop: (-loop.num_blocks, loop.start - loop.end, loop.start)):
+        if all(loop.end <= other.start or loop.start >= other.end for other in result):
+            result.append(loop)
+    return result
 
 
 def _grown(loop: BlockLoop, nodes: Sequence[fx.Node], prints: Sequence[Hashable], limit: int) -> BlockLoop:
-    """Take in what goes on as the loop does, up to `limit`: blocks just like the last one, whatever they are called;
-    and where structure alone is known, a last block that differs (one that drops a stream, as a rule)."""
+    """Extend the loop after its last block, up to `limit`.
+
+    Blocks identical to the last one join, under any name. If structure is the only evidence, one last block that
+    differs joins too; as a rule it drops a stream.
+    """
     while True:
         last = loop.blocks[-1]
         end = last.end + last.num_nodes
         exact = end <= limit and list(prints[last.end : end]) == list(prints[last.start : last.end])
         if not exact and loop.evidence == "structure":
-            end = _end_of_unlike(loop, prints, limit)
+            end = _end_of_similar(loop, prints, limit)
         elif not exact:
             return loop
         larger = build_loop(
@@ -137,31 +141,34 @@ def _grown(loop: BlockLoop, nodes: Sequence[fx.Node], prints: Sequence[Hashable]
 
 
 def _hands_on(loop: BlockLoop) -> bool:
-    return any(item.outputs[-1] is not None for item in loop.carried)
+    return any(value.outputs[-1] is not None for value in loop.carried)
 
 
-def _end_of_unlike(loop: BlockLoop, prints: Sequence[Hashable], limit: int) -> int:
-    """Where a block behind the last one of `loop`, like it but not equal, hands on what it carries; `loop.end` if there
-    is none. The two are matched as two texts are; what hands a value on stands at the same place in both."""
+def _end_of_similar(loop: BlockLoop, prints: Sequence[Hashable], limit: int) -> int:
+    """The position at which a block after the loop, similar to its last block but not identical, ends.
+
+    The fingerprints of the two blocks are matched as two texts are. The similar block ends after the node that matches
+    the last block's hand-over of a carried value. `loop.end` if no block is similar enough.
+    """
     last = loop.blocks[-1]
     window = prints[last.end : min(limit, last.end + 2 * last.num_nodes)]
     pairs = difflib.SequenceMatcher(None, prints[last.start : last.end], window, autojunk=False).get_matching_blocks()
-    twin = {last.nodes[a + i]: last.end + b + i for a, b, size in pairs for i in range(size)}
-    handing = [_moved_by(out, twin) for item in loop.carried if (out := item.outputs[-1]) is not None]
-    end = max((twin[node] + 1 for node in handing if node is not None), default=last.end)
-    return end if are_alike(prints, (last.start, last.end), (last.end, end)) else last.end
+    matches = {last.nodes[a + i]: last.end + b + i for a, b, size in pairs for i in range(size)}
+    sources = [_moved_by(out, matches) for value in loop.carried if (out := value.outputs[-1]) is not None]
+    end = max((matches[node] + 1 for node in sources if node is not None), default=last.end)
+    return end if are_similar(prints, (last.start, last.end), (last.end, end)) else last.end
 
 
-def _moved_by(out: fx.Node, known: Container[fx.Node]) -> fx.Node | None:
-    """`out`, or what it is made of by data movement (streams sliced and joined again): the first that is `known`."""
-    pending, seen = [out], {out}
+def _moved_by(out: fx.Node, candidates: Container[fx.Node]) -> fx.Node | None:
+    """The first candidate among `out` and the values that data movement makes it of (streams sliced and joined)."""
+    pending, visited = [out], {out}
     while pending:
         node = pending.pop(0)
-        if node in known and same_kind(node, out):
+        if node in candidates and same_kind(node, out):
             return node
-        sources = [item for item in node.all_input_nodes if is_data_movement(node) and item not in seen]
+        sources = [source for source in node.all_input_nodes if is_data_movement(node) and source not in visited]
         pending.extend(sources)
-        seen.update(sources)
+        visited.update(sources)
     return None
 
 

@@ -1,10 +1,12 @@
 """Finds the graph input that holds the timestep.
 
-By name first (`timestep` and its usual variants, as the end of the input's source name), then by use: a small input
-that reaches a sine or cosine through element-wise operations alone is what a sinusoidal time embedding is made of.
+    forward(hidden_states, timestep, ...)     ->     TimestepSource("timestep", input_index=1)
 
-A timestep that the tracer saw as a Python number is a constant of the graph and no input. Then the number comes from
-the tracer's frame.
+The name is tried first: `timestep` and its usual variants, as the input's source name. Then the use is tried: a small
+input that reaches a sine or cosine through element-wise operations alone feeds a sinusoidal time embedding.
+
+A timestep that the tracer saw as a Python number is a constant of the graph, not an input. The number then comes from
+the traced frame.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ _ELEMENTWISE = frozenset({
 
 @dataclass(frozen=True)
 class TimestepSource:
-    """Where the timestep of a call is found: the index of a graph input, or a number that the graph was made for."""
+    """Fact: the place of a call's timestep, a graph input's index, or the number that the graph was captured for."""
 
     name: str
     input_index: int | None = None
@@ -43,7 +45,7 @@ class TimestepSource:
 
 
 def timestep_of(source: TimestepSource | None, args: Sequence[Any]) -> torch.Tensor | float | None:
-    """The timestep of a call with these graph inputs: a tensor or a number."""
+    """The timestep of a call with these graph inputs: a tensor or a number; None without a source."""
     if source is None:
         return None
     if source.input_index is None:
@@ -56,7 +58,7 @@ class FindTimestep(Analysis[TimestepSource]):
     """Finds the graph input, or the number, that is the timestep.
 
     Args:
-        argument: its name as an argument of `forward`; None finds it.
+        argument: the timestep's name as an argument of `forward`; None finds it.
         numbers: arguments of the traced frame that are Python numbers, by name.
     """
 
@@ -101,13 +103,13 @@ def source_name(node: fx.Node) -> str:
 
 
 def _reaches_sine(source: fx.Node) -> bool:
-    pending, seen = [source], {source}
+    pending, visited = [source], {source}
     while pending:
         for user in pending.pop().users:
             name = target_name(user)
             if name in ("sin", "cos"):
                 return True
-            if name in _ELEMENTWISE and user not in seen:
-                seen.add(user)
+            if name in _ELEMENTWISE and user not in visited:
+                visited.add(user)
                 pending.append(user)
     return False

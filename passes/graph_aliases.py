@@ -1,4 +1,4 @@
-"""Which nodes name the same memory, and which write to it. Nothing here rewrites."""
+"""Answers which nodes name the same memory, and which nodes write to it. Nothing here rewrites."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from .graph_values import target_name, tensor_of
 
 
 def dependents(sources: Iterable[fx.Node], within: Sequence[fx.Node]) -> set[fx.Node]:
-    """The nodes of `within` (in graph order) that use one of `sources`, directly or through others of `within`, or
-    through memory that these write to."""
-    reached = set(sources)
-    found: set[fx.Node] = set()
+    """The nodes of `within` (in graph order) that depend on one of `sources`.
+
+    A node depends on a source if it uses the source, another dependent node, or memory that a dependent node writes to.
+    """
+    origins = set(sources)
+    users: set[fx.Node] = set()
     for node in within:
-        if any(item in reached for item in node.all_input_nodes):
-            reached.add(node)
-            found.add(node)
-            written = mutated_input(node)
-            if written is not None:
-                reached |= {written, root_of(written)}
-    return found
+        if any(value in origins for value in node.all_input_nodes):
+            origins.add(node)
+            users.add(node)
+            target = mutated_input(node)
+            if target is not None:
+                origins |= {target, root_of(target)}
+    return users
 
 
-# Python's in-place operators write to their first argument when it is a tensor.
 IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
@@ -41,10 +42,10 @@ IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.ior: operator.or_,
     operator.ixor: operator.xor,
 }
-
+"""Python's in-place operators, which write to their first argument if it is a tensor -> their pure forms."""
 
 # Methods and functions that may return a view of their first argument. `to`, `contiguous`, `reshape`, `flatten`,
-# `type_as` and `dropout` (outside training it returns its input) do so for some inputs only; for safety they count.
+# `type_as` and `dropout` (outside training it returns its input) do so for some inputs only. For safety they count.
 # fmt: off
 _VIEW_NAMES = frozenset({
     "alias", "as_strided", "broadcast_to", "chunk", "contiguous", "cpu", "cuda", "detach", "diagonal", "dropout",
@@ -55,25 +56,21 @@ _VIEW_NAMES = frozenset({
     "vsplit", "getattr",
 })
 
-
-# Those among them that return a copy where they must, and a view elsewhere; the tracer's values tell which. (Dropout
-# outside training is a view for eager mode, and a copy for the tracer.)
+# Members of `_VIEW_NAMES` that return a view if they can, and a copy if they must; the tracer's values show which.
+# Dropout is not among them: outside training it is a view in eager mode, and a copy for the tracer.
 _SOMETIMES_VIEWS = frozenset({
     "contiguous", "cpu", "cuda", "float", "half", "bfloat16", "double", "to", "type_as", "ravel", "reshape",
     "reshape_as", "flatten", "unflatten",
-})  # fmt: skip
-
-
-# fmt: off
+})
 _FACTORIES = frozenset({
     "clone", "empty", "empty_like", "zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "new_empty",
     "new_zeros", "new_ones", "new_full", "rand", "randn", "rand_like", "randn_like",
 })
-
-
 # fmt: on
+
+
 def mutated_input(node: fx.Node) -> fx.Node | None:
-    """The node whose tensor `node` writes to in place, or None. (`out=` counts.)"""
+    """The node whose tensor `node` writes to in place, or None. The target of `out=` counts."""
     out = node.kwargs.get("out")
     if isinstance(out, fx.Node):
         return out
@@ -92,7 +89,7 @@ def mutated_input(node: fx.Node) -> fx.Node | None:
 
 
 def _inplace_argument(node: fx.Node) -> bool:
-    """`F.dropout(x, p, training, inplace)` and `F.silu(x, inplace)` and their like, called by position."""
+    """Whether the call sets `inplace` by position, as `F.dropout(x, p, training, True)` and `F.silu(x, True)` do."""
     positional: dict[Any, int] = {
         F.dropout: 3,
         F.silu: 1,
@@ -115,12 +112,12 @@ def is_view(node: fx.Node) -> bool:
         return False
     source = node.args[0] if node.args else None
     if name == "getitem" and isinstance(source, fx.Node) and tensor_of(source) is None and not is_view(source):
-        return False  # one of several results of its own: of sort, topk, max
+        return False  # one of several results that share no memory with the argument: of sort, topk, max
     return name not in _SOMETIMES_VIEWS or not _is_copy(node)
 
 
 def _is_copy(node: fx.Node) -> bool:
-    """Whether the tracer saw the node return other memory than its first argument's."""
+    """Whether the node returned other memory than its first argument's when it was traced."""
     source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
     before, after = (tensor_of(source) if source is not None else None), tensor_of(node)
     if before is None or after is None or before.layout is not torch.strided or after.layout is not torch.strided:
@@ -132,8 +129,8 @@ def _is_copy(node: fx.Node) -> bool:
 
 
 def aliases(root: fx.Node) -> list[fx.Node]:
-    """Every other node that may name `root`'s memory, in graph order: views of it, and in-place writes to it."""
-    found: set[fx.Node] = set()
+    """Every other node that may name `root`'s memory, in graph order: views of `root`, and in-place writes to it."""
+    names: set[fx.Node] = set()
     pending = [root]
     while pending:
         name = pending.pop()
@@ -141,10 +138,10 @@ def aliases(root: fx.Node) -> list[fx.Node]:
             source = mutated_input(user)
             if source is None and is_view(user):
                 source = user.args[0] if isinstance(user.args[0], fx.Node) else None
-            if source is name and user not in found:
-                found.add(user)
+            if source is name and user not in names:
+                names.add(user)
                 pending.append(user)
-    return sorted(found)
+    return sorted(names)
 
 
 def is_factory(node: fx.Node) -> bool:
@@ -153,7 +150,7 @@ def is_factory(node: fx.Node) -> bool:
 
 
 def root_of(node: fx.Node) -> fx.Node:
-    """The node whose memory `node` may be a view of: itself where it is none."""
+    """The node whose memory `node` may be a view of: `node` itself if it is no view."""
     while is_view(node) or mutated_input(node) is not None:
         source = mutated_input(node)
         if source is None:

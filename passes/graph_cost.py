@@ -1,4 +1,4 @@
-"""How large a value is, and how much work a node does: estimates from shapes, for comparing."""
+"""Estimates from shapes the size of a value and the work of a node. The estimates serve comparisons, not timing."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from torch.fx.experimental.symbolic_shapes import optimization_hint
 from .graph_values import input_nodes, target_name, tensor_of, value_of
 
 UNKNOWN_SIZE = 512
-"""Stands for a length read from a mask, say, where costs are compared: the order of a sequence's."""
-
+"""Replaces a length that depends on data (read from a mask, for example): a typical order of a sequence's length."""
 
 _MATMULS = frozenset({"linear", "matmul", "bmm", "mm", "addmm", "baddbmm", "einsum", "__matmul__"})
 
 
 def hint(size: Any) -> int:
-    """A concrete number for a size that may be symbolic; `UNKNOWN_SIZE` for a part that depends on data."""
+    """A concrete number for a size that may be symbolic. Symbols that depend on data count as `UNKNOWN_SIZE`."""
     return optimization_hint(size, fallback=UNKNOWN_SIZE)
 
 
@@ -29,7 +28,7 @@ def numel(tensor: torch.Tensor) -> int:
 
 
 def numel_of(node: fx.Node) -> int:
-    """Number of elements of the node's tensor; 0 where it has none."""
+    """Number of elements of the node's tensor; 0 if the node has none."""
     tensor = tensor_of(node)
     return 0 if tensor is None else numel(tensor)
 
@@ -41,14 +40,14 @@ def is_compute(node: fx.Node) -> bool:
 
 
 def cost_of(node: fx.Node) -> int:
-    """An estimate of the node's floating-point operations, from shapes alone. Good for comparing, not for timing."""
+    """An estimate of the node's floating-point operations, from shapes alone."""
     output = value_of(node)
     if isinstance(output, (list, tuple)):
-        output = next((item for item in output if isinstance(item, torch.Tensor)), None)
+        output = next((element for element in output if isinstance(element, torch.Tensor)), None)
     if not isinstance(output, torch.Tensor):
         return 0
     name = target_name(node)
-    inputs = [tensor for item in input_nodes(node) if (tensor := tensor_of(item)) is not None]
+    inputs = [tensor for source in input_nodes(node) if (tensor := tensor_of(source)) is not None]
     if name in _MATMULS and inputs and inputs[0].dim():
         left = inputs[1] if name in ("addmm", "baddbmm") else inputs[0]
         return 2 * numel(output) * hint(left.shape[-1])

@@ -1,7 +1,9 @@
-"""Questions that several passes ask of a graph: values, fingerprints, what crosses a border. Nothing here rewrites.
+"""Answers the questions that several passes ask of a graph: values, fingerprints, live-ins and live-outs.
 
-A *body node* is one that computes: neither a placeholder nor an attribute nor the output. Positions count body nodes in
-graph order, so a contiguous range of positions is always a convex sub-graph.
+Nothing here rewrites.
+
+A *body node* computes: it is neither a placeholder nor an attribute nor the output. Positions count body nodes in graph
+order, so a contiguous range of positions is always a convex sub-graph.
 """
 
 from __future__ import annotations
@@ -25,39 +27,42 @@ def body_nodes(graph: fx.Graph) -> list[fx.Node]:
 
 
 def value_of(node: fx.Node) -> Any:
-    """The fake value that the tracer recorded: a tensor, a number, or a tuple of such; None where there is none."""
+    """The fake value that the tracer recorded: a tensor, a number, or a tuple of these; None if there is none."""
     if "example_value" in node.meta:
         return node.meta["example_value"]
     return node.meta.get("val")
 
 
 def tensor_of(node: fx.Node) -> torch.Tensor | None:
-    """The recorded fake tensor, or None where the node's value is not a single tensor."""
+    """The recorded fake tensor, or None if the node's value is not a single tensor."""
     value = value_of(node)
     return value if isinstance(value, torch.Tensor) else None
 
 
 def input_nodes(node: fx.Node) -> list[fx.Node]:
-    """Every argument node of `node` in the order it stands in args and kwargs, repeats included."""
-    found: list[fx.Node] = []
-    map_arg((node.args, node.kwargs), found.append)
-    return found
+    """Every argument node of `node` in the order of args and kwargs, repeats included."""
+    inputs: list[fx.Node] = []
+    map_arg((node.args, node.kwargs), inputs.append)
+    return inputs
 
 
 def describe_shape(shape: Sequence[Any]) -> tuple[str, ...]:
-    """Sizes as text, equal for two shapes that are alike. A size that depends on data has a symbol of its own wherever
-    it is read, though it may be one number: such sizes count as equal."""
+    """Sizes as text, equal for shapes that may be equal.
+
+    Sizes that depend on data count as equal. Each has its own symbol at every place that reads it, though the number
+    may be the same.
+    """
     return tuple(
         "?" if isinstance(size, torch.SymInt) and has_free_unbacked_symbols(size) else str(size) for size in shape
     )
 
 
 def describe_value(value: Any) -> Hashable:
-    """Shape, dtype and device of a value, without strides: what must agree for two values to be alike."""
+    """Type, shape, dtype and device of a value, without strides. Two values of one kind have equal descriptions."""
     if isinstance(value, torch.Tensor):
         return (type(value).__name__, describe_shape(value.shape), value.dtype, str(value.device))
     if isinstance(value, (list, tuple)):
-        return tuple(describe_value(item) for item in value)
+        return tuple(describe_value(element) for element in value)
     return type(value).__name__
 
 
@@ -67,14 +72,14 @@ def same_kind(a: fx.Node, b: fx.Node) -> bool:
 
 
 def op_counts(gm: fx.GraphModule) -> Counter[str]:
-    """How often each op stands in the graph and in the graphs of its submodules."""
+    """Op name -> the number of calls in the graph and in the graphs of its submodules."""
     graphs = (module.graph for module in gm.modules() if isinstance(module, fx.GraphModule))
     nodes = (node for graph in graphs for node in graph.nodes)
     return Counter(target_name(node) for node in nodes if node.op in ("call_function", "call_method"))
 
 
 def target_name(node: fx.Node) -> str:
-    """A readable name of what the node calls: `cat` for `torch.cat`, a method and `torch.ops.aten.cat.default`."""
+    """A readable name of the node's target: `cat` for `torch.cat`, a method and `torch.ops.aten.cat.default`."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         target = target.overloadpacket
@@ -82,19 +87,21 @@ def target_name(node: fx.Node) -> str:
 
 
 def fingerprint(node: fx.Node) -> Hashable:
-    """What a node does and to what kinds of values, without saying to which: equal for a block's node and its twin.
+    """The node's target and the kinds of its values, not the values: equal for corresponding nodes of similar blocks.
 
-    Constants are left out on purpose, as a layer's index or scale may differ from block to block; the lowering, which
-    must not confuse two blocks, keys on them.
+    Constants are left out on purpose: a layer's index or scale may differ from block to block. The lowering must not
+    confuse two blocks, so its key contains the constants.
     """
-    inputs = tuple(describe_value(value_of(item)) for item in input_nodes(node))
+    inputs = tuple(describe_value(value_of(source)) for source in input_nodes(node))
     target: Hashable = target_key(node.target) if node.op != "call_module" else "call_module"
     return (node.op, target, inputs, describe_value(value_of(node)))
 
 
 def target_key(target: Any) -> Hashable:
-    """What a node calls. Dynamo wraps a numpy function anew at every call of it: there the function is meant, not the
-    wrapper."""
+    """A key of the function or method that a node calls.
+
+    Dynamo wraps a numpy function anew at each of its calls. The key of a wrapper is that of the function inside.
+    """
     if isinstance(target, (numpy_to_tensor_wrapper, numpy_method_wrapper, numpy_operator_wrapper)):
         return (type(target).__name__, *vars(target).values())
     return target if isinstance(target, str) else (target, id(target))
@@ -108,16 +115,16 @@ def positions_of(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
 def live_ins(nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
     """Values that `nodes` take from outside, in the order of their first use."""
     inside = set(nodes)
-    found: dict[fx.Node, None] = {}
+    values: dict[fx.Node, None] = {}
     for node in nodes:
-        for item in input_nodes(node):
-            if item not in inside:
-                found.setdefault(item)
-    return tuple(found)
+        for source in input_nodes(node):
+            if source not in inside:
+                values.setdefault(source)
+    return tuple(values)
 
 
 def live_outs(nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
-    """Values made by `nodes` that others use, in the order they are made."""
+    """Values made by `nodes` that other nodes use, in the order they are made."""
     inside = set(nodes)
     return tuple(node for node in nodes if any(user not in inside for user in node.users))
 
@@ -129,9 +136,9 @@ _DATA_MOVEMENT = frozenset({
     "transpose", "swapaxes", "movedim", "squeeze", "unsqueeze", "contiguous", "expand", "expand_as", "repeat", "clone",
     "alias",
 })
-
-
 # fmt: on
+
+
 def is_data_movement(node: fx.Node) -> bool:
     """Whether the node only moves numbers: concatenates, slices, reshapes."""
     return node.op in ("call_function", "call_method") and target_name(node) in _DATA_MOVEMENT
@@ -150,25 +157,25 @@ def closes_context(node: fx.Node) -> bool:
 
 def open_contexts(nodes: Sequence[fx.Node]) -> list[tuple[int, int]]:
     """Position ranges [enter, exit] within which autocast or the grad mode differs from that at the graph's start."""
-    spans: list[tuple[int, int]] = []
-    entered: dict[fx.Node, int] = {}
+    ranges: list[tuple[int, int]] = []
+    entries: dict[fx.Node, int] = {}
     grad_since: int | None = None
     for position, node in enumerate(nodes):
         name = target_name(node)
         if name in ("_enter_autocast", "_enter_inference_mode"):
-            entered[node] = position
+            entries[node] = position
         elif closes_context(node):
-            opened = next((item for item in node.all_input_nodes if item in entered), None)
-            if opened is not None:
-                spans.append((entered.pop(opened), position))
+            entry = next((source for source in node.all_input_nodes if source in entries), None)
+            if entry is not None:
+                ranges.append((entries.pop(entry), position))
         elif name == "_set_grad_enabled":
             if grad_since is None:
                 grad_since = position
             else:
-                spans.append((grad_since, position))
+                ranges.append((grad_since, position))
                 grad_since = None
     last = len(nodes)
-    spans.extend((position, last) for position in entered.values())
+    ranges.extend((position, last) for position in entries.values())
     if grad_since is not None:
-        spans.append((grad_since, last))
-    return spans
+        ranges.append((grad_since, last))
+    return ranges

@@ -8,9 +8,9 @@
                                                     ...
 
 The graph gets a new first input, `region_call`: the run time's side of one call. Its two methods decide, store and
-predict, so that the policy is not in the graph and changing it compiles nothing. `region_k_compute` is the region as it
-was. `region_k_bases` gives for each result the base that a stored residual is added to, or None for a result that is
-stored whole.
+predict. So the policy is not in the graph, and changing the policy compiles nothing. `region_k_compute` is the region's
+original code. `region_k_bases` gives for each result the base that a stored residual is added to, or None for a result
+that is stored whole.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class CacheBranch:
     """Fact: the graph's first input is the run time's side of a call, which decides about its regions.
 
     Attributes:
-        regions: as planned, by the numbers that the graph gives them.
+        regions: as planned, indexed by the numbers that the graph passes to `decide`.
     """
 
     regions: tuple[RegionPlan, ...] = field(repr=False)
@@ -75,21 +75,21 @@ def _guard(
     members = [node for node in gm.graph.nodes if region.start <= node.meta.get(PLACE, -1) < region.end]
     results = [origin[value] for value in region.live_outs if value in origin]
     inputs = live_ins(members)
-    continued = list(dict.fromkeys(origin[value] for value in region.bases.inputs))
+    base_inputs = list(dict.fromkeys(origin[value] for value in region.bases.inputs))
     compute, bases = f"{region.name}_compute", f"{region.name}_bases"
     gm.add_module(compute, _module(gm, compute, inputs, members, results))
-    gm.add_module(bases, _bases(gm, bases, continued, region, origin))
+    gm.add_module(bases, _bases(gm, bases, base_inputs, region, origin))
 
-    inside, behind = set(members), members[-1].next
+    inside, successor = set(members), members[-1].next
     with gm.graph.inserting_before(members[0]):
-        hidden, reference = _compared(gm, region, origin)
+        hidden, reference = _comparison(gm, region, origin)
         streams = tuple(origin[value] for value in dict.fromkeys((*region.bases.inputs, *region.streams)))
         entry = gm.graph.call_method("decide", (region_call, number, reference, hidden, streams))
         entry.name = f"entry_{number}"
-    with gm.graph.inserting_before(behind):
-        computed = gm.graph.get_attr(compute), tuple(inputs)
-        bypassed = gm.graph.get_attr(bases), tuple(continued)
-        call = gm.graph.call_method("run", (region_call, entry, *computed, *bypassed))
+    with gm.graph.inserting_before(successor):
+        compute_args = gm.graph.get_attr(compute), tuple(inputs)
+        bypass_args = gm.graph.get_attr(bases), tuple(base_inputs)
+        call = gm.graph.call_method("run", (region_call, entry, *compute_args, *bypass_args))
         call.name = region.name
         call.meta = {"example_value": tuple(node.meta.get("example_value") for node in results)}
         for index, value in enumerate(value for value in region.live_outs if value in origin):
@@ -104,7 +104,7 @@ def _guard(
 def _module(
     gm: fx.GraphModule, name: str, inputs: Sequence[fx.Node], members: Sequence[fx.Node], results: Sequence[fx.Node]
 ) -> fx.GraphModule:
-    """`members` as a graph module of their own."""
+    """A graph module that computes `results` from `inputs` by copies of `members`."""
     graph = fx.Graph()
     local: dict[fx.Node, fx.Node] = {}
     for node in inputs:
@@ -120,24 +120,25 @@ def _module(
 def _bases(
     gm: fx.GraphModule, name: str, inputs: Sequence[fx.Node], region: RegionPlan, origin: Mapping[fx.Node, fx.Node]
 ) -> fx.GraphModule:
+    """A graph module that gives the base of each result from `inputs`; None for a result without a base."""
     graph = fx.Graph()
     local = {node: graph.placeholder(node.name) for node in inputs}
-    for node, twin in local.items():
-        twin.meta = dict(node.meta)
-    found = iter(_inline(graph, region.bases, {value: local[origin[value]] for value in region.bases.inputs}))
-    kept = [
-        next(found) if continued else None
-        for value, continued in zip(region.live_outs, region.continued, strict=True)
+    for node, placeholder in local.items():
+        placeholder.meta = dict(node.meta)
+    results = iter(_inline(graph, region.bases, {value: local[origin[value]] for value in region.bases.inputs}))
+    bases = [
+        next(results) if has_base else None
+        for value, has_base in zip(region.live_outs, region.continued, strict=True)
         if value in origin
     ]
-    graph.output(tuple(kept))
+    graph.output(tuple(bases))
     return make_module(gm, graph, name)
 
 
-def _compared(
+def _comparison(
     gm: fx.GraphModule, region: RegionPlan, origin: Mapping[fx.Node, fx.Node]
 ) -> tuple[fx.Node | None, fx.Node | None]:
-    """(H_F, its base) as nodes of the outer graph; None where there is none."""
+    """(H_F, its base) as nodes of the outer graph; None for one that the region does not have."""
     if region.hidden_out is None:
         return None, None
     hidden = origin[region.hidden_out]
@@ -147,16 +148,16 @@ def _compared(
     return hidden, reference
 
 
-def _inline(graph: fx.Graph, bases: Continuation, known: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:
-    """Copy a continuation's graph in, and return its results."""
+def _inline(graph: fx.Graph, bases: Continuation, values: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:
+    """Copy a continuation's graph into `graph`, with `values` as its inputs, and return its results."""
     local: dict[fx.Node, fx.Node] = {}
     results: list[fx.Node] = []
     inputs = iter(bases.inputs)
     for node in bases.graph.nodes:
         if node.op == "placeholder":
-            local[node] = known[next(inputs)]
+            local[node] = values[next(inputs)]
         elif node.op == "output":
-            map_arg(node.args[0], lambda item: results.append(local[item]))
+            map_arg(node.args[0], lambda result: results.append(local[result]))
         else:
             local[node] = graph.node_copy(node, local.__getitem__)
             local[node].meta = dict(node.meta)

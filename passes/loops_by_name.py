@@ -1,4 +1,4 @@
-"""Evidence of block loops in module names: numbered members of a container that follow one another.
+"""Finds evidence of block loops in module names: numbered members of a container that follow one another.
 
 nn_module_stack: blocks.0.attn, blocks.0.mlp, blocks.1.attn, ...   ->   span `blocks`: [0, 40), [40, 80), ...
 """
@@ -15,19 +15,23 @@ from typing import Any
 from torch import fx
 
 MIN_BLOCKS = 2
-
-# Consecutive blocks must have this share of their fingerprints in common to belong to one loop.
 MIN_LIKENESS = 0.5
+"""Consecutive blocks must have this share of their fingerprints in common to belong to one loop."""
 
 
 @dataclass
 class Span:
-    """A candidate loop: the tight [first, last] ranges of its blocks, before gaps are shared out."""
+    """A candidate loop: the tight ranges of its blocks, before gaps are shared out.
+
+    Attributes:
+        ranges: [start, end) of each block, in positions of body nodes.
+        kinds: the class of each block, if the blocks are modules; empty otherwise.
+    """
 
     name: str
     block_names: list[str]
-    ranges: list[tuple[int, int]]  # half-open
-    kinds: list[Any] = field(default_factory=list)  # their classes, where they are modules
+    ranges: list[tuple[int, int]]
+    kinds: list[Any] = field(default_factory=list)
 
 
 def module_path(raw: str) -> str:
@@ -40,7 +44,7 @@ def module_path(raw: str) -> str:
 
 
 def _family(path: str) -> tuple[str, int] | None:
-    """(`blocks.#`, 3) for `blocks.3`; (`block_#`, 3) for `block_3`; None where the last part ends in no number."""
+    """(`blocks.#`, 3) for `blocks.3`; (`block_#`, 3) for `block_3`; None if the last name ends in no number."""
     head, _, last = path.rpartition(".")
     match = re.fullmatch(r"(.*?)(\d+)", last)
     if match is None:
@@ -58,37 +62,39 @@ def spans_by_name(nodes: Sequence[fx.Node]) -> list[Span]:
             family = _family(path)
             if family is None:
                 continue
-            # The key tells two calls of one module apart ("id@1"), the path two modules.
+            # The key distinguishes two calls of one module ("id@1"), the path two modules.
             call = f"{path}@{key.partition('@')[2]}" if "@" in str(key) else path
             kinds[call] = entry[1]
-            span = families[family[0]].setdefault(call, [position, position])
-            span[1] = position
+            bounds = families[family[0]].setdefault(call, [position, position])
+            bounds[1] = position
     spans: list[Span] = []
     for family_name, calls in families.items():
         members = sorted((first, last + 1, name) for name, (first, last) in calls.items())
         overlap = any(after[0] < before[1] for before, after in itertools.pairwise(members))
         if len(members) >= MIN_BLOCKS and not overlap:
             name = family_name.removesuffix("#").rstrip("._") or family_name
-            called = [item[2] for item in members]
-            spans.append(Span(name, called, [item[:2] for item in members], [kinds[call] for call in called]))
+            names = [member[2] for member in members]
+            spans.append(Span(name, names, [member[:2] for member in members], [kinds[call] for call in names]))
     return spans
 
 
 def repeats_itself(span: Span, prints: Sequence[Hashable]) -> bool:
-    """Whether a member is like its neighbour or the one after, by its class or by what it does: others may stand
-    between (dense and expert blocks)."""
-    members = list(zip(span.kinds, span.ranges, strict=True))
+    """Whether a block is similar to one of the next two, by class or by fingerprints.
+
+    Similar blocks need not be neighbours: dense and expert blocks may alternate.
+    """
+    blocks = list(zip(span.kinds, span.ranges, strict=True))
     return any(
-        kind == other_kind or are_alike(prints, here, there)
+        kind == other_kind or are_similar(prints, first, second)
         for gap in (1, 2)
-        for (kind, here), (other_kind, there) in zip(members, members[gap:], strict=False)
+        for (kind, first), (other_kind, second) in zip(blocks, blocks[gap:], strict=False)
     )
 
 
-def alike_parts(span: Span, prints: Sequence[Hashable]) -> list[Span]:
-    """The span cut between members that are not alike; parts of one member are left out."""
+def similar_spans(span: Span, prints: Sequence[Hashable]) -> list[Span]:
+    """The span cut between blocks that are not similar. Spans of one block are left out."""
     cuts = [
-        index for index, pair in enumerate(itertools.pairwise(span.ranges), start=1) if not are_alike(prints, *pair)
+        index for index, pair in enumerate(itertools.pairwise(span.ranges), start=1) if not are_similar(prints, *pair)
     ]
     edges = [0, *cuts, len(span.ranges)]
     return [
@@ -98,6 +104,7 @@ def alike_parts(span: Span, prints: Sequence[Hashable]) -> list[Span]:
     ]
 
 
-def are_alike(prints: Sequence[Hashable], a: tuple[int, int], b: tuple[int, int]) -> bool:
+def are_similar(prints: Sequence[Hashable], a: tuple[int, int], b: tuple[int, int]) -> bool:
+    """Whether two ranges have at least `MIN_LIKENESS` of their fingerprints in common, in any order."""
     first, second = Counter(prints[a[0] : a[1]]), Counter(prints[b[0] : b[1]])
     return sum((first & second).values()) >= MIN_LIKENESS * max(first.total(), second.total())

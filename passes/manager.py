@@ -1,11 +1,11 @@
-"""Runs the passes: orders them by their contracts, keeps facts fresh, checks, times, logs and dumps. It alone lints and
-recompiles.
+"""Runs the passes: orders them by their contracts, keeps facts fresh, checks, times, logs and dumps.
 
     for each pass:  facts that it needs and that are not known ──► their analyses
                     a rewrite that matched ──► drop the facts that it does not preserve
 
-`TORCH_TRACE=dir` records the graph before the first pass and after each pass that changed it, as artifacts named
-`cachedit_fx_<pass>`. `TORCH_LOGS="+cachedit_fx"` shows a line for each pass, with the difference in op counts.
+The manager alone lints and recompiles. `TORCH_TRACE=dir` records the graph before the first pass and after each pass
+that changed it, as artifacts named `cachedit_fx_<pass>`. `TORCH_LOGS="+cachedit_fx"` shows a line for each pass, with
+the difference in op counts.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ logger = logging.getLogger(__name__)
 
 
 class PassOrderError(ValueError):
-    """The passes cannot be ordered, or a name does not name a pass."""
+    """The passes cannot be ordered, or a name is no pass's name."""
 
 
 class PassContractError(RuntimeError):
-    """A pass did not do what its contract says."""
+    """A pass broke its contract."""
 
 
 @dataclass(frozen=True)
 class PassReport:
-    """What one pass did.
+    """The report of one run of one pass.
 
     Attributes:
-        matches: places that a rewrite matched; 1 or 0 for an analysis, by whether it found anything.
+        matches: places that a rewrite matched. For an analysis, 1 if it found its fact, otherwise 0.
         seconds: wall time.
-        skipped: why it did not run; None if it did.
-        ops: op name -> how many more there are after the pass; filled in at log level INFO.
+        skipped: why the pass did not run; None if it did.
+        ops: op name -> the change in the number of its calls; filled in at log level INFO.
     """
 
     name: str
@@ -54,7 +54,7 @@ class PassReport:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What all passes together made of a graph: the graph module, what is known of it, and a report for each run."""
+    """The result of all passes together: the graph module, the facts about it, and a report for each run of a pass."""
 
     graph_module: fx.GraphModule
     facts: Facts
@@ -62,25 +62,25 @@ class Outcome:
 
 
 class PassManager:
-    """Runs passes in the order that their contracts ask for, otherwise in the order given.
+    """Runs passes in the order that their contracts ask for; between equals, in the order of `passes`.
 
     Args:
-        passes: every required fact must be provided by one of them, or be `FlatGraph`.
+        passes: every required fact must be `FlatGraph` or provided by one of these passes.
         enabled: pass name -> bool; passes that are not named are on.
 
     Raises:
-        PassOrderError: if no pass provides a required fact, or two analyses provide one fact, or passes wait for each
-            other, or a name in `enabled` is no pass.
+        PassOrderError: if no pass provides a required fact, or two analyses provide one fact; if passes wait for each
+            other; if a name in `enabled` is no pass.
     """
 
     def __init__(self, passes: Sequence[Pass], enabled: Mapping[str, bool] | None = None) -> None:
         self.passes = order(passes)
-        names = [item.name for item in self.passes]
+        names = [pass_.name for pass_ in self.passes]
         for name in enabled or {}:
             if name not in names:
                 raise PassOrderError(f"no pass is called {name!r}; the passes are {', '.join(names)}")
         self.enabled = dict.fromkeys(names, True) | dict(enabled or {})
-        self._analyses = {item.provides: item for item in self.passes if isinstance(item, Analysis)}
+        self._analyses = {pass_.provides: pass_ for pass_ in self.passes if isinstance(pass_, Analysis)}
 
     def run(self, gm: fx.GraphModule) -> Outcome:
         """Run the enabled passes on `gm`. A pass that lacks a fact is skipped.
@@ -97,39 +97,44 @@ class _Run:
     def __init__(self, manager: PassManager, gm: fx.GraphModule) -> None:
         self.manager, self.gm = manager, gm
         self.facts = Facts([FlatGraph()])
-        self.barren: set[type] = set()
-        """Facts that were looked for in this very graph and are not to be had."""
+        self.unavailable: set[type] = set()
+        """Facts that an analysis looked for in the present graph and did not find."""
         self.reports: list[PassReport] = []
 
     def outcome(self) -> Outcome:
         self._record("before")
-        for item in self.manager.passes:
-            if not self.manager.enabled[item.name]:
-                self._report(PassReport(item.name, skipped="switched off"))
-            elif isinstance(item, Analysis):
-                self._establish(item.provides)
-            elif isinstance(item, Rewrite):
-                self._rewrite(item)
+        for pass_ in self.manager.passes:
+            if not self.manager.enabled[pass_.name]:
+                self._report(PassReport(pass_.name, skipped="switched off"))
+            elif isinstance(pass_, Analysis):
+                self._establish(pass_.provides)
+            elif isinstance(pass_, Rewrite):
+                self._rewrite(pass_)
         return Outcome(self.gm, self.facts, tuple(self.reports))
 
     def _establish(self, kind: type) -> bool:
-        """Whether the fact is known; its analysis is run if need be."""
+        """Run the fact's analysis if the fact is not known yet. Returns whether the fact is known then."""
         analysis = self.manager._analyses.get(kind)
-        if kind in self.facts or kind in self.barren or analysis is None or not self.manager.enabled[analysis.name]:
+        if (
+            kind in self.facts
+            or kind in self.unavailable
+            or analysis is None
+            or not self.manager.enabled[analysis.name]
+        ):
             return kind in self.facts
         missing = self._missing(analysis)
         if missing is None:
             self._analyse(analysis)
         else:
-            self.barren.add(kind)
+            self.unavailable.add(kind)
             self._report(PassReport(analysis.name, skipped=missing))
         return kind in self.facts
 
-    def _missing(self, item: Pass) -> str | None:
+    def _missing(self, pass_: Pass) -> str | None:
         """Why the pass cannot run; None if all that it requires is known."""
-        for kind in item.uses:
+        for kind in pass_.uses:
             self._establish(kind)
-        missing = [kind.__name__ for kind in item.requires if not self._establish(kind)]
+        missing = [kind.__name__ for kind in pass_.requires if not self._establish(kind)]
         return f"nothing provides {', '.join(missing)}" if missing else None
 
     def _analyse(self, analysis: Analysis[Any]) -> None:
@@ -139,7 +144,7 @@ class _Run:
         if _nodes_of(self.gm) != before:
             raise PassContractError(f"analysis {analysis.name!r} changed the graph; only a Rewrite may")
         if fact is None:
-            self.barren.add(analysis.provides)
+            self.unavailable.add(analysis.provides)
         else:
             self._check_provided(analysis, [fact], [analysis.provides])
             self.facts.put(fact)
@@ -151,7 +156,7 @@ class _Run:
             self._report(PassReport(rewrite.name, skipped=missing))
             return
         if FlatGraph in self.facts and FlatGraph not in rewrite.preserves:
-            for kind in rewrite.preserves:  # the last chance to learn them
+            for kind in rewrite.preserves:  # their analyses cannot run on a graph that is no longer flat
                 self._establish(kind)
         ops = op_counts(self.gm) if logger.isEnabledFor(logging.INFO) else Counter()
         before, start = _nodes_of(self.gm), time.perf_counter()
@@ -161,7 +166,7 @@ class _Run:
             self.gm.graph.lint()
             self.gm.recompile()
             self.facts.keep(rewrite.preserves)
-            self.barren.clear()
+            self.unavailable.clear()
         elif _nodes_of(self.gm) != before:
             raise PassContractError(f"rewrite {rewrite.name!r} changed the graph and says that it matched nothing")
         self._check_provided(rewrite, result.facts, rewrite.provides if result.matches else ())
@@ -175,14 +180,14 @@ class _Run:
             self._record(rewrite.name)
 
     @staticmethod
-    def _check_provided(item: Pass, facts: Iterable[Any], expected: Iterable[type]) -> None:
+    def _check_provided(pass_: Pass, facts: Iterable[Any], expected: Iterable[type]) -> None:
         kinds = [type(fact) for fact in facts]
-        allowed = {item.provides} if isinstance(item, Analysis) else set(getattr(item, "provides", ()))
-        wrong = [kind.__name__ for kind in kinds if kind not in allowed]
+        contract = {pass_.provides} if isinstance(pass_, Analysis) else set(getattr(pass_, "provides", ()))
+        wrong = [kind.__name__ for kind in kinds if kind not in contract]
         missing = [kind.__name__ for kind in expected if kind not in kinds]
         if wrong or missing:
             raise PassContractError(
-                f"pass {item.name!r} must provide {sorted(kind.__name__ for kind in allowed)}; "
+                f"pass {pass_.name!r} must provide {sorted(kind.__name__ for kind in contract)}; "
                 f"it provided {[kind.__name__ for kind in kinds]}"
             )
 
@@ -203,72 +208,73 @@ class _Run:
 
 
 def _nodes_of(gm: fx.GraphModule) -> list[tuple[Any, ...]]:
-    """Unequal after any change to the graph's nodes or their arguments, which are replaced, never changed in place."""
+    """A snapshot of the graph, unequal after any change to its nodes. FX replaces arguments, never changes them."""
     return [(node, node.target, node.args, node.kwargs) for node in gm.graph.nodes]
 
 
 def order(passes: Sequence[Pass]) -> tuple[Pass, ...]:
-    """Put every pass after those that provide its facts, and the rewrite that ends `FlatGraph` after all others that
-    require it. Otherwise keep the order given.
+    """Put every pass after the passes that provide its facts; otherwise keep the order of `passes`.
+
+    The rewrite that ends `FlatGraph` comes after all other passes that require it.
 
     Raises:
-        PassOrderError: if that is not possible, or if a fact would be gone before a pass that requires it.
+        PassOrderError: if no order is possible, or if a fact would be dropped before a pass that requires it.
     """
     _check_providers(passes)
-    ordered: list[Pass] = []
-    waiting = list(passes)
-    while waiting:
-        ready = next((item for item in waiting if not any(_waits(item, other) for other in waiting)), None)
+    result: list[Pass] = []
+    queue = list(passes)
+    while queue:
+        ready = next((pass_ for pass_ in queue if not any(_waits(pass_, other) for other in queue)), None)
         if ready is None:
-            raise PassOrderError(f"these passes wait for each other: {', '.join(item.name for item in waiting)}")
-        ordered.append(ready)
-        waiting.remove(ready)
-    _check_lifetimes(ordered)
-    return tuple(ordered)
+            raise PassOrderError(f"these passes wait for each other: {', '.join(pass_.name for pass_ in queue)}")
+        result.append(ready)
+        queue.remove(ready)
+    _check_lifetimes(result)
+    return tuple(result)
 
 
 def _check_providers(passes: Sequence[Pass]) -> None:
-    names = Counter(item.name for item in passes)
-    analyses = Counter(item.provides for item in passes if isinstance(item, Analysis))
+    names = Counter(pass_.name for pass_ in passes)
+    analyses = Counter(pass_.provides for pass_ in passes if isinstance(pass_, Analysis))
     for name, count in [*names.items(), *((kind.__name__, count) for kind, count in analyses.items())]:
         if count > 1:
             raise PassOrderError(f"{name!r} names two passes, or is provided by two analyses")
-    provided = {FlatGraph, *(kind for item in passes for kind in _provided(item))}
-    for item in passes:
-        missing = sorted(kind.__name__ for kind in item.requires if kind not in provided)
+    provisions = {FlatGraph, *(kind for pass_ in passes for kind in _provisions_of(pass_))}
+    for pass_ in passes:
+        missing = sorted(kind.__name__ for kind in pass_.requires if kind not in provisions)
         if missing:
-            raise PassOrderError(f"pass {item.name!r} requires {missing}, which no pass provides")
+            raise PassOrderError(f"pass {pass_.name!r} requires {missing}, which no pass provides")
 
 
 def _check_lifetimes(ordered: Sequence[Pass]) -> None:
     """Raise if a rewrite drops a fact that a later pass requires and that no analysis can restore."""
-    restorable = {item.provides for item in ordered if isinstance(item, Analysis)}
-    known: set[type] = {FlatGraph}
-    dropped_by: dict[type, str] = {}
-    for item in ordered:
-        for kind in item.requires:
-            if kind not in known | restorable:
+    restorable = {pass_.provides for pass_ in ordered if isinstance(pass_, Analysis)}
+    facts: set[type] = {FlatGraph}
+    droppers: dict[type, str] = {}
+    for pass_ in ordered:
+        for kind in pass_.requires:
+            if kind not in facts | restorable:
                 raise PassOrderError(
-                    f"pass {item.name!r} requires {kind.__name__}, which pass {dropped_by[kind]!r} drops before it: "
+                    f"pass {pass_.name!r} requires {kind.__name__}, which pass {droppers[kind]!r} drops before it: "
                     f"enter {kind.__name__} in what that pass preserves, if it is still true after it, or move the pass"
                 )
-        if isinstance(item, Rewrite):
-            dropped_by |= dict.fromkeys(known - set(item.preserves), item.name)
-            known = (known & set(item.preserves)) | set(item.provides)
+        if isinstance(pass_, Rewrite):
+            droppers |= dict.fromkeys(facts - set(pass_.preserves), pass_.name)
+            facts = (facts & set(pass_.preserves)) | set(pass_.provides)
 
 
-def _provided(item: Pass) -> tuple[type, ...]:
-    if isinstance(item, Analysis):
-        return (item.provides,)
-    return item.provides if isinstance(item, Rewrite) else ()
+def _provisions_of(pass_: Pass) -> tuple[type, ...]:
+    if isinstance(pass_, Analysis):
+        return (pass_.provides,)
+    return pass_.provides if isinstance(pass_, Rewrite) else ()
 
 
-def _waits(item: Pass, other: Pass) -> bool:
-    """Whether `other`, which has not run yet, must run before `item`."""
-    if item is other:
+def _waits(pass_: Pass, other: Pass) -> bool:
+    """Whether `other`, which has not run yet, must run before `pass_`."""
+    if pass_ is other:
         return False
-    reads = (*item.requires, *item.uses)
-    if any(kind in reads for kind in _provided(other)):
+    reads = (*pass_.requires, *pass_.uses)
+    if any(kind in reads for kind in _provisions_of(other)):
         return True
-    ends_flat_graph = isinstance(item, Rewrite) and FlatGraph in item.requires and FlatGraph not in item.preserves
+    ends_flat_graph = isinstance(pass_, Rewrite) and FlatGraph in pass_.requires and FlatGraph not in pass_.preserves
     return ends_flat_graph and FlatGraph in other.requires

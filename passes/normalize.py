@@ -1,15 +1,16 @@
-"""Makes in-place writes pure where they would cross a cut, and keeps tuple values from crossing one.
+"""Makes in-place writes pure if they would cross a cut, and keeps tuple values from crossing one.
 
     h += a                      h_1 = h + a
-    q, k = x.chunk(2)    ->     (getitems moved up beside the chunk, so that tensors cross cuts, never tuples)
+    q, k = x.chunk(2)    ->     (getitems moved up next to the chunk, so that tensors cross cuts, never tuples)
     x[:, :n] = y                x_1 = x.clone(); x_1[:, :n] = y     (and every later use of x takes x_1)
-    s0 + s1                     (moved to the front: dynamo computes a length where the first block needs it)
+    s0 + s1                     (moved to the front: dynamo computes a length when the first block needs it)
 
-A block that adds to its input in place would make its own residual zero, and a bypassed block would leave the write
-undone. A write through a view goes to a copy, of which the views that are still in use are made again. A buffer that is
-made and filled before it is read (rotary embeddings through `empty_like` and `setitem`, experts that add to zeros)
-crosses nothing and is left alone: rewriting it would only cost copies. What is written to a graph input is written back
-to it at the graph's end, for the caller to see.
+A block that adds to its input in place would make its own residual zero, and bypassing the block would omit the write.
+A write through a view goes to a copy, and the views that are still in use are made again from the copy.
+
+Some buffers are made and filled before they are read: rotary embeddings through `empty_like` and `setitem`, experts
+that add to zeros. Their writes cross nothing and stay, since rewriting them would only cost copies. A value written to
+a graph input is written back to the input at the graph's end, so that the caller sees the write.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class Normalize(Rewrite):
 
 
 def _gather_getitems(graph: fx.Graph) -> int:
-    """Move `producer[i]` directly behind a producer whose value is a tuple."""
-    moved = 0
+    """Move `producer[i]` directly after a producer whose value is a tuple. Returns the number of moves."""
+    moves = 0
     for producer in body_nodes(graph):
         if not isinstance(value_of(producer), (list, tuple)):
             continue
@@ -57,29 +58,31 @@ def _gather_getitems(graph: fx.Graph) -> int:
                 if anchor.next is not user:
                     anchor.append(user)
                     user.meta["nn_module_stack"] = producer.meta.get("nn_module_stack")
-                    moved += 1
+                    moves += 1
                 anchor = user
-    return moved
+    return moves
 
 
 def _lift_lengths(graph: fx.Graph) -> int:
-    """Move whole numbers that are made of graph inputs alone behind the last input. Left in the first block, they would
-    be an input of every other block but not of that one."""
-    early = {node for node in graph.nodes if node.op == "placeholder" and _is_length(node)}
-    if not early:
+    """Move whole numbers that depend on graph inputs alone to directly after the last input. Returns how many moved.
+
+    Without the move they stay in the first block, and become an input of every block but the first.
+    """
+    lengths = {node for node in graph.nodes if node.op == "placeholder" and _is_length(node)}
+    if not lengths:
         return 0
     anchor = next(node for node in reversed(graph.nodes) if node.op == "placeholder")
-    lifted = 0
+    moves = 0
     for node in body_nodes(graph):
-        if not _is_length(node) or not node.all_input_nodes or not early.issuperset(node.all_input_nodes):
+        if not _is_length(node) or not node.all_input_nodes or not lengths.issuperset(node.all_input_nodes):
             continue
-        early.add(node)
+        lengths.add(node)
         if anchor.next is not node:
             anchor.append(node)
             node.meta.pop("nn_module_stack", None)
-            lifted += 1
+            moves += 1
         anchor = node
-    return lifted
+    return moves
 
 
 def _is_length(node: fx.Node) -> bool:
@@ -87,10 +90,11 @@ def _is_length(node: fx.Node) -> bool:
 
 
 def _purify_writes(graph: fx.Graph) -> int:
-    changed = 0
-    # Graph input -> the value that stands for it now, and back.
+    """Make every in-place write that may cross a cut pure. Returns the number of changed writes."""
+    changes = 0
+    # Graph input -> the value that replaces it now, and back.
     latest: dict[fx.Node, fx.Node] = {}
-    stands_for: dict[fx.Node, fx.Node] = {}
+    sources: dict[fx.Node, fx.Node] = {}
     for node in body_nodes(graph):
         target = mutated_input(node)
         if target is None:
@@ -105,34 +109,34 @@ def _purify_writes(graph: fx.Graph) -> int:
             result = _make_pure(graph, node, root, position)
         else:
             result = _write_to_copy(graph, node, root, earlier, position)
-        changed += 1
-        source = stands_for.get(root, root)
+        changes += 1
+        source = sources.get(root, root)
         if source.op in ("placeholder", "get_attr"):
-            latest[source], stands_for[result] = result, source
+            latest[source], sources[result] = result, source
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     with graph.inserting_before(output):
         for source, result in latest.items():
-            # An input's meta names the module that used it first: kept, it would stretch that block to the graph's end.
-            written = graph.call_method("copy_", (source, result))
-            written.meta = {key: value for key, value in source.meta.items() if key != "nn_module_stack"}
-    return changed
+            # An input's meta names the module that used it first, and would extend that block to the graph's end.
+            write_back = graph.call_method("copy_", (source, result))
+            write_back.meta = {key: value for key, value in source.meta.items() if key != "nn_module_stack"}
+    return changes
 
 
 def _is_filled_where_made(root: fx.Node, write: fx.Node) -> bool:
     """Whether the write fills a new buffer in the module call that made it."""
-    made, written = (list(node.meta.get("nn_module_stack") or ()) for node in (root, write))
-    return is_factory(root) and made == written
+    root_modules, write_modules = (list(node.meta.get("nn_module_stack") or ()) for node in (root, write))
+    return is_factory(root) and root_modules == write_modules
 
 
 def _is_read_before(write: fx.Node, root: fx.Node, names: Sequence[fx.Node], position: Mapping[fx.Node, int]) -> bool:
-    """Whether what was put into the buffer `root` has been used already: then it is being filled no longer."""
-    own = {root, *names}
-    return any(user not in own and position[user] < position[write] for name in own for user in name.users)
+    """Whether a node read the buffer `root` before the write. The write then does not belong to filling the buffer."""
+    writers = {root, *names}
+    return any(user not in writers and position[user] < position[write] for name in writers for user in name.users)
 
 
 def _make_pure(graph: fx.Graph, write: fx.Node, target: fx.Node, position: Mapping[fx.Node, int]) -> fx.Node:
-    """Replace the write by a new value, which is returned; every use of `target` behind it takes the new value."""
-    pure = _pure_twin(write)
+    """Replace the write by a new value, and return it. Every later use of `target` takes the new value."""
+    pure = _pure_form(write)
     if pure is not None:
         write.op, write.target = pure
         result = write
@@ -148,32 +152,34 @@ def _make_pure(graph: fx.Graph, write: fx.Node, target: fx.Node, position: Mappi
 def _write_to_copy(
     graph: fx.Graph, write: fx.Node, root: fx.Node, names: Sequence[fx.Node], position: Mapping[fx.Node, int]
 ) -> fx.Node:
-    """Let the write, and all that comes after it, see a copy of `root`, which is returned; of its other `names` up to
-    here, in order, the views are made again."""
+    """Let the write, and all nodes after it, use a copy of `root`, and return the copy.
+
+    Views among `names`, the earlier names of the same memory in graph order, are made again from the copy.
+    """
     with graph.inserting_before(write):
         copy = graph.call_method("clone", (root,))
         copy.meta = _meta_at(write, root)
-        twins = {root: copy}
+        copies = {root: copy}
         for name in names:
-            written = mutated_input(name)
-            if written is not None:
-                twins[name] = twins[written]
+            target = mutated_input(name)
+            if target is not None:
+                copies[name] = copies[target]
             else:
-                twins[name] = graph.node_copy(name, lambda item: twins.get(item, item))
-                twins[name].meta = _meta_at(write, name)
-    write_again = {old: new for old, new in twins.items() if old in write.all_input_nodes}
-    for old, new in write_again.items():
+                copies[name] = graph.node_copy(name, lambda value: copies.get(value, value))
+                copies[name].meta = _meta_at(write, name)
+    arguments = {old: new for old, new in copies.items() if old in write.all_input_nodes}
+    for old, new in arguments.items():
         write.replace_input_with(old, new)
-    _use_from(write, twins, position)
-    for unused in reversed([*names, *(twin for twin in twins.values() if twin is not copy)]):
-        if not unused.users and mutated_input(unused) is None and unused.graph is graph and not unused._erased:
-            graph.erase_node(unused)
+    _use_from(write, copies, position)
+    for name in reversed([*names, *(view for view in copies.values() if view is not copy)]):
+        if not name.users and mutated_input(name) is None and name.graph is graph and not name._erased:
+            graph.erase_node(name)
     return copy
 
 
-def _use_from(write: fx.Node, twins: Mapping[fx.Node, fx.Node], position: Mapping[fx.Node, int]) -> None:
-    """Let whatever stands behind `write` take the new nodes in place of the old ones."""
-    for old, new in twins.items():
+def _use_from(write: fx.Node, copies: Mapping[fx.Node, fx.Node], position: Mapping[fx.Node, int]) -> None:
+    """Let every node after `write` use the new nodes in place of the old ones."""
+    for old, new in copies.items():
         for user in list(old.users):
             if user is not new and position.get(user, -1) > position[write]:
                 user.replace_input_with(old, new)
@@ -186,8 +192,8 @@ def _meta_at(place: fx.Node, value: fx.Node) -> dict[str, Any]:
     return meta | {key: place.meta[key] for key in ("nn_module_stack",) if key in place.meta}
 
 
-def _pure_twin(write: fx.Node) -> tuple[str, Callable[..., Any] | str] | None:
-    """(op, target) of the out-of-place form with the same arguments, where there is one that keeps the dtype."""
+def _pure_form(write: fx.Node) -> tuple[str, Callable[..., Any] | str] | None:
+    """(op, target) of the out-of-place form with the same arguments; None if no such form keeps the dtype."""
     if not _keeps_dtype(write):
         return None
     if callable(write.target) and write.target in IN_PLACE_OPERATORS:

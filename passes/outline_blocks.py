@@ -1,16 +1,16 @@
-"""Cuts the flat graph into pieces, each a graph module of its own that takes its weights as inputs.
+"""Cuts the flat graph into pieces. Each piece is a separate graph module that takes its weights as inputs.
 
     x = linear(...); ...            prologue = self.prologue(hidden_states, ...)
     ... 130 nodes ...        ->     blocks_0 = self.blocks_0(hidden, text, temb, weight_0, ...)
     ... 130 nodes ...               blocks_1 = self.blocks_1(hidden_1, text_1, temb, weight_1, ...)
 
-Alike blocks become alike modules (inputs in the order of first use, outputs in the order they are made), so that the
-lowering compiles one of them for all. With `granularity="block"` every block of the chain is a piece; with "region"
+Identical blocks become identical modules: inputs are in the order of first use, outputs in the order they are made. The
+lowering then compiles one module for all. With `granularity="block"` every block of the chain is a piece; with "region"
 the pieces are head, region and tail. Glue that only moves data stays in the outer graph.
 
-With `canonical_layout`, carried values and a region's results leave their pieces contiguous: a block that hands on a
-slice of a larger tensor would otherwise give its successor other strides than its own, and so another compilation;
-and what is restored from the store has the strides that were compiled for.
+With `canonical_layout`, carried values and a region's results leave their pieces contiguous. Otherwise a block that
+hands on a slice of a larger tensor would give the next block other strides, and so cause another compilation. Restored
+results have the strides that the next piece was compiled for.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .find_timestep import TimestepSource
 from .graph_values import body_nodes, input_nodes, is_data_movement, open_contexts, tensor_of, value_of
 from .plan_regions import RegionPlan, RegionReport
 
-# Where in the order of body nodes an outer node's piece begins, and of which kind the piece is.
+# Keys in the meta of outer nodes: the position of body nodes at which the node's piece begins, and the piece's kind.
 PLACE, KIND = "cachedit_place", "cachedit_kind"
 
 Kind = Literal["prologue", "block", "glue", "region", "epilogue"]
@@ -39,10 +39,11 @@ Kind = Literal["prologue", "block", "glue", "region", "epilogue"]
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of body nodes that becomes one module of the outer graph.
+    """Body nodes that become one module of the outer graph.
 
-    `start` is where it begins in the order of body nodes; -1 for what is hoisted out of a region, and belongs to none.
-    `kind` is "block" or "region" exactly where it holds one block or a stretch of them.
+    Attributes:
+        kind: "block" for one block of the chain; "region" for any other piece that holds blocks of a loop.
+        start: position of the first body node; -1 for nodes that are hoisted out of a region, and belong to none.
     """
 
     name: str
@@ -56,7 +57,7 @@ class Outline:
     """Fact: the graph is outlined.
 
     Attributes:
-        pieces: names of the modules that the pieces became, in order.
+        pieces: names of the pieces' modules, in order.
         origin: node of the flat graph -> the node of this graph that has its value.
     """
 
@@ -65,10 +66,10 @@ class Outline:
 
 
 class OutlineBlocks(Rewrite):
-    """Makes each block a module of its own, and what lies between them too.
+    """Makes each block a separate module, and the nodes between blocks too.
 
     Args:
-        granularity: "block" or "region".
+        granularity: the size of a piece, "block" or "region".
         canonical_layout: make carried values and region results contiguous when they leave a piece.
     """
 
@@ -97,14 +98,14 @@ class OutlineBlocks(Rewrite):
             if value is not None
         }
         streams |= {value for region in regions for value in region.live_outs}
-        wanted = {value for region in regions for value in _outer_values(region)}
-        outliner = _Outliner(gm, pieces, wanted, streams if self.canonical_layout else set())
+        branch_values = {value for region in regions for value in _outer_values(region)}
+        outliner = _Outliner(gm, pieces, branch_values, streams if self.canonical_layout else set())
         outer = outliner.run()
         return Rewritten(outer, len(pieces), (Outline(tuple(outliner.names), outliner.outer),))
 
 
 def _outer_values(region: RegionPlan) -> Iterable[fx.Node]:
-    """Values that the cache branch reads and that must therefore leave their pieces."""
+    """Values that the cache branch reads, so that they must leave their pieces."""
     yield from region.bases.inputs
     if region.hidden_out is not None:
         yield region.hidden_out
@@ -145,9 +146,9 @@ def plan_pieces(
     pieces: list[Piece] = []
     edges = [*sorted(at for at in cuts if at < len(nodes)), len(nodes)]
     for start, end in zip(edges, edges[1:], strict=False):
-        early = tuple(node for region in regions if region.start == start for node in region.hoisted)
-        if early:
-            pieces.append(Piece("hoisted", "glue", -1, early))
+        prelude = tuple(node for region in regions if region.start == start for node in region.hoisted)
+        if prelude:
+            pieces.append(Piece("hoisted", "glue", -1, prelude))
         name, kind = cuts[start]
         if kind != "block" and any(start <= block.start < end for loop in detection.loops for block in loop.blocks):
             kind = "region"
@@ -160,14 +161,21 @@ def _identifier(name: str) -> str:
 
 
 class _Outliner:
-    """Builds the outer graph piece by piece."""
+    """Builds the outer graph piece by piece.
+
+    Args:
+        gm: the flat graph.
+        pieces: in an order in which they can run.
+        branch_values: values that must leave their pieces because the cache branch reads them.
+        streams: values that leave their pieces contiguous.
+    """
 
     def __init__(
-        self, gm: fx.GraphModule, pieces: Sequence[Piece], wanted: set[fx.Node], streams: set[fx.Node]
+        self, gm: fx.GraphModule, pieces: Sequence[Piece], branch_values: set[fx.Node], streams: set[fx.Node]
     ) -> None:
         self.gm = gm
         self.pieces = pieces
-        self.wanted = wanted
+        self.branch_values = branch_values
         self.streams = streams
         self.graph = fx.Graph()
         self.outer: dict[fx.Node, fx.Node] = {}
@@ -193,24 +201,24 @@ class _Outliner:
         copy = self.graph.node_copy(node, self.outer.__getitem__)
         copy.meta = dict(node.meta)
         if copy.op == "placeholder":
-            copy.target = copy.name  # else the code begins by giving each of a thousand weights another name
+            copy.target = copy.name  # otherwise the code begins by renaming each of a thousand weights
         return copy
 
     def _outline(self, piece: Piece) -> None:
         inside = set(piece.nodes)
-        leaving = [n for n in piece.nodes if n in self.wanted or any(user not in inside for user in n.users)]
-        results = list(dict.fromkeys(item for node in leaving for item in _crossing(node, inside)))
+        outs = [n for n in piece.nodes if n in self.branch_values or any(user not in inside for user in n.users)]
+        results = list(dict.fromkeys(value for node in outs for value in _crossing(node, inside)))
         inner = fx.Graph()
         root: dict[str, Any] = {}
         local: dict[fx.Node, fx.Node] = {}
         inputs = self._inputs(piece)
         for value in inputs:
             local[value] = inner.placeholder(_identifier(value.name))
-            # Without dynamo's mark of a static input: a piece is called with the weights of many blocks.
+            # Dynamo's mark of a static input is left out: a piece is called with the weights of many blocks.
             local[value].meta = {k: v for k, v in self.outer[value].meta.items() if k != "tensor_dict"}
 
         def take(node: fx.Node) -> fx.Node:
-            """The local twin; what cannot cross a cut (a submodule, a size tuple) is made again here."""
+            """The node's local copy. A value that cannot cross a cut (a submodule, a size tuple) is made again here."""
             if node not in local:
                 if node.op == "get_attr":
                     root[str(node.target)] = _attribute(self.gm, str(node.target))
@@ -233,41 +241,43 @@ class _Outliner:
             self.outer[node] = getitem
 
     def _inputs(self, piece: Piece) -> list[fx.Node]:
-        """Live-ins in the order of first use; then the symbols in their shapes, as whole graphs have them too: inductor
-        writes its guards in terms of such inputs."""
+        """Live-ins in the order of first use, then the symbols in their shapes.
+
+        Whole graphs have the symbols as inputs too: inductor writes its guards in terms of these inputs.
+        """
         inside = set(piece.nodes)
-        found: dict[fx.Node, None] = {}
+        inputs: dict[fx.Node, None] = {}
 
         def visit(node: fx.Node) -> None:
-            for item in input_nodes(node):
-                if item in inside or item in found:
+            for source in input_nodes(node):
+                if source in inside or source in inputs:
                     continue
-                if _can_cross(item):
-                    found.setdefault(item)
+                if _can_cross(source):
+                    inputs.setdefault(source)
                 else:
-                    visit(item)
+                    visit(source)
 
         for node in piece.nodes:
             visit(node)
-        needed: set[Any] = set()
-        for node in (*found, *piece.nodes):
+        symbols: set[Any] = set()
+        for node in (*inputs, *piece.nodes):
             value = value_of(node)
-            for item in value if isinstance(value, (tuple, list)) else (value,):
-                if isinstance(item, (torch.Tensor, torch.SymInt)):
-                    needed |= free_symbols(item)
-        for symbol in sorted(needed, key=str):
+            for element in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(element, (torch.Tensor, torch.SymInt)):
+                    symbols |= free_symbols(element)
+        for symbol in sorted(symbols, key=str):
             if symbol in self.symbols:
-                found.setdefault(self.symbols[symbol])
-        return list(found)
+                inputs.setdefault(self.symbols[symbol])
+        return list(inputs)
 
     def _symbol_inputs(self) -> dict[Any, fx.Node]:
         """Symbol -> the graph input that holds it."""
-        found: dict[Any, fx.Node] = {}
+        inputs: dict[Any, fx.Node] = {}
         for node in self.gm.graph.nodes:
             value = value_of(node) if node.op == "placeholder" else None
             if isinstance(value, torch.SymInt) and value.node.expr.is_symbol:
-                found.setdefault(value.node.expr, node)
-        return found
+                inputs.setdefault(value.node.expr, node)
+        return inputs
 
     def _canonical(self, inner: fx.Graph, node: fx.Node, local: fx.Node) -> fx.Node:
         tensor = tensor_of(node)
@@ -287,13 +297,13 @@ class _Outliner:
 
 
 def _crossing(node: fx.Node, inside: set[fx.Node]) -> Iterator[fx.Node]:
-    """The node itself, or what it is made again from on the other side where it cannot cross."""
+    """The values that cross the border for `node`: the node itself, or the values that it is made again from."""
     if _can_cross(node):
         yield node
     else:
-        for item in node.all_input_nodes:
-            if item in inside:
-                yield from _crossing(item, inside)
+        for source in node.all_input_nodes:
+            if source in inside:
+                yield from _crossing(source, inside)
 
 
 def _can_cross(node: fx.Node) -> bool:
@@ -303,6 +313,6 @@ def _can_cross(node: fx.Node) -> bool:
 
 def _attribute(gm: fx.GraphModule, target: str) -> Any:
     value: Any = gm
-    for part in target.split("."):
-        value = getattr(value, part)
+    for name in target.split("."):
+        value = getattr(value, name)
     return value
