@@ -1,1 +1,1 @@
-"""What happens at a transformer call: which step it is, whether to compute or bypass, and what is remembered."""
+"""Runs a transformer call: finds its step, decides whether to compute or bypass, and stores values for later steps."""

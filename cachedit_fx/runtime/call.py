@@ -1,9 +1,9 @@
-"""One transformer call: what its graphs share, and why a call ran uncached.
+"""Holds one transformer call: the state that its graphs share, and the reason why a call ran uncached.
 
     Call ──► RegionCall for each of the call's graphs: `decide` for each region, then `run`
 
-A module is one graph as a rule, and several if something breaks its capture. These share the call: its timestep, its
-position, the numbering of its regions. A graph that is called on its own (plain `torch.compile`) is a call.
+A module is one graph as a rule, and several if its capture breaks. The graphs of a call share its timestep, its
+position, and the numbering of its regions. A graph that is called alone (plain `torch.compile`) is a call too.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 NOT_CAPTURED = "not captured"
 """The cause of an uncached call that reached none of our graphs."""
 NO_LOOP = "no block loop"
-"""The cause of one that reached some, but none that holds a loop of blocks."""
+"""The cause of an uncached call that reached some graphs of ours, but none that holds a loop of blocks."""
 
 
 @dataclass(frozen=True)
 class Uncached:
-    """Why a graph, or a whole call, runs uncached: a label for the statistics, and a sentence for people."""
+    """The reason why a graph, or a whole call, runs uncached: a label for statistics, and a sentence for people."""
 
     cause: str
     explanation: str
@@ -43,7 +43,7 @@ class current_call:  # noqa: N801 - a context manager, and used like a function
     `@contextmanager` is too slow for a path that every step enters twice.
 
     Args:
-        state: whose session is meant, in the present thread or `session(key)`.
+        state: the session is that of this state, in the present thread or `session(key)`.
         diagnose: see `Call.finish`.
     """
 
@@ -68,17 +68,17 @@ class current_call:  # noqa: N801 - a context manager, and used like a function
 
 
 class Call:
-    """What the graphs of one transformer call have in common.
+    """The state that the graphs of one transformer call share.
 
     Attributes:
-        session: whose call it is.
+        session: the session that the call belongs to.
         branch_name: the CFG branch, if the caller names it.
-        time: the timestep, or the caller's word for it; None while nothing is known.
-        graphs: how many of our graphs ran in it so far.
-        chains: how many chains with regions these had, by the loops that they run through.
+        time: the timestep, or the caller's hint of it; None while neither is known.
+        graphs: the number of our graphs that began in the call so far.
+        chains: names of loops -> the number of chains with regions through these loops so far.
         position: generation, step and branch; None until a region asks for it.
-        now: the timestep as a number, from then on; None if it is not known.
-        route: how the call reaches its graphs, if shortcuts are learned.
+        now: the timestep as a number, once the position is known; None if there is no timestep.
+        route: the call's way to its graphs, if shortcuts are learned.
     """
 
     def __init__(self, session: Session) -> None:
@@ -94,20 +94,22 @@ class Call:
         self._passed_by: Uncached | None = None
 
     def restart(self) -> None:
-        """Let the graphs run again from the first one. The call's position is known by now, and stays."""
+        """Let the graphs run again from the first one. The call's position is known already, and stays."""
         self.graphs = 0
         self.chains = {}
 
     @property
     def uncached(self) -> Uncached | None:
-        """Why nothing could be cached; None if a graph had a region, or caching is off."""
+        """The reason why nothing could be cached; None if a graph had a region, or caching is off."""
         if self.chains or self.session.state.config is None:
             return None
         return self._passed_by or Uncached(NOT_CAPTURED, "no caching: the call reached no graph of this backend")
 
     def finish(self, diagnose: Callable[[Call], str | None] | None = None) -> None:
-        """Count and explain a call that ran uncached. `diagnose` may have a better explanation than the graphs; it is
-        asked once for each of theirs."""
+        """Count and explain a call that ran uncached.
+
+        `diagnose` may have a better explanation than the graphs. It is asked once for each explanation of theirs.
+        """
         uncached = self.uncached
         if uncached is not None:
             self.session.record_uncached(uncached.cause)
@@ -116,12 +118,12 @@ class Call:
     def enter(self, regions: Sequence[RegionInfo], timestep: torch.Tensor | float | None) -> list[RegionKey]:
         """A graph with regions begins. Returns the regions' keys."""
         self._count(timestep)
-        before = self.chains
-        self.chains = before | {region.loops: before.get(region.loops, 0) + 1 for region in regions}
-        return [RegionKey((region.loops, before.get(region.loops, 0)), region.block) for region in regions]
+        counts = self.chains
+        self.chains = counts | {region.loops: counts.get(region.loops, 0) + 1 for region in regions}
+        return [RegionKey((region.loops, counts.get(region.loops, 0)), region.block) for region in regions]
 
     def pass_by(self, uncached: Uncached, timestep: torch.Tensor | float | None = None) -> None:
-        """A graph without a region begins. A later graph's regions may go by its timestep."""
+        """A graph without a region begins. Regions of a later graph may use its timestep."""
         self._count(timestep)
         if self._passed_by is None or self._passed_by.cause == NO_LOOP:
             self._passed_by = uncached

@@ -1,7 +1,7 @@
-"""The call that stands in a compiled module's place: one transformer call, whatever number of graphs it becomes.
+"""Replaces a compiled module's call: one transformer call, which may become several graphs.
 
-It switches on what dynamo needs to keep data-dependent lengths in one graph, for this call alone; it is where the
-graphs of a call meet; and it finds out what broke the capture where a call ran uncached.
+It sets the flags with which dynamo keeps data-dependent lengths in one graph, for this call alone. It makes the `Call`
+that the graphs share. If a call ran uncached, it finds the place at which the capture broke.
 """
 
 from __future__ import annotations
@@ -29,14 +29,22 @@ from cachedit_fx.runtime.warm_up import warm_up
 logger = logging.getLogger(__name__)
 
 Guards = Literal["always", "generation"]
-"""When a call passes dynamo's guards: always, or at the start of every generation (see `cachedit_fx.shortcut`)."""
+"""When a call passes dynamo's guards: always, or at the start of every generation (`cachedit_fx.runtime.shortcut`)."""
 
 
 class CompiledCall:
-    """The module compiled, and called as one `Call` of `cache`.
+    """The compiled module, called as one `Call`.
 
-    Under `capturing` at first. Where that breaks the capture inside the blocks, or fails, and leaving breaks to dynamo
-    puts the blocks into one graph of several, the module is compiled again without, at the very same call.
+    The first call is captured under the flags of `capturing`. The capture may fail under these flags, or break inside
+    the blocks. The same call then compiles the module again without the flags: dynamo places the breaks, and the blocks
+    may all lie in one of several graphs.
+
+    Args:
+        module: the module; only a weak reference is kept.
+        backend: from a captured graph and example inputs to a callable.
+        state: the module's state.
+        torch_options: keywords of `torch.compile`.
+        guards: when a call passes dynamo's guards.
     """
 
     def __init__(
@@ -70,21 +78,21 @@ class CompiledCall:
             raise
 
     def _by_route(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Past dynamo's guards if this generation has shown how, else through them."""
+        """The call's result: past dynamo's guards if this generation has learned a shortcut, else through them."""
 
         def guarded() -> Any:
             with self.capturing:
                 return self.compiled(*args, **kwargs)
 
-        module, known = self.module(), look_of(args, kwargs)
-        if module is None or known is None or _is_wrapped(module):
+        module, look_and_tensors = self.module(), look_of(args, kwargs)
+        if module is None or look_and_tensors is None or _is_wrapped(module):
             return guarded()
-        look, tensors = known
+        look, tensors = look_and_tensors
         call.route = Route(call)
         return call.route.result(look, tensors, guarded)
 
     def _settle(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The first call, which finds out under which flags the blocks can be had."""
+        """The first call's result. The call settles whether the module is captured under the flags of `capturing`."""
         module = self.module()
         assert module is not None
         restore = _snapshot((args, kwargs))
@@ -110,7 +118,7 @@ class CompiledCall:
         return self(*args, **kwargs)
 
     def _diagnose(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
-        """What kept the blocks from being in one graph; None where that is not what the call lacked."""
+        """The reason why the blocks are not in one graph; None if the call ran uncached for another reason."""
         module = self.module()
         if module is None or not _lacks_loop(call):
             return None
@@ -124,17 +132,17 @@ class CompiledCall:
 
 
 def _is_wrapped(module: torch.nn.Module) -> bool:
-    """Whether something runs around the module's forward that is no part of any graph."""
+    """Whether code outside all graphs runs around the module's forward."""
     return bool("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
 
 
 def _lacks_loop(call: Call) -> bool:
-    """Whether the capture broke, and no graph that came of it holds a loop."""
+    """Whether the capture broke, and none of the graphs holds a loop."""
     return call.graphs != 1 and call.uncached is not None and call.uncached.cause in (NO_LOOP, NOT_CAPTURED)
 
 
 def _snapshot(arguments: Any) -> Callable[[], None]:
-    """Remembers what a call may change, its inputs and the random generators; the result puts it back."""
+    """Copy the state that a call may change: its inputs and the random generators. The result restores that state."""
     copies = [(leaf, leaf.detach().clone()) for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
     generator = torch.get_rng_state()
     on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []

@@ -1,4 +1,4 @@
-"""What the backend gives to dynamo: a graph with regions, or one without, as a callable."""
+"""Makes the callable that the backend returns to dynamo: a graph with regions, or a graph without."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class UncachedGraph:
     Args:
         forward: from the graph's inputs to its results.
         finder: from the inputs to the state of their module.
-        uncached: why there is no region.
-        timestep: where this graph has it; a later graph of the same call may go by it.
+        uncached: the reason why there is no region.
+        timestep: the timestep's place in this graph. A later graph of the same call may use the timestep.
         is_fragment: True for a part of a larger forward. Calling a fragment alone is not counted as an uncached call.
     """
 
@@ -54,13 +54,13 @@ class UncachedGraph:
 
 
 class CachedGraph:
-    """A graph with regions: takes part in a call, and gives it the timestep to go by.
+    """A graph with regions. It joins a call, and gives the call its timestep.
 
     Args:
-        forward: from the graph's part of a call (`RegionCall`), and its inputs in one sequence, to its results.
+        forward: from a `RegionCall`, and the graph's inputs in one sequence, to its results.
         finder: from the inputs to the state of their module.
-        regions: by the numbers that the graph gives them.
-        timestep: where the graph has it.
+        regions: indexed by the numbers that the graph passes to `decide`.
+        timestep: the timestep's place in the graph.
         is_whole: False if a break in the capture follows the graph.
     """
 
@@ -96,7 +96,7 @@ def graph_of(
     Args:
         gm: as dynamo captured it.
         forward: lowered.
-        facts: what the passes learned.
+        facts: from the passes.
     """
     timestep, branch = facts.get(TimestepSource), facts.get(CacheBranch)
     if branch is None:
@@ -104,8 +104,8 @@ def graph_of(
     regions = tuple(
         RegionInfo(plan.loops, plan.num_blocks, plan.first, plan.last, plan.loop, plan.block) for plan in branch.regions
     )
-    gathered = forward if GatheredInputs in facts else _unpacking(forward)
-    return CachedGraph(gathered, finder, regions, timestep, not ends_at_break(gm))
+    sequence_forward = forward if GatheredInputs in facts else _unpacking(forward)
+    return CachedGraph(sequence_forward, finder, regions, timestep, not ends_at_break(gm))
 
 
 def _unpacking(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,14 +113,17 @@ def _unpacking(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_fragment(gm: fx.GraphModule, finder: StateFinder, facts: Facts) -> bool:
-    """Whether a graph is only a part of the compiled module: it ended at a graph break, or it has neither a block loop
-    nor weights, as a helper function has that is a frame of its own."""
+    """Whether a graph is only a fragment of the compiled module.
+
+    A graph is a fragment if it ended at a graph break. It is one too if it has neither a block loop nor weights, like a
+    helper function that dynamo captures as a separate frame.
+    """
     detection = facts.get(Detection)
     return ends_at_break(gm) or (finder.anchors is None and (detection is None or not detection.loops))
 
 
 def _why_uncached(facts: Facts) -> Uncached:
-    """What was looked for and not found."""
+    """The first of the facts that the graph lacks, as a reason."""
     detection, report = facts.get(Detection), facts.get(RegionReport)
     if detection is not None and not detection.loops:
         return Uncached(

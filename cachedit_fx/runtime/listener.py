@@ -1,9 +1,8 @@
-"""Learns from diffusers which CFG branch a call belongs to, and at which step, where the pipeline says so.
+"""Learns from diffusers the CFG branch and the step of a call, if the pipeline passes them on.
 
-Pipelines wrap each transformer call in `transformer.cache_context("cond")`, which tells the name, and perhaps a step
-index or sigma, to every stateful hook registered on the module. The listener is such a hook and nothing more: it is
-entered into the registry's list without wrapping `forward`, so the module stays unpatched and dynamo traces nothing of
-it.
+Pipelines wrap each transformer call in `transformer.cache_context("cond")`. The context passes its name, and perhaps a
+step index or sigma, to every stateful hook registered on the module. The listener is a hook of this kind. It is entered
+into the registry's list without wrapping `forward`, so the module stays unpatched, and dynamo traces no code of it.
 """
 
 from __future__ import annotations
@@ -19,9 +18,11 @@ _NAME = "cachedit_fx"
 
 @dataclass(frozen=True)
 class Hint:
-    """What a caller may say of a transformer call ahead of it.
+    """Facts about a transformer call that the caller gives before the call.
 
-    `time` is anything that is equal within a step and runs one way within a generation: step index, sigma, timestep.
+    Attributes:
+        branch: name of the CFG branch.
+        time: a number that is equal within a step and runs one way within a generation: step index, sigma, timestep.
     """
 
     branch: str | None = None
@@ -29,14 +30,14 @@ class Hint:
 
 
 def _make_listener() -> Any:
-    """A listener; None where diffusers' hooks are not to be had."""
+    """A listener; None if diffusers' hooks cannot be imported."""
     try:
         from diffusers.hooks.hooks import BaseState, ModelHook, StateManager
     except ImportError:
         return None
 
     class ContextOfThread(StateManager):
-        """Keeps what each thread set to itself; diffusers' own keeps one context for all."""
+        """Stores a separate context for each thread; diffusers' class stores one context for all threads."""
 
         def __init__(self) -> None:
             super().__init__(BaseState)
@@ -46,7 +47,7 @@ def _make_listener() -> Any:
             self.local.context = context
 
     class Listener(ModelHook):
-        """Holds the context that was set last; diffusers sets it on every `StateManager` of a stateful hook."""
+        """Holds the latest context. Diffusers sets the context on every `StateManager` of a stateful hook."""
 
         _is_stateful = True
 
@@ -55,7 +56,7 @@ def _make_listener() -> Any:
             self.state_manager = ContextOfThread()
 
         def hint(self) -> Hint:
-            """What the caller said of the present call."""
+            """The caller's hint about the present call."""
             context = getattr(self.state_manager.local, "context", None)
             if context is None:
                 return Hint()
@@ -72,7 +73,7 @@ def _make_listener() -> Any:
 
 
 def listen(module: torch.nn.Module) -> Any:
-    """Register a listener on `module` and return it; None where diffusers' hooks are not to be had."""
+    """Register a listener on `module` and return it; None if the module or diffusers has no hooks."""
     listener = _make_listener() if hasattr(module, "cache_context") else None
     if listener is None:
         return None
@@ -86,7 +87,7 @@ def listen(module: torch.nn.Module) -> Any:
 
 
 def stop_listening(module: torch.nn.Module) -> None:
-    """Take the listener out again; nothing happens where there is none."""
+    """Remove the listener from `module`, if there is one."""
     registry = getattr(module, "_diffusers_hook", None)
     if registry is not None and _NAME in registry.hooks:
         del registry.hooks[_NAME]

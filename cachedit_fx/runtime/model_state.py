@@ -1,4 +1,4 @@
-"""All that is remembered of one model under one set of options.
+"""Holds the state of one model under one set of options.
 
     ModelState ── sessions ──► Session ── generation ──► BranchMemory for each (region, CFG branch)
         (one model, one set of options)   (one stream of requests)
@@ -14,32 +14,30 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING
 
 from cachedit_fx.config.options import Options
 from cachedit_fx.passes.base import NOTHING_KNOWN
 from cachedit_fx.runtime.listener import Hint
-from cachedit_fx.runtime.warning import warn
-
-if TYPE_CHECKING:
-    pass
 from cachedit_fx.runtime.session import Session, session_key
+from cachedit_fx.runtime.warning import warn
 
 logger = logging.getLogger(__name__)
 
 MAX_SESSIONS = 32
-"""Named sessions that a model keeps; the one unused for longest is dropped, and its next call computes."""
+"""Highest number of named sessions of a model. Beyond it, the session unused for longest is dropped, and its next call
+computes."""
 
 
 class ModelState:
-    """All that is remembered of one model under one set of options.
+    """The state of one model under one set of options.
 
     Attributes:
-        options: as parsed; only the policy, that is, what is not in `options.structure()`, may change later
-            (`set_policy`).
-        hint: returns what the caller says of the present call.
-        traced: what is known of the module beside its graphs.
-        used: when it was called last, by the monotonic clock.
+        options: as parsed. Only settings that are read at each call may change later (`set_options`).
+        config: the config in `options.cache`; None if caching is off.
+        hint: returns the caller's hint about the present call.
+        traced: knowledge about the module from outside its graphs.
+        latest: the session that was called last.
+        last_call: time of the last call, by the monotonic clock, in seconds.
     """
 
     def __init__(self, options: Options) -> None:
@@ -48,7 +46,7 @@ class ModelState:
         self.hint: Callable[[], Hint] = Hint
         self.traced = NOTHING_KNOWN
         self.latest: Session | None = None
-        self.used = 0.0
+        self.last_call = 0.0
         self._here = threading.local()
         """`session` of each thread: every call asks twice."""
         self._by_thread: weakref.WeakKeyDictionary[threading.Thread, Session] = weakref.WeakKeyDictionary()
@@ -64,7 +62,7 @@ class ModelState:
             with self._lock:
                 session = self._here.session = self._by_thread[threading.current_thread()] = Session(self)
         self.latest = session
-        self.used = time.monotonic()
+        self.last_call = time.monotonic()
         return session
 
     def _named(self, key: Hashable) -> Session:
@@ -74,20 +72,22 @@ class ModelState:
                 session = self._by_key[key] = Session(self)
             self._by_key.move_to_end(key)
             if len(self._by_key) > MAX_SESSIONS:
-                dropped, _ = self._by_key.popitem(last=False)
-                logger.info("session %r dropped: more than %d are kept", dropped, MAX_SESSIONS)
+                oldest, _ = self._by_key.popitem(last=False)
+                logger.info("session %r dropped: more than %d are kept", oldest, MAX_SESSIONS)
         return session
 
-    def set_policy(self, options: Options) -> None:
-        """Go on under `options`, whose structure is the same. Takes effect at the next call, which starts a new
-        generation in every session."""
+    def set_options(self, options: Options) -> None:
+        """Replace the options by others of equal structure. In every session the next call starts a new generation."""
         self.options, self.config = options, options.cache
         with self._lock:
             for session in (*self._by_thread.values(), *self._by_key.values()):
                 session.refresh(options.cache)
 
     def warn_once(self, message: str, better: Callable[[], str | None] | None = None) -> None:
-        """Warn, the first time that this model has this to say; in the words of `better`, asked only then, if any."""
+        """Warn, but only once for each message. If `better` returns a text, the warning has that text instead.
+
+        `better` is called only if the warning is shown.
+        """
         with self._lock:
             if message in self._warned:
                 return

@@ -1,4 +1,4 @@
-"""What the run time knows of a region, and what it is known by."""
+"""The run time's types for a region: its key in a session, and its plan."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 ChainKey: TypeAlias = tuple[tuple[str, ...], int]
-"""The loops that a chain runs through, and its number among those of a call that run through the same."""
+"""The names of a chain's loops, and the chain's number among a call's chains through loops of the same names."""
 
 
 class RegionKey(NamedTuple):
-    """What a session knows a region by, whichever graphs the call consists of."""
+    """The key of a region in a session, whatever graphs the call consists of."""
 
     chain: ChainKey
     """The chain that the region was cut from."""
     block: int | None
-    """The region's block, if blocks are regions of their own."""
+    """The index of the region's block, if every block is a separate region."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class RegionInfo:
         loops: names of the loops of its chain.
         num_blocks: blocks of its chain.
         first, last: F and B.
-        loop: with a region for each loop, its loop's place in the chain.
-        block: its block, if blocks are regions of their own.
+        loop: the index of its loop in the chain, if every loop has a separate region.
+        block: the index of its block, if every block is a separate region.
     """
 
     loops: tuple[str, ...]

@@ -1,6 +1,6 @@
-"""One graph's part of a call: decides about each region, then computes or bypasses it.
+"""Decides about each region of a graph in one call, then computes or bypasses the region.
 
-entry = region_call.decide(0, reference, hidden, streams)        where the call stands, the difference, the policy
+entry = region_call.decide(0, reference, hidden, streams)        position, difference, the policy's decision
 results = region_call.run(entry, compute, inputs, bases, ...)    computed and stored, or restored
 """
 
@@ -23,7 +23,7 @@ from cachedit_fx.runtime.stopwatch import Stopwatch
 
 
 class Entry(NamedTuple):
-    """A region about to run: what was decided, and what carrying it out needs."""
+    """A region that is about to run: the decision, and the values that `run` needs."""
 
     info: RegionInfo
     key: RegionKey
@@ -38,12 +38,12 @@ class Entry(NamedTuple):
 
 
 class RegionCall:
-    """Decides and runs the regions of one graph, which numbers them.
+    """Decides and runs the regions of one graph in one call.
 
     Args:
         call: the transformer call that the graph is a part of.
-        regions: as planned.
-        keys: what the session knows them by.
+        regions: as planned, indexed by the numbers that the graph passes to `decide`.
+        keys: the regions' keys in the session.
     """
 
     def __init__(self, call: Call, regions: Sequence[RegionInfo], keys: Sequence[RegionKey]) -> None:
@@ -59,11 +59,13 @@ class RegionCall:
         hidden: torch.Tensor | None,
         streams: Sequence[torch.Tensor],
     ) -> Entry:
-        """Compute region `number`, or reuse the stored values?
+        """Decide whether to compute region `number` or to reuse its stored values.
 
         Args:
-            reference: base of the hidden states after the first F blocks (H_in in a plain chain).
-            hidden: those hidden states, H_F; None if F is 0. For a single block: its input, without a reference.
+            reference: base of the hidden states after the first F blocks (H_in in a plain chain), of any shape; None
+                if there is no base.
+            hidden: the hidden states after the first F blocks, H_F; None if F is 0. For a region of one block, the
+                block's input, without a reference.
             streams: the values that enter the region. Stored values must fit their shapes.
         """
         key, settings = self.keys[number], self.settings[number]
@@ -103,13 +105,13 @@ class RegionCall:
         compute: Callable[..., tuple[Any, ...]],
         inputs: Sequence[Any],
         bases: Callable[..., tuple[Any, ...]],
-        continued: Sequence[Any],
+        base_inputs: Sequence[Any],
     ) -> tuple[Any, ...]:
-        """Carry the decision out.
+        """Carry out the decision.
 
         Args:
             compute: the region, from `inputs` to its results.
-            bases: from `continued` to the base of each result, None where a result has none.
+            bases: from `base_inputs` to the base of each result; None for a result without a base.
 
         Returns:
             The region's results, computed and stored, or restored from stored values and bases.
@@ -121,13 +123,13 @@ class RegionCall:
         watch = Stopwatch(entry.device)
         spare = residual.spare if residual is not None else None
         if decision.action is Action.REUSE:
-            results = _restored(entry, now, bases, continued)
+            results = _restored(entry, now, bases, base_inputs)
         else:
             if residual is not None:
                 memory.reference, spare = residual.keep(memory.reference)
             results = compute(*inputs)
             if entry.settings.policy.reuses:
-                _store(entry, now, results, bases, continued)
+                _store(entry, now, results, bases, base_inputs)
         if spare is not None:
             self.session.spares[key] = spare
         self._advance(entry, branch)
@@ -137,7 +139,7 @@ class RegionCall:
         return results
 
     def _advance(self, entry: Entry, branch: int) -> None:
-        """Let the policy take note of its decision."""
+        """Let the policy advance its history by its decision."""
         chain, policy, start = entry.key.chain, entry.settings.policy, entry.memory.start
         history = self.session.history(chain, branch, start, policy)
         self.session.set_history(chain, branch, start, policy.advance(history, entry.situation, entry.decision))
@@ -150,7 +152,7 @@ class RegionCall:
         residual: Residual | None,
         differences: Mapping[int, float],
     ) -> float:
-        """The difference that the policy asks for: shared by the step's branches, read already, or measured now."""
+        """The difference that the policy asks for. It may be shared by the step's branches, or read already."""
         assert self.call.position is not None
         _, step, branch = self.call.position
         shared = self.session.shared_differences
@@ -164,8 +166,11 @@ class RegionCall:
         return difference
 
     def _locate(self, key: RegionKey, residual: Residual | None, signature: Hashable) -> dict[int, float]:
-        """Find the call's position, once a call. If the timestep is on the device, it is read together with the
-        differences from every branch that the call may turn out to be; these are returned."""
+        """Find the call's position, once in a call. Returns branch -> difference, for differences read on the way.
+
+        A timestep on the device is read in one transfer with differences: one for each branch that the call may belong
+        to.
+        """
         call, tracker = self.call, self.session.tracker
         if call.position is not None:
             return {}
@@ -188,7 +193,7 @@ class RegionCall:
         return {}
 
     def _references(self, key: RegionKey, signature: Hashable) -> dict[int, torch.Tensor]:
-        """What r may have to be compared with, by the branch that the call may turn out to be."""
+        """Branch -> reference that r may be compared with, for every branch that the call may belong to."""
         candidates = self.session.tracker.candidates(self.call.branch_name)
         memories = [(branch, self.session.memories.get((key, branch))) for branch in candidates]
         return {
@@ -199,13 +204,13 @@ class RegionCall:
 
 
 def _restored(
-    entry: Entry, now: Moment, bases: Callable[..., tuple[torch.Tensor | None, ...]], continued: Sequence[Any]
+    entry: Entry, now: Moment, bases: Callable[..., tuple[torch.Tensor | None, ...]], base_inputs: Sequence[Any]
 ) -> tuple[torch.Tensor, ...]:
-    """The region's results from what is stored."""
+    """The region's results from stored values."""
     memory, calibrator = entry.memory, entry.settings.calibrator
     weights = coefficients(calibrator, memory.trail, now)
     shapes = [buffers[0].shape for buffers in memory.stored]
-    results = memory.restore(_bases(calibrator, bases, continued, shapes), weights)
+    results = memory.restore(_bases(calibrator, bases, base_inputs, shapes), weights)
     memory.trail.insert(0, now)
     return results
 
@@ -215,7 +220,7 @@ def _store(
     now: Moment,
     results: Sequence[torch.Tensor],
     bases: Callable[..., tuple[torch.Tensor | None, ...]],
-    continued: Sequence[Any],
+    base_inputs: Sequence[Any],
 ) -> None:
     """Keep the results of a computed step for later ones."""
     memory, calibrator = entry.memory, entry.settings.calibrator
@@ -223,19 +228,22 @@ def _store(
         memory.trail = []
     memory.signature = entry.signature
     dtype = calibrator.calibrator_state_dtype if calibrator is not None else "wider"
-    result_bases = _bases(calibrator, bases, continued, [result.shape for result in results])
+    result_bases = _bases(calibrator, bases, base_inputs, [result.shape for result in results])
     memory.store(results, result_bases, now, values_kept(calibrator), dtype)
 
 
 def _bases(
     calibrator: CalibratorConfig | None,
     bases: Callable[..., tuple[torch.Tensor | None, ...]],
-    continued: Sequence[Any],
+    base_inputs: Sequence[Any],
     shapes: Sequence[torch.Size],
 ) -> tuple[torch.Tensor | None, ...]:
-    """The bases of results of these shapes. None if whole values are predicted, or if a length that depends on data has
-    turned out another."""
+    """The bases of results of these shapes.
+
+    Bases are None if whole values are predicted. A base of another shape is None too: a length that depends on data has
+    changed.
+    """
     if calibrator is not None and calibrator.calibrator_cache_type != "residual":
         return (None,) * len(shapes)
-    pairs = zip(bases(*continued), shapes, strict=True)
+    pairs = zip(bases(*base_inputs), shapes, strict=True)
     return tuple(base if base is None or base.shape == shape else None for base, shape in pairs)

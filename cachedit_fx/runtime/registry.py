@@ -1,9 +1,9 @@
-"""From a call's weights, or from a module, to its `ModelState`. Weak, and the only module-level state there is.
+"""Finds a module's `ModelState` by the module, or by a call's weights. Holds the package's only module-level state.
 
 One compiled graph serves every module of a class, and one module has many graphs (shapes, batch sizes, autocast). So a
-graph does not hold state; it finds it at each call by two *anchors*, weights that dynamo lifts to inputs: one of a
-block, and the graph's last. Models may share their heads or their blocks, hardly both. A module handed to
-`cachedit_fx.compile` is known by itself.
+graph holds no state. At each call it finds the state by two *anchors*, weights that dynamo lifts to inputs: a weight of
+a block, and the graph's last weight. Two models may share their heads or their blocks, but hardly both. The state of a
+module passed to `cachedit_fx.compile` is found by the module. All references are weak.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cachedit_fx.config.options import Options
 from cachedit_fx.runtime.model_state import ModelState
 
 Anchors: TypeAlias = tuple[int, int]
-"""Indices of the two graph inputs by which a call's module is found."""
+"""Indices of the two graph inputs that identify a call's module."""
 
 _lock = threading.Lock()
 _by_anchors: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -31,12 +31,13 @@ _by_module: weakref.WeakKeyDictionary[torch.nn.Module, ModelState] = weakref.Wea
 
 
 class StateFinder:
-    """From a call's inputs to the state of its module. Holds a given state weakly: dynamo keeps compiled code for good.
+    """Finds the state of a call's module by the call's inputs.
 
     Args:
         options: of the compiled graph.
-        state: of the one module that the graph is for; None if it is for any.
-        anchors: the inputs to find a module by; None if the graph has no weights.
+        state: of the one module that the graph is for; None if the graph is for any module. The reference is weak,
+            since dynamo keeps compiled code for good.
+        anchors: the inputs that identify a module; None if the graph has no weights.
     """
 
     def __init__(self, options: Options, state: ModelState | None, anchors: Anchors | None) -> None:
@@ -55,7 +56,7 @@ class StateFinder:
 
 
 def anchors_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Anchors | None:
-    """The inputs that tell modules apart: the last weight in a numbered member of a container, and the last of all."""
+    """The inputs that identify a module: the last weight in a numbered member of a container, and the last of all."""
     names = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
     weights = [index for index, value in enumerate(example_inputs) if isinstance(value, torch.nn.Parameter)]
     if not weights:
@@ -65,7 +66,7 @@ def anchors_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Anchors | N
 
 
 def state_of_anchors(block: torch.Tensor, last: torch.Tensor, options: Options) -> ModelState:
-    """The state of the model that owns both weights, under `options`; made at the first call."""
+    """The state of the model that owns both weights, under `options`. It is made at the first call."""
     with _lock:
         by_last: WeakTensorKeyDictionary = _by_anchors.setdefault(block, WeakTensorKeyDictionary())
         states: dict[Options, ModelState] = by_last.setdefault(last, {})
@@ -76,10 +77,10 @@ def state_of_anchors(block: torch.Tensor, last: torch.Tensor, options: Options) 
 
 def states_of_weights(weights: Iterable[torch.Tensor]) -> list[ModelState]:
     """Every state whose two anchors are among these weights."""
-    owned = list(weights)
+    anchors = list(weights)
     with _lock:
-        tables = [_by_anchors[weight] for weight in owned if weight in _by_anchors]
-        states = [state for table in tables for last in owned if last in table for state in table[last].values()]
+        tables = [_by_anchors[block] for block in anchors if block in _by_anchors]
+        states = [state for table in tables for last in anchors if last in table for state in table[last].values()]
     return list(dict.fromkeys(states))
 
 
@@ -90,7 +91,7 @@ def register(module: torch.nn.Module, state: ModelState) -> None:
 
 
 def unregister(module: torch.nn.Module) -> None:
-    """Forget the module; unknown ones are ignored."""
+    """Forget the module; an unknown module is ignored."""
     with _lock:
         _by_module.pop(module, None)
 
@@ -102,15 +103,15 @@ def state_of_module(module: torch.nn.Module) -> ModelState | None:
 
 
 def states_of(module: torch.nn.Module) -> list[ModelState]:
-    """The states of a module, or of what `torch.compile` returned for it; the one used last comes first."""
+    """The states of a module, or of the object that `torch.compile` returned for it; the one used last comes first."""
     inner = unwrapped(module)
     state = state_of_module(inner)
     if state is not None:
         return [state]
-    return sorted(states_of_weights(inner.parameters()), key=lambda state: state.used, reverse=True)
+    return sorted(states_of_weights(inner.parameters()), key=lambda state: state.last_call, reverse=True)
 
 
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
-    """The module inside what `torch.compile` returned; any other module as it is."""
+    """The module inside an object that `torch.compile` returned; any other module unchanged."""
     inner = module._modules.get("_orig_mod")
     return inner if isinstance(inner, torch.nn.Module) else module

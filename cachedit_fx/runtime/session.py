@@ -1,4 +1,4 @@
-"""One stream of requests to one model: tracker, memory, statistics; and how interleaved generations are kept apart."""
+"""Holds one stream of requests to one model: tracker, memory, statistics. Sessions separate interleaved generations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cachedit_fx.config.cache import DBCacheConfig
+from cachedit_fx.runtime.memory import BranchMemory
 from cachedit_fx.runtime.policies.base import Action, Policy
+from cachedit_fx.runtime.region import ChainKey, RegionKey
 from cachedit_fx.runtime.stats import CacheStats
 from cachedit_fx.runtime.stopwatch import Stopwatch
 from cachedit_fx.runtime.tracker import Position, Tracker
@@ -22,18 +24,21 @@ if TYPE_CHECKING:
     from cachedit_fx.runtime.model_state import ModelState
     from cachedit_fx.runtime.region import RegionInfo
     from cachedit_fx.runtime.shortcut import Shortcut
-from cachedit_fx.runtime.memory import BranchMemory
-from cachedit_fx.runtime.region import ChainKey, RegionKey
 
 session_key: contextvars.ContextVar[Hashable] = contextvars.ContextVar("cachedit_fx_session", default=None)
 
 
 @contextmanager
 def session(key: Hashable) -> Iterator[None]:
-    """Keep interleaved generations apart: calls made inside belong to the generation named `key`.
+    """Context manager that keeps interleaved generations apart: calls inside belong to the session named `key`.
 
-    For a server that steps several requests in turn. Any hashable key but None; a request's own id is a good one.
-    Without it every thread has a session of its own.
+    It is for a server that steps several requests alternately. Without it every thread has a separate session.
+
+    Args:
+        key: any hashable object but None; a request's id is a good one.
+
+    Raises:
+        ValueError: if the key is None.
     """
     if key is None:
         raise ValueError("session(None): the key must be a hashable object other than None, such as a request id")
@@ -45,7 +50,7 @@ def session(key: Hashable) -> Iterator[None]:
 
 
 class Session:
-    """One stream of requests to one model: a tracker, the present generation's memory, its statistics."""
+    """One stream of requests to one model: a tracker, and the present generation's memory and statistics."""
 
     def __init__(self, state: ModelState) -> None:
         self.state = state
@@ -55,25 +60,25 @@ class Session:
         self._histories: dict[tuple[ChainKey, int], tuple[int, Any]] = {}
         """(chain, branch) -> the step at which the context began, and the policy's history since."""
         self.shortcuts: dict[Hashable, Shortcut] = {}
-        """By the look of a call, in the present generation."""
+        """Look of a call -> shortcut, in the present generation."""
         self.spares: dict[RegionKey, torch.Tensor] = {}
-        """A buffer for each region's next r, float32."""
+        """Region -> a buffer for its next r, float32."""
         self.stats: dict[ChainKey, CacheStats] = {}
         self.configs: dict[ChainKey, DBCacheConfig] = {}
         self.uncached: Counter[str] = Counter()
         self.watches: list[tuple[CacheStats, Action, Stopwatch]] = []
         self.call: Call | None = None
-        """The transformer call under way."""
-        self.inert_told = False
+        """The present transformer call; None between calls."""
+        self.warned_of_inert = False
         self.shared_differences: dict[tuple[RegionKey, int], float] = {}
 
     def begin(self, position: Position) -> None:
-        """Called at every position; clears the memory where it starts a generation."""
+        """Take note of a call's position. If it starts a generation, forget the memory and the statistics."""
         if position.generation == self.generation:
             return
         self._warn_of_inert_thresholds()
         self._warn_of_long_masks()
-        self.inert_told = False
+        self.warned_of_inert = False
         self.generation = position.generation
         for memory in self.memories.values():
             memory.forget()
@@ -91,7 +96,7 @@ class Session:
         self.tracker.refresh()
 
     def memory(self, region: RegionKey, branch: int) -> BranchMemory:
-        """What is stored for a region in a branch."""
+        """The memory of a region in a branch."""
         memory = self.memories.get((region, branch))
         if memory is None:
             memory = self.memories[region, branch] = BranchMemory()
@@ -99,15 +104,15 @@ class Session:
 
     def history(self, chain: ChainKey, branch: int, start: int, policy: Policy[Any, Any]) -> Any:
         """The policy's history of a chain in a branch, in the context that began at step `start`."""
-        began, history = self._histories.get((chain, branch), (None, None))
-        return history if began == start else policy.start()
+        history_start, history = self._histories.get((chain, branch), (None, None))
+        return history if history_start == start else policy.start()
 
     def set_history(self, chain: ChainKey, branch: int, start: int, history: Any) -> None:
-        """Keep a policy's history for its next decision."""
+        """Store a policy's history for its next decision."""
         self._histories[chain, branch] = start, history
 
     def region_stats(self, region: RegionKey, info: RegionInfo) -> CacheStats:
-        """Of a region, or of all regions of a chain whose blocks are pruned one by one."""
+        """The statistics of a region. All regions of a chain whose blocks are pruned separately share one entry."""
         chain, block = region
         if chain not in self.stats:
             self.configs[chain] = self.state.options.settings_of(info.loop).policy.config
@@ -122,12 +127,14 @@ class Session:
         return self.stats[chain]
 
     def record_uncached(self, cause: str) -> None:
-        """Count a call on which the policy had no say."""
+        """Count a call about which no policy decided."""
         self.uncached[cause] += 1
 
     def summary(self) -> list[CacheStats]:
-        """The present generation's statistics, one for each region, or each chain with DBPrune; one without blocks
-        where no region ever ran."""
+        """The present generation's statistics: one entry for each region, or with DBPrune for each chain.
+
+        If no region ever ran, uncached calls are in one entry without blocks.
+        """
         self._warn_of_inert_thresholds()
         for stats, action, watch in self.watches:
             stats.record_seconds(action, watch.seconds())
@@ -141,17 +148,17 @@ class Session:
         return list(self.stats.values())
 
     def _warn_of_inert_thresholds(self) -> None:
-        """Once a generation: at its end, or when its statistics are asked for."""
-        if self.state.config is None or self.inert_told:
+        """Warn once in a generation: at its end, or when its statistics are read."""
+        if self.state.config is None or self.warned_of_inert:
             return
         for chain, stats in self.stats.items():
             message = stats.inert_threshold_message(self.configs[chain])
             if message:
-                self.inert_told = True
+                self.warned_of_inert = True
                 warn(f"{stats.name}: {message}; no step was cached")
 
     def _warn_of_long_masks(self) -> None:
-        """At a generation's end: one that stopped early was not cached as its mask means. One step is a warm-up run."""
+        """Warn at the end of a generation that stopped before its mask did. A generation of one step is a warm-up."""
         for chain, stats in self.stats.items():
             mask = self.configs[chain].steps_computation_mask
             if mask is not None and 1 < stats.executed_steps < len(mask):

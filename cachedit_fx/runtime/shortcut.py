@@ -1,16 +1,16 @@
-"""From a call's inputs straight to its graph: the calls of a generation behind its first two, past dynamo's guards.
+"""Takes a call's inputs straight to its graph, past dynamo's guards, after the first two calls of a generation.
 
     guarded      inputs ─► dynamo: guards, a thousand weights fetched ─► graph ─► dynamo: outputs put together
     shortcut     inputs ─► same look as a guarded call of this generation? ─► graph, same weights ─► same outputs
 
-What is learned from two guarded calls in a row: which input of the graph is which tensor of the call, and which result
-of the graph is where in the call's result. All others of the graph's inputs must be the very same tensors in both, as
-the module's weights are, or equal numbers. Inputs that look otherwise, and every first step of a generation, pass the
-guards.
+Two consecutive guarded calls show the places of inputs and results: the index of each of the call's tensors among the
+graph's inputs, and the place of each of the graph's results in the call's result. All other inputs of the graph must be
+the same tensors in both calls, as the module's weights are, or equal numbers. Inputs of another look, and every first
+step of a generation, pass the guards.
 
-That is safe as long as nothing about the module changes between two steps of one generation but the contents of its
-weights: no adapter is set or scaled, no processor or layer exchanged, no `train()`, no hook added. Such changes between
-generations are seen.
+Shortcuts are safe if only the contents of the module's weights change between two steps of one generation: no adapter
+is set or scaled, no processor or layer exchanged, no `train()`, no hook added. Between generations all these changes
+are noticed.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ if TYPE_CHECKING:
     from cachedit_fx.runtime.call import Call
 
 GUARDED_CALLS = 2
-"""Alike calls of a generation that pass the guards: a model that counts its own steps is told by them."""
-
-Ran = tuple[Callable[..., Any], Sequence[Any], Sequence[Any]]
-"""A graph, which takes its inputs as one sequence; what it was given; and what it gave."""
+"""Calls of one look that pass the guards in a generation. Two show whether a model counts its own steps."""
+Execution = tuple[Callable[..., Any], Sequence[Any], Sequence[Any]]
+"""A graph that ran, which takes its inputs as one sequence; its inputs; its results."""
 
 _PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 
 
 def look_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Hashable, list[torch.Tensor]] | None:
-    """What tells a call from others as far as its graph goes: everything but the contents of its tensors; and those.
+    """The look of a call, and the tensors among its inputs.
 
-    None where an input is neither a plain tensor, nor plain data, nor a container of these, or where a mode of torch's
-    is on that wants to see every operation.
+    The look is everything that may select a graph: all inputs, except the contents of tensors, and torch's modes.
+
+    None if an input is neither a plain tensor, nor plain data, nor a container of these. None too if a dispatch or
+    function mode of torch is on, which must see every operation.
     """
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return None
@@ -65,70 +66,82 @@ def _look(value: Any, tensors: list[torch.Tensor]) -> Hashable:
     if kind in _PLAIN:
         return kind, value
     if kind is list or kind is tuple:
-        return (kind, *[_look(item, tensors) for item in value])
+        return (kind, *[_look(element, tensors) for element in value])
     if kind is dict:
-        return (kind, *[(name, _look(item, tensors)) for name, item in value.items()])
+        return (kind, *[(name, _look(element, tensors)) for name, element in value.items()])
     raise _UnknownInput
 
 
 class Shortcut:
-    """What one look of a call comes to. `calls` guarded ones agreed about it so far."""
+    """The graph of one look of a call, and how its inputs and results are put together.
+
+    Args:
+        graph: takes its inputs as one sequence.
+        inputs: the graph's inputs; None in place of the call's tensors.
+        slots: (index of a graph input, index of the call's tensor that it is).
+        leaves: for each leaf of the call's result (index of the graph's result, None), or (None, the leaf).
+        spec: the structure of the call's result.
+    """
 
     def __init__(
         self,
         graph: Callable[..., Any],
-        given: list[Any],
+        inputs: list[Any],
         slots: tuple[tuple[int, int], ...],
         leaves: tuple[tuple[int | None, Any], ...],
         spec: TreeSpec,
     ) -> None:
-        self.graph, self.given, self.slots, self.leaves, self.spec = graph, given, slots, leaves, spec
+        self.graph, self.inputs, self.slots, self.leaves, self.spec = graph, inputs, slots, leaves, spec
         self.is_flat_tuple = spec.type is tuple and all(child.is_leaf() for child in spec.children())
         self.calls = 1
+        """Guarded calls that agreed about the shortcut so far."""
 
     @property
     def is_open(self) -> bool:
+        """Whether enough guarded calls agreed."""
         return self.calls >= GUARDED_CALLS
 
     def agrees(self, other: Shortcut) -> bool:
-        """Whether both come to the same: graph, weights and numbers, and places of inputs and results."""
-        inputs = {index for index, _ in self.slots}
+        """Whether both have the same graph, weights and numbers, and the same places of inputs and results."""
+        tensors = {index for index, _ in self.slots}
         return (
             (self.graph, self.slots, self.leaves, self.spec) == (other.graph, other.slots, other.leaves, other.spec)
-            and len(self.given) == len(other.given)
+            and len(self.inputs) == len(other.inputs)
             and all(
-                index in inputs or one is two or (not isinstance(one, torch.Tensor) and one == two)
-                for index, (one, two) in enumerate(zip(self.given, other.given, strict=True))
+                index in tensors or one is two or (not isinstance(one, torch.Tensor) and one == two)
+                for index, (one, two) in enumerate(zip(self.inputs, other.inputs, strict=True))
             )
         )
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> Any:
-        """The call's result, from the tensors among its inputs, which are not kept."""
-        given = self.given
+        """The call's result, from the tensors among its inputs. No reference to the tensors stays."""
+        inputs = self.inputs
         try:
             for index, place in self.slots:
-                given[index] = tensors[place]
-            results = self.graph(given)
+                inputs[index] = tensors[place]
+            results = self.graph(inputs)
         finally:
             for index, _ in self.slots:
-                given[index] = None
+                inputs[index] = None
         leaves = [value if index is None else results[index] for index, value in self.leaves]
         return tuple(leaves) if self.is_flat_tuple else tree_unflatten(leaves, self.spec)
 
 
-def learn(tensors: Sequence[torch.Tensor], ran: Sequence[Ran], result: Any) -> Shortcut | None:
-    """What a guarded call shows: `tensors` went in, the graphs in `ran` ran, and `result` came out. None where that is
-    more than one graph and its results put together."""
+def learn(tensors: Sequence[torch.Tensor], executions: Sequence[Execution], result: Any) -> Shortcut | None:
+    """The shortcut that a guarded call shows, which turned `tensors` into `result` by `executions`.
+
+    None if the call is more than one graph whose results are put together.
+    """
     places = {id(tensor): place for place, tensor in enumerate(tensors)}
-    if len(ran) != 1 or len(places) != len(tensors):
+    if len(executions) != 1 or len(places) != len(tensors):
         return None
-    graph, args, results = ran[0]
+    graph, args, results = executions[0]
     if not all(isinstance(value, (torch.Tensor, int, float)) for value in args):
         return None
-    given = list(args)
-    slots = tuple((index, places[id(value)]) for index, value in enumerate(given) if id(value) in places)
+    inputs = list(args)
+    slots = tuple((index, places[id(value)]) for index, value in enumerate(inputs) if id(value) in places)
     for index, _ in slots:
-        given[index] = None  # an input of one call is not kept for the next
+        inputs[index] = None  # one call's tensor must not live until the next call
     leaves: list[tuple[int | None, Any]] = []
     values, spec = tree_flatten(result)
     for leaf in values:
@@ -136,27 +149,27 @@ def learn(tensors: Sequence[torch.Tensor], ran: Sequence[Ran], result: Any) -> S
         if place is None and type(leaf) not in _PLAIN:
             return None
         leaves.append((place, leaf if place is None else None))
-    return Shortcut(graph, given, slots, tuple(leaves), spec)
+    return Shortcut(graph, inputs, slots, tuple(leaves), spec)
 
 
 class _BeginsGeneration(Exception):
-    """A call that took a shortcut turns out to begin a generation, which has to pass the guards."""
+    """A call that took a shortcut begins a generation, and must pass the guards."""
 
 
 class Route:
-    """How one call reaches its graphs: through dynamo's guards, or past them by a shortcut.
+    """The way of one call to its graphs: through dynamo's guards, or past them by a shortcut.
 
-    A call through the guards shows its graphs to `record`, to learn from. A call by a shortcut that turns out to begin
-    a generation is given up where it stands, and made again through the guards.
+    A call through the guards shows its graphs to `record`, to learn from. If a call by a shortcut turns out to begin a
+    generation, the call is abandoned at once, and made again through the guards.
     """
 
     def __init__(self, call: Call) -> None:
         self.call = call
         self._takes_shortcut = False
-        self._ran: list[Ran] = []
+        self._executions: list[Execution] = []
 
     def result(self, look: Hashable, tensors: Sequence[torch.Tensor], guarded: Callable[[], Any]) -> Any:
-        """The call's result, by a shortcut if one is open for its look, else from `guarded`, to learn one."""
+        """The call's result: by a shortcut if one is open for the call's look, else from `guarded`, to learn one."""
         session = self.call.session
         shortcut = session.shortcuts.get(look)
         if shortcut is not None and shortcut.is_open:
@@ -167,7 +180,7 @@ class Route:
                 self._takes_shortcut = False
                 self.call.restart()
         result = guarded()
-        lesson = learn(tensors, self._ran, result) if self.call.graphs == 1 else None
+        lesson = learn(tensors, self._executions, result) if self.call.graphs == 1 else None
         shortcut = session.shortcuts.get(look)
         if lesson is None:
             session.shortcuts.pop(look, None)
@@ -180,9 +193,9 @@ class Route:
     def record(self, graph: Callable[..., Any], inputs: Sequence[Any], results: Sequence[Any]) -> None:
         """A graph with regions ran."""
         if not self._takes_shortcut:
-            self._ran.append((graph, inputs, results))
+            self._executions.append((graph, inputs, results))
 
     def generation_begins(self) -> None:
-        """The call turns out to begin a generation."""
+        """The call turns out to begin a generation. Abandons the call if it takes a shortcut."""
         if self._takes_shortcut:
             raise _BeginsGeneration

@@ -1,7 +1,7 @@
-"""What the policy said, counted: one `CacheStats` for each region of a generation, and tables of them for people.
+"""Counts the policies' decisions: one `CacheStats` for each region of a generation.
 
-Nothing is counted twice: each branch keeps the decisions themselves, and every number is read off them. Steps are
-denoising steps of the generation, from 0. Differences that are not finite are counted but never enter a percentile.
+Nothing is counted twice: each branch stores the decisions, and every number is computed from them. Steps are denoising
+steps of the generation, from 0. Differences that are not finite are counted, but never enter a list of differences.
 """
 
 import math
@@ -15,9 +15,12 @@ from cachedit_fx.runtime.policies.base import Action, Decision, Reason
 
 
 def step_decision(blocks: Collection[Decision]) -> Decision:
-    """A step in short: reuse if any block was bypassed, the commonest reason for that, the mean finite difference.
+    """One decision that sums up a step: reuse if any block was bypassed, the most common reason, the mean difference.
 
-    One decision is its own summary. `blocks` is not empty.
+    Differences that are not finite are left out. A single decision is its own summary.
+
+    Args:
+        blocks: the decisions about the step's blocks; not empty.
     """
     if len(blocks) == 1:
         return next(iter(blocks))
@@ -32,27 +35,27 @@ class BranchStats:
     """One CFG branch."""
 
     parts: dict[int, dict[int | None, Decision]] = field(default_factory=dict)
-    """By step: the decisions about it, by block with DBPrune; else there is one, about the middle as a whole (None)."""
+    """Step -> block -> decision with DBPrune. Otherwise step -> None -> the decision about the middle as a whole."""
 
     @property
     def decisions(self) -> dict[int, Decision]:
-        """By step; with DBPrune what `step_decision` makes of those about the step's blocks."""
-        return {step: step_decision(parts.values()) for step, parts in self.parts.items()}
+        """Step -> its decision; with DBPrune `step_decision` of the decisions about the step's blocks."""
+        return {step: step_decision(blocks.values()) for step, blocks in self.parts.items()}
 
     @property
     def every_decision(self) -> list[Decision]:
-        return [decision for parts in self.parts.values() for decision in parts.values()]
+        return [decision for blocks in self.parts.values() for decision in blocks.values()]
 
     @property
     def differences(self) -> list[float]:
         """Every finite difference; with DBPrune one for each block that was compared."""
-        found = (decision.difference for decision in self.every_decision)
-        return [value for value in found if value is not None and math.isfinite(value)]
+        values = (decision.difference for decision in self.every_decision)
+        return [value for value in values if value is not None and math.isfinite(value)]
 
     @property
     def reused(self) -> list[int]:
-        """For each step, how many of its decisions were to reuse."""
-        return [sum(d.action is Action.REUSE for d in parts.values()) for parts in self.parts.values()]
+        """For each step, the number of its decisions to reuse."""
+        return [sum(d.action is Action.REUSE for d in blocks.values()) for blocks in self.parts.values()]
 
     @property
     def executed_steps(self) -> int:
@@ -64,7 +67,7 @@ class BranchStats:
 
     @property
     def residual_diffs(self) -> dict[int, float]:
-        """Finite differences, by the step that measured them; with DBPrune the mean of those of a step."""
+        """Step -> its finite difference; with DBPrune the mean of the step's finite differences."""
         return {
             step: decision.difference
             for step, decision in self.decisions.items()
@@ -78,9 +81,10 @@ class BranchStats:
 
 @dataclass(repr=False)
 class CacheStats:
-    """One region in one generation.
+    """Statistics of one region in one generation.
 
-    Names without prefix mean branch 0, `cfg_` ones branch 1; `work`, counts of calls and times mean all branches.
+    Names without a prefix are about branch 0, names with `cfg_` about branch 1. `work`, counts of calls and times are
+    about all branches.
     """
 
     name: str
@@ -92,32 +96,32 @@ class CacheStats:
     """Last blocks, computed at every step (B)."""
     branches: list[BranchStats] = field(default_factory=list)
     bytes_held: int = 0
-    """Size of what is stored for reuse, all branches, in bytes."""
+    """Size of the values stored for reuse, all branches, in bytes."""
     uncached_causes: Counter[str] = field(default_factory=Counter)
-    """Calls that ran uncached without a decision of the policy, by cause."""
+    """Cause -> number of calls that ran uncached, without a decision of the policy."""
     compute_seconds: list[float] = field(default_factory=list)
-    """Measured times of the blocks in the middle where they were computed, storing included."""
+    """Measured times of computing the middle (with DBPrune, a block), storing included."""
     reuse_seconds: list[float] = field(default_factory=list)
-    """Measured times of the bypass that took their place."""
+    """Measured times of bypassing the middle (with DBPrune, a block)."""
     prunes_blocks: bool = False
-    """Whether every block of the middle is decided about by itself (DBPrune)."""
+    """Whether the policy decides about every block of the middle separately (DBPrune)."""
 
     def record(self, branch: int, step: int, decision: Decision, block: int | None = None) -> None:
-        """Take down a decision about the middle, or about one block of it."""
+        """Record a decision about the middle, or about one block of it."""
         while len(self.branches) <= branch:
             self.branches.append(BranchStats())
         self.branches[branch].parts.setdefault(step, {})[block] = decision
 
     def record_seconds(self, action: Action, seconds: float) -> None:
-        """Take down how long the region took where it was computed or bypassed."""
+        """Record the time that computing or bypassing the region took."""
         (self.reuse_seconds if action is Action.REUSE else self.compute_seconds).append(seconds)
 
     def record_uncached(self, cause: str) -> None:
-        """Take down a call on which the policy had no say (gradients wanted, ...)."""
+        """Record a call about which no policy decided (gradients wanted, ...)."""
         self.uncached_causes[cause] += 1
 
     def branch(self, index: int) -> BranchStats:
-        """The branch's statistics; empty ones where it was never called."""
+        """The branch's statistics; empty if the branch was never called."""
         return self.branches[index] if index < len(self.branches) else BranchStats()
 
     @property
@@ -156,7 +160,7 @@ class CacheStats:
 
     @property
     def actual_blocks(self) -> list[int]:
-        """Of how many, first and last ones included."""
+        """For each step, all blocks of the chain, first and last ones included."""
         return self._actual_blocks(0)
 
     @property
@@ -208,7 +212,7 @@ class CacheStats:
 
     @property
     def _reused(self) -> int:
-        """How often the middle, or with DBPrune a block of it, was bypassed."""
+        """How often the middle (with DBPrune, a block) was bypassed."""
         return sum(sum(branch.reused) for branch in self.branches)
 
     @property
@@ -220,21 +224,21 @@ class CacheStats:
 
     @property
     def expected_seconds_saved(self) -> float | None:
-        """What the bypassed blocks would have taken, had the bypass been free. A median: compiling does not count."""
+        """The time of computing the bypassed blocks, in seconds. From a median, so that compiling does not count."""
         return self._reused * statistics.median(self.compute_seconds) if self.compute_seconds else None
 
     @property
     def measured_seconds_saved(self) -> float | None:
-        """The same less what the bypass took. None where either was not measured."""
+        """`expected_seconds_saved` less the time of the bypasses. None if either was not measured."""
         if not self.compute_seconds or not self.reuse_seconds:
             return None
         return self._reused * (statistics.median(self.compute_seconds) - statistics.median(self.reuse_seconds))
 
     def inert_threshold_message(self, config: DBCacheConfig) -> str | None:
-        """Says so, where the difference was compared with the threshold and never lay below it."""
-        found = self._every_decision
-        above = [d.difference for d in found if d.reason is Reason.ABOVE_THRESHOLD and d.difference is not None]
-        if not above or any(d.action is Action.REUSE and d.difference is not None for d in found):
+        """A message if differences were compared with the threshold, and never were below it; otherwise None."""
+        every = self._every_decision
+        above = [d.difference for d in every if d.reason is Reason.ABOVE_THRESHOLD and d.difference is not None]
+        if not above or any(d.action is Action.REUSE and d.difference is not None for d in every):
             return None
         return f"inert threshold: smallest difference {min(above):.3g}, threshold {config.residual_diff_threshold:.3g}"
 
@@ -249,10 +253,10 @@ class CacheStats:
         cached = " + ".join(f"{len(branch.cached_steps)} of {branch.executed_steps}" for branch in self.branches)
         if self.prunes_blocks:
             pruned = " + ".join(str(sum(branch.reused)) for branch in self.branches)
-            told = f"{cached} steps pruned, {pruned} blocks in all"
+            counts = f"{cached} steps pruned, {pruned} blocks in all"
         else:
-            told = f"{cached or 'no'} steps cached"
-        return f"{told}, work {self.work:.0%}{''.join(self._remarks())}"
+            counts = f"{cached or 'no'} steps cached"
+        return f"{counts}, work {self.work:.0%}{''.join(self._remarks())}"
 
     def _remarks(self) -> Iterable[str]:
         if self.expected_seconds_saved is not None:

@@ -1,4 +1,4 @@
-"""Wall time of a region, on the clock of the device that it runs on."""
+"""Measures the wall time of a region, on the clock of the region's device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class Stopwatch:
-    """Wall time of a region on `device`, by the clock on the host; on a GPU by events, read only when somebody asks."""
+    """Wall time of a region on `device`: by the host's clock, or on a GPU by events, which `seconds` reads."""
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._device = device
@@ -18,14 +18,14 @@ class Stopwatch:
         self._times = [time.perf_counter()]
 
     def stop(self) -> Stopwatch:
-        """End the measurement; waits for nothing."""
+        """End the measurement, without waiting for the device."""
         if self._events:
             self._mark_event()
         self._times.append(time.perf_counter())
         return self
 
     def seconds(self) -> float:
-        """The measured time. On a GPU this waits until the region is done."""
+        """The measured time in seconds. On a GPU this waits until the region is done."""
         if self._events:
             first, last = self._events
             last.synchronize()

@@ -1,4 +1,4 @@
-"""Work that a first compilation on a CPU would wait for, done in a thread while dynamo captures."""
+"""Does work that a first compilation on a CPU would wait for, in a thread while dynamo captures."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ from cachedit_fx.kernels import cpu
 
 
 def warm_up(options: Options) -> None:
-    """Begin, while dynamo captures, what the first steps on a CPU would otherwise wait for: inductor finds out what the
-    C++ compiler and the processor can do (10 s with an empty cache folder), and the kernels' loops are compiled."""
+    """Start the work that the first steps on a CPU would otherwise wait for, in a thread.
+
+    Inductor probes the C++ compiler and the processor (10 s with an empty cache folder), and the kernels' loops are
+    compiled.
+    """
     tasks: list[Callable[[], Any]] = [cpu.library]
     if options.inner_backend == "inductor":
-        importlib.import_module("torch._inductor.compile_fx")  # two threads importing at once may meet half a module
+        # Two threads that import at once can see a partially initialised module.
+        importlib.import_module("torch._inductor.compile_fx")
         from torch._inductor.cpu_vec_isa import pick_vec_isa
 
         tasks.insert(0, pick_vec_isa)
 
     def run() -> None:
         for task in tasks:
-            with suppress(Exception):  # whoever needs it meets the same error, and says so
+            with suppress(Exception):  # the later use of the work raises the same error
                 task()
 
     threading.Thread(target=run, name="cachedit_fx.warm_up").start()

@@ -1,4 +1,4 @@
-"""The one kind of warning there is, shown at the user's line of code."""
+"""Defines the package's only warning, shown at the user's line of code."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _INSIDE = ("cachedit_fx.", "torch.", "contextlib")
 
 
 class CacheWarning(UserWarning):
-    """The result is right, but something keeps the cache from helping."""
+    """The result is right, but the model runs without the gain of caching."""
 
 
 def warn(message: str) -> None:
-    """Warn as `CacheWarning`, at the nearest frame that is neither ours nor torch's."""
+    """Warn as `CacheWarning`, at the nearest frame that is neither this package's nor torch's."""
     level = 1
     frame: FrameType | None = sys._getframe()
     while frame is not None and _is_inside(frame):
@@ -24,5 +24,5 @@ def warn(message: str) -> None:
 
 
 def _is_inside(frame: FrameType) -> bool:
-    generated = frame.f_code.co_filename.startswith("<eval_with_key>")  # a graph module's
-    return generated or (str(frame.f_globals.get("__name__")) + ".").startswith(_INSIDE)
+    is_graph = frame.f_code.co_filename.startswith("<eval_with_key>")  # a graph module's code
+    return is_graph or (str(frame.f_globals.get("__name__")) + ".").startswith(_INSIDE)

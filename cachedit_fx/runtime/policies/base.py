@@ -1,10 +1,10 @@
-"""What every policy shares: situation, decision, reasons, the protocol, and the table of policies.
+"""Defines the types that every policy shares: situation, decision, reasons, the protocol, and the table of policies.
 
     decide(situation, history, measure)     ──► Decision(action, reason, difference)
     advance(history, situation, decision)   ──► the history before the chain's next decision
 
-A policy is pure: it holds its config and nothing else. The session keeps its histories and never looks into them. A new
-policy is a file beside this one: a config class, a policy class under `@register`, and a line in `__init__.py`.
+A policy is pure: it holds its config and nothing else. The session stores its histories and never reads them. A new
+policy is a file in this folder, with a config class and a policy class under `@register`, and a line in `__init__.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cachedit_fx.config.cache import CONFIGS, Cut, DBCacheConfig, Unit
 
 
 class Action(Enum):
-    """What happens to a region."""
+    """The treatment of a region at one step."""
 
     COMPUTE = "compute"
     REUSE = "reuse"
@@ -27,9 +27,9 @@ class Action(Enum):
 
 @dataclass(frozen=True)
 class Reason:
-    """Why: a short label, the action that follows, and one line for people.
+    """The reason of a decision: a short label, the action that follows, and one line for people.
 
-    The reasons below are attributes of this class (`Reason.WARMUP`); a policy may make others.
+    The reasons below are attributes of this class (`Reason.WARMUP`). A policy may make others.
     """
 
     label: str
@@ -52,7 +52,7 @@ class Reason:
 
     @property
     def value(self) -> str:
-        """The label, as an enumeration's member would have it."""
+        """The label, under the attribute name of an enumeration's members."""
         return self.label
 
 
@@ -74,7 +74,7 @@ Reason.BELOW_THRESHOLD = Reason("below", _REUSE, "the difference is below residu
 
 @dataclass(frozen=True)
 class Decision:
-    """What happens to one region at one step of one CFG branch."""
+    """The decision about one region at one step of one CFG branch."""
 
     action: Action
     reason: Reason
@@ -83,7 +83,7 @@ class Decision:
 
 
 class Stored(Enum):
-    """What there is to reuse."""
+    """The stored values at a step: none, values that fit, or values for other shapes."""
 
     NOTHING = "nothing"
     OTHER_SHAPES = "other shapes"
@@ -91,17 +91,17 @@ class Stored(Enum):
 
 
 class Situation(NamedTuple):
-    """What is known of a region before anything is measured."""
+    """The facts about a region that are known before the difference is measured."""
 
     step: int
     """The step's number, counted from the start of its context (`context_start`)."""
     stored: Stored = Stored.FITS
     block: int | None = None
-    """The region's block; None for the middle as a whole."""
+    """The index of the region's block; None for the middle as a whole."""
 
 
 Measure = Callable[[], float]
-"""Gives the relative L1 difference. On a GPU it waits for the device, so it is called at most once."""
+"""Returns the relative L1 difference. On a GPU the call waits for the device, so there is at most one."""
 
 HistoryT = TypeVar("HistoryT")
 ConfigT = TypeVar("ConfigT", bound=DBCacheConfig)
@@ -111,7 +111,7 @@ class Policy(ABC, Generic[ConfigT, HistoryT]):
     """Decides about the regions of one chain, in one CFG branch at a time.
 
     Attributes:
-        config_class: what `options={"cache": ...}` takes for this policy.
+        config_class: class of the configs that `options={"cache": ...}` takes for this policy.
         config: its settings.
     """
 
@@ -122,11 +122,11 @@ class Policy(ABC, Generic[ConfigT, HistoryT]):
 
     @property
     def unit(self) -> Unit:
-        """What one decision is about: the middle of the chain, or one block of it."""
+        """The subject of one decision: the middle of the chain, or one block of it."""
         return self.config.unit
 
     def structure(self) -> Cut:
-        """Where the chain is cut: policies of equal structure share a compiled graph."""
+        """The cut of the chain. Policies of equal structure share a compiled graph."""
         return self.config.cut()
 
     @abstractmethod
@@ -135,7 +135,7 @@ class Policy(ABC, Generic[ConfigT, HistoryT]):
 
     @abstractmethod
     def decide(self, situation: Situation, history: HistoryT, measure: Measure) -> Decision:
-        """Compute or reuse. Calls `measure` at most once, and only if no rule decides without it."""
+        """Decide whether to compute or reuse. Calls `measure` at most once, and only if no rule decides without it."""
 
     @abstractmethod
     def advance(self, history: HistoryT, situation: Situation, decision: Decision) -> HistoryT:
@@ -154,7 +154,7 @@ class Policy(ABC, Generic[ConfigT, HistoryT]):
         return self.config.residual_diff_threshold > 0
 
     def warning(self, decision: Decision) -> str | None:
-        """A sentence for the user about this decision, said once for each model; None as a rule."""
+        """A sentence for the user about this decision, shown once for each model; None as a rule."""
         return None
 
 
@@ -174,13 +174,15 @@ def register(name: str) -> Callable[[type[Policy[Any, Any]]], type[Policy[Any, A
 
 
 def policy_of(config: DBCacheConfig) -> Policy[Any, Any]:
-    """The policy that a config is for."""
+    """The policy of a config."""
     return POLICIES[type(config)](config)
 
 
 def context_start(config: DBCacheConfig, step: int) -> int:
-    """The step of a generation at which the context of `step` began: all that was stored was forgotten then, on purpose
-    (`force_refresh_step_hint`)."""
+    """The step of a generation at which the context of `step` began.
+
+    A new context begins with forgetting all stored values, at the steps that `force_refresh_step_hint` sets.
+    """
     hint = config.force_refresh_step_hint
     if hint is None or step < hint:
         return 0

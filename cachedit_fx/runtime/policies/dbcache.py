@@ -10,13 +10,13 @@ The first rule that matches wins:
     6  threshold off, nothing to reuse            compute   THRESHOLD_OFF, NOTHING_STORED, SHAPES_DIFFER
     7  difference below the threshold?            compute or reuse   NOT_FINITE, ABOVE_THRESHOLD, BELOW_THRESHOLD
 
-With a mask there is no other warm-up than its leading ones: rule 1 is left out. A static zero reuses whatever the
-limits and the threshold say, but cannot reuse what is not there: rule 6's last two reasons come first.
+With a mask, rule 1 is left out: the mask's leading ones are the warm-up. A static zero reuses at any limits and
+threshold. It cannot reuse missing values, so rule 6's last two reasons come first.
 
-The accumulated difference of rule 5 is the sum over the cached steps since the last computed one. It bounds how far the
-stored values may have drifted. cache-dit 1.5.3 never resets the sum: once it has tripped there, the rest of the
-generation is computed. The present step's own difference is not in the sum that decides about it, since rule 5 comes
-before measuring.
+The accumulated difference of rule 5 is the sum over the cached steps since the last computed one. It bounds the drift
+of the stored values. The present step's own difference is not in the sum that decides about the step, since rule 5
+comes before measuring. cache-dit 1.5.3 never resets the sum: once the sum reaches the limit there, the rest of the
+generation is computed.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _MISSING = {Stored.NOTHING: Reason.NOTHING_STORED, Stored.OTHER_SHAPES: Reason.S
 
 @dataclass(frozen=True)
 class History:
-    """What DBCache remembers of one chain in one CFG branch."""
+    """DBCache's history of one chain in one CFG branch."""
 
     cached: int = 0
     """Cached steps so far."""
     run: int = 0
     """Cached steps since the last computed one."""
     accumulated: float = 0.0
-    """Sum of the differences of these."""
+    """Sum of the differences of the cached steps since the last computed one."""
 
 
 @register("dbcache")
@@ -65,7 +65,7 @@ class DBCache(Policy[DBCacheConfig, History]):
 
 
 def decide(config: DBCacheConfig, situation: Situation, history: History, measure: Measure) -> Decision:
-    """The rules above, by the counts and the sum in `history`."""
+    """Apply the rules above to the counts and the sum in `history`."""
     reason = _reason_without_difference(config, situation, history)
     if reason is not None:
         return Decision(reason.action, reason)
@@ -104,7 +104,7 @@ def _reason_without_difference(config: DBCacheConfig, situation: Situation, hist
 
 
 def warning(config: DBCacheConfig, decision: Decision) -> str | None:
-    """Says so if a difference was no number, or if the mask was too short."""
+    """A warning if the difference was not finite, or if the mask was too short; otherwise None."""
     if decision.reason is Reason.NOT_FINITE:
         return "a difference is infinite or not a number: such steps are computed"
     if decision.reason is Reason.MASK_ENDED:

@@ -1,9 +1,11 @@
 """DBPrune: each block of the middle is bypassed separately, if its input has hardly moved.
 
-Rules that count steps (warm-up, mask, limits on cached steps) go by the chain's history when the step began, so that a
-step treats all blocks equally. Rules about stored values (nothing stored, shapes, the accumulated difference) go by the
-block, since blocks were last computed at different steps. cache-dit 1.5.3 counts a step as soon as one of its blocks
-was pruned, so that its `max_cached_steps` cuts off in the middle of a step.
+The rules of dbcache.py hold for each block. Rules that count steps (warm-up, mask, limits on cached steps) use the
+chain's history at the start of the step: a step treats all blocks equally. Rules about stored values (nothing stored,
+shapes, the accumulated difference) use the block's history, since blocks were last computed at different steps.
+
+cache-dit 1.5.3 counts a step as soon as one of its blocks is pruned. Its `max_cached_steps` then takes effect in the
+middle of a step.
 """
 
 from __future__ import annotations
@@ -21,8 +23,7 @@ from cachedit_fx.runtime.policies import dbcache
 from cachedit_fx.runtime.policies.base import Action, Decision, Measure, Policy, Reason, Situation, register
 
 SAMPLE = 5
-"""Differences of a step, the first ones, that a dynamic threshold is made of."""
-
+"""A dynamic threshold is the mean of this many differences, the first positive ones of a step."""
 BELOW_DYNAMIC = Reason("below dynamic", Action.REUSE, "the difference is below the step's dynamic prune threshold")
 
 
@@ -30,35 +31,35 @@ BELOW_DYNAMIC = Reason("below dynamic", Action.REUSE, "the difference is below t
 class DBPruneConfig(DBCacheConfig):
     """When each block of the middle is pruned: DBPrune decides about every block separately.
 
-    A block is pruned if its input has hardly moved since the block was last computed. Its output is then its input plus
-    what it added at that time. All fields of `DBCacheConfig` hold. The difference is that of a block's input, so F may
-    be 0, and each block accumulates its own differences. A step that prunes a block is a cached step. The limits on
-    cached steps are looked at when a step begins, never in its middle.
+    A block is pruned if its input has hardly moved since the block was last computed. Its output is then the input plus
+    the block's residual at that time. All fields of `DBCacheConfig` hold. The difference is that of a block's input, so
+    F may be 0, and each block accumulates its own differences. A step that prunes a block is a cached step. The limits
+    on cached steps are checked when a step begins, never in its middle.
     """
 
     unit: ClassVar[Unit] = "block"
 
     enable_dynamic_prune_threshold: bool = setting(False, FLAG)
-    """Raise the threshold to the mean of the step's first five positive differences, measured before the block, times
-    `dynamic_prune_threshold_relax_ratio`. Used only above `residual_diff_threshold` and below
-    `max_dynamic_prune_threshold`."""
+    """Raise the threshold to the mean of the step's first five positive differences before the block, times
+    `dynamic_prune_threshold_relax_ratio`. The raised threshold is used only if it is above `residual_diff_threshold`
+    and below `max_dynamic_prune_threshold`."""
     max_dynamic_prune_threshold: float | None = setting(
         None, optional(Rule(lambda value: is_number(value) and value > 0, "a number > 0 (a ratio)"))
     )
-    """A raised threshold that is not below this is not used. A ratio; None = 2 x `residual_diff_threshold`."""
+    """A raised threshold is used only if it is below this one. A ratio; None = 2 x `residual_diff_threshold`."""
     dynamic_prune_threshold_relax_ratio: float = setting(
         1.25, Rule(lambda value: is_number(value) and value > 0, "a number > 0 (a factor)")
     )
-    """What the mean difference is multiplied by."""
+    """Factor of the mean difference."""
     non_prune_block_ids: Sequence[int] = setting(
         (),
         Rule(
-            lambda value: isinstance(value, tuple) and all(integer(0).allows(item) for item in value),
+            lambda value: isinstance(value, tuple) and all(integer(0).allows(block) for block in value),
             "a list, tuple, set or range of block numbers >= 0",
         ),
     )
-    """Blocks that are never pruned, numbered from 0 over the whole chain, or in each loop with `scope="loop"`; numbers
-    beyond are ignored. Shapes the graph, as F and B do."""
+    """Blocks that are never pruned, numbered from 0 over the whole chain, or in each loop with `scope="loop"`. Numbers
+    beyond the last block are ignored. Structural, as F and B are."""
 
     def __post_init__(self) -> None:
         blocks: Any = self.non_prune_block_ids
@@ -75,17 +76,17 @@ class DBPruneConfig(DBCacheConfig):
 
     def cut(self) -> Cut:
         """The settings that shape the graph: F, B, and the blocks that are never pruned."""
-        return super().cut()._replace(kept=tuple(sorted(self.non_prune_block_ids)))
+        return super().cut()._replace(exclusions=tuple(sorted(self.non_prune_block_ids)))
 
 
 @dataclass(frozen=True)
 class PruneHistory:
-    """What DBPrune remembers of one chain of blocks in one CFG branch."""
+    """DBPrune's history of one chain of blocks in one CFG branch."""
 
     pruned_steps: int = 0
-    """Steps before the present one in which a block was pruned."""
+    """Number of steps before the present one in which a block was pruned."""
     run: int = 0
-    """How many of these followed the last step that computed every block."""
+    """Number of pruned steps after the last step that computed every block."""
     step: int = -1
     """The present step."""
     prunes: bool = False
@@ -93,10 +94,10 @@ class PruneHistory:
     differences: tuple[float, ...] = ()
     """The first positive differences of the present step, at most `SAMPLE`."""
     accumulated: Mapping[int | None, float] = field(default_factory=lambda: MappingProxyType({}))
-    """Block -> sum of the differences at which it was pruned since it was last computed. Zeros are left out."""
+    """Block -> sum of the differences at which the block was pruned since it was last computed. Zeros are left out."""
 
     def at(self, step: int) -> PruneHistory:
-        """The history as it stands at `step`: a finished step is counted when another one begins."""
+        """The history at `step`. A finished step is counted when another one begins."""
         if step == self.step:
             return self
         if self.prunes:
@@ -106,7 +107,7 @@ class PruneHistory:
 
 @register("dbprune")
 class DBPrune(Policy[DBPruneConfig, PruneHistory]):
-    """Decides about one block after the other."""
+    """Decides about each block of the middle separately."""
 
     config_class: ClassVar[type[DBCacheConfig]] = DBPruneConfig
 
@@ -140,10 +141,10 @@ class DBPrune(Policy[DBPruneConfig, PruneHistory]):
 
 
 def dynamic_threshold(config: DBPruneConfig, differences: Sequence[float]) -> float:
-    """The threshold that holds after these positive differences of a step.
+    """The threshold after these positive differences of a step.
 
-    It is mean(differences) x relax ratio, if that lies between `residual_diff_threshold` and the highest allowed, both
-    excluded; else `residual_diff_threshold`. A block's own difference has no part in it.
+    It is mean(differences) x relax ratio if this number lies between `residual_diff_threshold` and the highest allowed
+    threshold, both excluded. Otherwise it is `residual_diff_threshold`. A block's own difference is not in the mean.
     """
     lowest, highest = config.residual_diff_threshold, config.max_dynamic_prune_threshold
     if not config.enable_dynamic_prune_threshold or not differences:
