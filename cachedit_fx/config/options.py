@@ -1,12 +1,11 @@
-"""The settings a user may pass, their defaults and their checks.
+"""Defines the settings that a user may pass, their defaults and their checks.
 
     torch.compile(model, backend="cachedit", options={"cache": "dbcache", "Fn_compute_blocks": 1, "scope": "loop"})
                                                          │
                                     parse_options(mapping) ──► Options(cache=DBCacheConfig(...), scope="loop", ...)
 
-Settings are of two kinds. *Structural* ones shape the rewritten graph (where it is cut, who compiles the pieces) and
-make up `Options.structure()`. All others are *policy*: they are read anew at every call, and changing them compiles
-nothing.
+Settings are of two kinds. *Structural* settings shape the rewritten graph: its cuts, and who compiles the pieces. They
+make up `Options.structure()`. All others are *read at each call*, and changing them compiles nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ Mode: TypeAlias = Literal["default", "reduce-overhead", "max-autotune", "max-aut
 
 
 class LoopSettings(NamedTuple):
-    """Who decides about a chain of blocks, and who predicts what is bypassed."""
+    """The policy that decides about a chain of blocks, and the calibrator that predicts a bypassed region's results."""
 
     policy: Policy[Any, Any]
     calibrator: CalibratorConfig | None
@@ -40,10 +39,10 @@ class LoopSettings(NamedTuple):
 
 @dataclass(frozen=True, init=False)
 class ParamsModifier:
-    """Settings of one block loop, in place of those that all loops share; for `params_modifiers`.
+    """Settings of one block loop that differ from the shared ones; for `params_modifiers`.
 
-    `ParamsModifier(DBCacheConfig(...), TaylorSeerCalibratorConfig(...))`, or `ParamsModifier(max_warmup_steps=4)` with
-    fields of `DBCacheConfig`, which change the given or the shared config. What is None is shared.
+    `ParamsModifier(DBCacheConfig(...), TaylorSeerCalibratorConfig(...))` replaces the shared configs; a config that is
+    None is shared. `ParamsModifier(max_warmup_steps=4)` changes fields of the loop's config.
     """
 
     cache_config: DBCacheConfig | None = None
@@ -69,15 +68,15 @@ class ParamsModifier:
         self._check()
 
     def config(self, shared: DBCacheConfig) -> DBCacheConfig:
-        """The loop's config, where all loops share `shared`."""
+        """The loop's config, from the shared one."""
         return (self.cache_config or shared).reset(**dict(self.changes))
 
     def _check(self) -> None:
-        """Raise if the changes are allowed for no config. Which one the loops share is not known yet."""
+        """Raise if no config allows the changes. The config that the loops share is not known yet."""
         names = {name for name, _ in self.changes}
-        fitting = [config for config in CONFIGS.values() if names <= config.__dataclass_fields__.keys()]
+        candidates = [config for config in CONFIGS.values() if names <= config.__dataclass_fields__.keys()]
         errors = []
-        for config_class in fitting or CONFIGS.values():
+        for config_class in candidates or CONFIGS.values():
             try:
                 self.config(config_class())
             except OptionError as error:
@@ -100,7 +99,7 @@ def _is_switches(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Options:
-    """Everything one compiled model was asked for. Hashable; not to be changed in place, `inner_options` included."""
+    """All options of one compiled model. Hashable, and never changed in place, `inner_options` included."""
 
     cache: DBCacheConfig | None = setting(
         DBCacheConfig(),
@@ -110,8 +109,8 @@ class Options:
             CONFIGS,
         ),
     )
-    """When to reuse; None = never, the graph is cut and compiled as it is. "dbcache" = `DBCacheConfig()`, which
-    bypasses the middle as a whole; "dbprune" = `DBPruneConfig()`, which prunes single blocks."""
+    """When to reuse. "dbcache" = `DBCacheConfig()`, which bypasses the middle as a whole; "dbprune" =
+    `DBPruneConfig()`, which prunes single blocks. None = never; the graph is cut and compiled as it is."""
     calibrator: CalibratorConfig | None = setting(
         None,
         Rule(
@@ -121,18 +120,18 @@ class Options:
             CALIBRATORS,
         ),
     )
-    """What predicts the results of a bypassed region: a config, a name, or a mapping such as {"name": "taylorseer",
-    "taylorseer_order": 2}. None = what was stored last is used again."""
+    """How the results of a bypassed region are predicted: a config, a name, or a mapping such as {"name": "taylorseer",
+    "taylorseer_order": 2}. None = the values stored last are used again."""
     params_modifiers: tuple[ParamsModifier, ...] = setting(
         (),
         Rule(
-            lambda value: isinstance(value, tuple) and all(isinstance(item, ParamsModifier) for item in value),
+            lambda value: isinstance(value, tuple) and all(isinstance(entry, ParamsModifier) for entry in value),
             "a list of ParamsModifier, one for each block loop of the chain, in its order",
         ),
     )
-    """Settings of each block loop of the chain, in its order; loops beyond the list share the model's. Needs
-    scope="loop", which they make the default."""
-    # Hashes leave out what may be unhashable; comparison does not, so equal options still have equal hashes.
+    """Settings of each block loop of the chain, in the chain's order. Loops beyond the list share the model's settings.
+    Needs scope="loop", which then is the default."""
+    # Hashes leave out fields that may be unhashable; comparison does not. Equal options still have equal hashes.
     inner_backend: InnerBackend = setting(
         "inductor",
         Rule(
@@ -142,7 +141,7 @@ class Options:
         ),
         hash=False,
     )
-    """What compiles each distinct piece: a name, or a callable (graph module, example inputs) -> callable."""
+    """The compiler of each distinct piece: a name, or a callable (graph module, example inputs) -> callable."""
     inner_options: Mapping[str, Any] | None = setting(
         None,
         Rule(
@@ -151,29 +150,31 @@ class Options:
         ),
         hash=False,
     )
-    """Handed on to the inner backend. None becomes an empty dict."""
+    """Options that are passed on to the inner backend. None becomes an empty dict."""
     mode: Mode | None = setting(None, optional(choice(*get_args(Mode))))
-    """Inductor's mode for the pieces; `inner_options`, where given too, are applied on top of it."""
+    """Inductor's mode for the pieces. `inner_options` are applied on top of it."""
     granularity: Granularity = setting("block", choice(*get_args(Granularity)))
-    """What is compiled as one piece: a block (few distinct ones, fast to compile), or a whole region (more fusion)."""
+    """The size of a piece that is compiled as one: a block (few distinct ones, fast to compile), or a whole region
+    (more fusion)."""
     compiled_pieces: CompiledPieces = setting("blocks", choice(*get_args(CompiledPieces)))
-    """What the inner backend compiles: blocks, which are most of the work and alike; or prologue, glue and epilogue
-    too, which cost more to compile than they save in thousands of steps. A "region" is always compiled as a whole."""
+    """The pieces that the inner backend compiles. "blocks" are most of the work, and most are identical. "all" adds
+    prologue, glue and epilogue, which cost more to compile than they save in thousands of steps. With
+    granularity="region" a region is always compiled as a whole."""
     scope: Scope | None = setting(None, choice(*get_args(Scope)))
     """One bypassed region over the chain of all block loops, or one for each loop. None becomes "model", or "loop" with
     `params_modifiers`."""
     passes: tuple[tuple[str, bool], ...] = setting((), Rule(_is_switches, "a mapping from names of passes to bools"))
-    """Passes switched on or off by name, `{"normalize": False}`; kept as sorted pairs. The pass manager checks the
+    """Passes switched on or off by name, `{"normalize": False}`; stored as sorted pairs. The pass manager checks the
     names."""
     timestep: str | None = setting(
         None, optional(Rule(lambda value: isinstance(value, str) and value.isidentifier(), "the name of an argument"))
     )
-    """The argument of `forward` that holds the timestep. None = found by itself."""
+    """The argument of `forward` that holds the timestep. None = found automatically."""
     loops: tuple[str, ...] | None = setting(
         None,
         optional(Rule(lambda value: _is_names(value) and bool(value), "a non-empty list of names of block loops")),
     )
-    """The block loops that make up the chain. None = chosen by itself; `explain` says which and why."""
+    """The block loops that make up the chain. None = chosen automatically; `explain` shows why."""
 
     def __post_init__(self) -> None:
         for name, value in self._canonical().items():
@@ -182,7 +183,7 @@ class Options:
         self._check_combinations()
 
     def _canonical(self) -> dict[str, Any]:
-        """The fields that may be given in several forms, in the one form that is kept."""
+        """The fields that users may pass in several forms, in the one form that is stored."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         cache, passes, modifiers, loops = (values[name] for name in ("cache", "passes", "params_modifiers", "loops"))
         inner = values["inner_options"]
@@ -201,7 +202,7 @@ class Options:
         }
 
     def _check_combinations(self) -> None:
-        """Raise on settings that are at odds with each other."""
+        """Raise on settings that contradict each other."""
         if self.mode not in (None, "default") and self.inner_backend != "inductor":
             raise OptionError(
                 f"mode={self.mode!r} is a mode of inductor, but inner_backend={self.inner_backend!r}: "
@@ -234,20 +235,22 @@ class Options:
             )
 
     def settings_of(self, loop: int | None = None) -> LoopSettings:
-        """Policy and calibrator of the whole chain, or of its loop of this number (from 0)."""
+        """Policy and calibrator of the whole chain, or of the chain's loop with this index."""
         if loop is None or loop >= len(self.params_modifiers):
             return self.loop_settings[0]
         return self.loop_settings[loop + 1]
 
     @cached_property
     def loop_settings(self) -> list[LoopSettings]:
-        """The shared settings, then those of each loop that has its own; none without a cache. Made once, since every
-        call asks for them."""
+        """The shared settings, then the settings of each entry in `params_modifiers`; empty if `cache` is None.
+
+        Made once, since every call asks for them.
+        """
         if self.cache is None:
             return []
         shared = self.cache
-        own = [(entry.config(shared), entry.calibrator_config or self.calibrator) for entry in self.params_modifiers]
-        return [LoopSettings(policy_of(config), calibrator) for config, calibrator in [(shared, self.calibrator), *own]]
+        more = [(entry.config(shared), entry.calibrator_config or self.calibrator) for entry in self.params_modifiers]
+        return [LoopSettings(policy_of(config), predictor) for config, predictor in [(shared, self.calibrator), *more]]
 
     @property
     def predicts_output(self) -> bool:
@@ -255,7 +258,7 @@ class Options:
         return self.calibrator is not None and self.calibrator.calibrator_cache_type == "output"
 
     def structure(self) -> Structure:
-        """A hashable key: options of equal structure share their compiled graphs, whatever else they say."""
+        """A hashable key of the structural settings. Options of equal structure can share their compiled graphs."""
         bare = replace(self, cache=None, calibrator=None, params_modifiers=())
         return bare, self.predicts_output, tuple(policy.structure() for policy, _ in self.loop_settings)
 
@@ -264,28 +267,32 @@ Structure: TypeAlias = tuple[Options, bool, tuple[Cut, ...]]
 
 
 def parse_options(options: Mapping[str, Any] | None, *, mode: str | None = None) -> Options:
-    """Check what a user passed and fill in the defaults.
+    """Check the options that a user passed, and fill in the defaults.
 
-    `options` may hold any field of `Options` and, flat, any field of the class of `cache` (`DBCacheConfig` or
-    `DBPruneConfig`), applied on top of it.
-    `mode` is the keyword that torch.compile hands to a backend.
+    Args:
+        options: any field of `Options` and, flat, any field of the class of `cache` (`DBCacheConfig` or
+            `DBPruneConfig`). Flat fields are applied on top of `cache`.
+        mode: the keyword that `torch.compile` passes to a backend.
+
+    Raises:
+        OptionError: on an unknown name, a value that is not allowed, or options that contradict each other.
     """
     if options is not None and not isinstance(options, Mapping):
         raise OptionError(f"options must be a mapping from names to values, not {type(options).__name__}: {options!r}")
     settings = dict(options or {})
-    own = dict.fromkeys((field.name for field in fields(Options)), "cachedit_fx.Options")
-    reject_unknown(settings, own | known_fields())
+    owners = dict.fromkeys((field.name for field in fields(Options)), "cachedit_fx.Options")
+    reject_unknown(settings, owners | known_fields())
     if mode is not None and settings.setdefault("mode", mode) != mode:
         raise OptionError(
             f"mode is given twice, as {mode!r} and in the options as {settings['mode']!r}: leave out one of them"
         )
-    flat = {name: settings.pop(name) for name in list(settings) if name not in own}
-    parsed = Options(**settings)
+    flat = {name: settings.pop(name) for name in list(settings) if name not in owners}
+    result = Options(**settings)
     if not flat:
-        return parsed
-    if parsed.cache is None:
+        return result
+    if result.cache is None:
         raise OptionError(
             f"{', '.join(flat)}: settings of a cache, but cache=None switches it off; "
             "leave them out, or pass cache='dbcache'"
         )
-    return replace(parsed, cache=parsed.cache.reset(**flat))
+    return replace(result, cache=result.cache.reset(**flat))

@@ -1,4 +1,4 @@
-"""The rules of settings: what a value may be, the words for it in an error, and the nearest known name."""
+"""Defines the rules of settings: the test of a value, its words in an error, and the nearest known name."""
 
 import difflib
 import math
@@ -10,17 +10,17 @@ from typing import Any
 
 
 class OptionError(ValueError):
-    """A setting that is unknown, out of range, or at odds with another one."""
+    """A setting is unknown, out of range, or contradicts another one."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a setting may be.
+    """The values that a setting may have.
 
     Attributes:
         allows: the test.
         words: the test in words, for an error message; `{choices}` stands for the names.
-        choices: names to choose from. A table that may still grow, such as the policies', is asked at each check.
+        choices: names to choose from. It may be a table that still grows, such as the policies': every check reads it.
     """
 
     allows: Callable[[Any], bool]
@@ -57,41 +57,37 @@ def choice(*names: str) -> Rule:
 
 
 def optional(rule: Rule) -> Rule:
-    """None, or what `rule` allows."""
+    """None, or a value that `rule` allows."""
     return Rule(lambda value: value is None or rule.allows(value), f"{rule.words}, or None", rule.choices)
 
 
 FLAG = Rule(lambda value: isinstance(value, bool), "True or False")
-
-
 MASK = Rule(
     lambda value: isinstance(value, tuple) and bool(value) and all(bit in (0, 1) for bit in value),
     "a non-empty list, tuple or string of ones (compute) and zeros (may reuse), one for each step",
 )
-
-
 LIMIT = integer(-1, "a number of steps; -1 = no limit")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Of the known names the one that `name` was probably meant to be."""
-    by_lower = {other.lower(): other for other in known}
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The one of `names` that is most similar to `name`."""
+    by_lower = {other.lower(): other for other in names}
     return by_lower[difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.0)[0]]
 
 
-def reject_unknown(given: Iterable[Any], known: Mapping[str, str]) -> None:
-    """Raise on the first name that is not among `known`, a map from name to the class that documents it."""
-    for name in given:
-        if name not in known:
-            guess = nearest(str(name), known)
+def reject_unknown(names: Iterable[Any], owners: Mapping[str, str]) -> None:
+    """Raise on the first name that is not in `owners`, a map from name to the class that documents it."""
+    for name in names:
+        if name not in owners:
+            guess = nearest(str(name), owners)
             raise OptionError(
-                f"unknown option {name!r}; the nearest known one is {guess!r} (see {known[guess]}). "
-                f"Known options: {', '.join(sorted(known, key=str.lower))}."
+                f"unknown option {name!r}; the nearest known one is {guess!r} (see {owners[guess]}). "
+                f"Known options: {', '.join(sorted(owners, key=str.lower))}."
             )
 
 
 def check(name: str, value: Any, rule: Rule) -> None:
-    """Raise unless the rule allows the value, saying what it must be, and the nearest name where there are names."""
+    """Raise unless the rule allows the value. The error describes the rule, and names the nearest choice."""
     if not rule.allows(value):
         guess = isinstance(value, str) and rule.choices and f"; did you mean {nearest(value, rule.choices)!r}?"
         raise OptionError(f"{name}={value!r} is not allowed: it must be {rule.description}{guess or ''}")

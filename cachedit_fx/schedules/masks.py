@@ -1,16 +1,16 @@
-"""Masks that say which steps of a generation compute, for `DBCacheConfig.steps_computation_mask`.
+"""Makes masks of the steps of a generation that compute, for `DBCacheConfig.steps_computation_mask`.
 
     bins  compute 4, 1, 1, 1, 1    cache 2, 5, 6, 7
     mask  1111 00 1 00000 1 000000 1 0000000 1          "ultra", 28 steps
 
-A wrong step early in a generation is carried through all that follow, so every preset computes densely first, and its
-gaps (runs of cached steps) grow towards the end; the last step computes. Four policies are known for 4, 6, 8, 9 and 28
-steps; the other lengths follow from them:
+An error early in a generation runs through all later steps. So every preset computes densely at first, and its gaps
+(consecutive cached steps) grow towards the end. The last step computes. Four presets are known for 4, 6, 8, 9 and 28
+steps; the other lengths follow from these:
 
-    5, 7 steps     written down by hand, between their neighbours
+    5, 7 steps     written by hand, between their neighbours
     10 to 27       the number of cached steps lies on the line between the 9- and the 28-step mask, rounded down; they
                    are shared among the 28-step mask's gaps in proportion, and computed steps among its compute bins
-    from 29 on     bins grow in turn, from the first to the last and round again, until there are enough steps
+    from 29 on     bins grow one after another, first to last and round again, until there are enough steps
 """
 
 from __future__ import annotations
@@ -44,23 +44,25 @@ def steps_mask(
     compute_bins: Sequence[int] | None = None,
     cache_bins: Sequence[int] | None = None,
 ) -> list[int]:
-    """The mask of a preset, or of bins of your own: one digit for each step, 1 computes and 0 may reuse.
+    """The mask of a preset or of bins: one digit for each step, 1 computes and 0 may reuse.
 
     Args:
         mask_policy: the preset: "slow", "medium", "fast" or "ultra", from most computed steps to fewest. None is
-            "medium", unless bins are given.
+            "medium", unless there are bins.
         total_steps: denoising steps of a generation; at least 4 for a preset. With bins it may be left out.
-        compute_bins: steps of each run of computed steps; the mask begins with the first of them.
-        cache_bins: steps of each run that may be cached, in turn with `compute_bins`: as many, or one fewer.
+        compute_bins: the number of steps of each compute bin. The mask begins with the first of them.
+        cache_bins: the number of steps of each gap, alternating with `compute_bins`: as many, or one fewer.
 
-    At any length a preset begins and ends with a computed step, and "slow" computes at least as many steps as "medium",
-    "medium" as "fast", "fast" as "ultra". Up to 28 steps gaps do not shrink (the last one excepted), and none is longer
-    than the longest of 28 steps times `total_steps` / 28, rounded up (the mask of 6 steps excepted); beyond, neither
-    holds, since bins grow in turn.
+    At any length a preset begins and ends with a computed step. "slow" computes at least as many steps as "medium",
+    "medium" as "fast", "fast" as "ultra".
+
+    Up to 28 steps, gaps do not shrink, except the last one. No gap is longer than the longest gap of 28 steps times
+    `total_steps` / 28, rounded up, except in the mask of 6 steps. Neither holds beyond 28 steps, since bins grow one
+    after another.
 
     Raises:
-        OptionError: for an unknown policy, fewer than 4 steps, bins that do not fit together or do not add up to
-            `total_steps`, and a policy along with bins.
+        OptionError: on an unknown preset, fewer than 4 steps, or a preset together with bins. Also on bins that do not
+            fit together, or do not add up to `total_steps`.
     """
     if compute_bins is not None or cache_bins is not None:
         if mask_policy is not None:
@@ -68,12 +70,12 @@ def steps_mask(
                 f"mask_policy={mask_policy!r} and bins are two descriptions of one mask: leave out one of them"
             )
         return _from_bins(compute_bins, cache_bins, total_steps)
-    policy = "medium" if mask_policy is None else mask_policy
-    check("mask_policy", policy, _POLICY)
+    preset = "medium" if mask_policy is None else mask_policy
+    check("mask_policy", preset, _POLICY)
     if total_steps is None:
         raise OptionError("total_steps is missing: pass the number of denoising steps, or compute_bins and cache_bins")
     check("total_steps", total_steps, _PRESET_STEPS)
-    return [int(digit) for digit in _preset(_MASKS[policy], int(total_steps))]
+    return [int(digit) for digit in _preset(_MASKS[preset], int(total_steps))]
 
 
 def _from_bins(
@@ -110,23 +112,26 @@ def _preset(masks: dict[int, str], steps: int) -> str:
 
 
 def _shrunk(mask: str, steps: int, cached: int) -> str:
-    """The mask's shape in `steps` steps, `cached` of them in gaps. Each compute bin keeps one step at least."""
-    runs = _runs(mask)
-    compute, gaps = runs[::2], runs[1::2]
-    computed, shares = [compute[0]], []
-    for share, following in zip(_share(cached, gaps), compute[1:], strict=True):
+    """The mask's shape in `steps` steps, `cached` of them in gaps. Each compute bin keeps at least one step."""
+    lengths = _bins(mask)
+    compute, gaps = lengths[::2], lengths[1::2]
+    bins, shares = [compute[0]], []
+    for share, successor in zip(_share(cached, gaps), compute[1:], strict=True):
         if share:
-            computed.append(following)
+            bins.append(successor)
             shares.append(share)
-        else:  # nothing is left of the gap: the bins on its two sides are one
-            computed[-1] += following
-    spare = _share(steps - cached - len(computed), [count - 1 for count in computed])
+        else:  # nothing is left of the gap: the bins on its two sides become one
+            bins[-1] += successor
+    spare = _share(steps - cached - len(bins), [count - 1 for count in bins])
     return _join([1 + share for share in spare], shares)
 
 
 def _share(total: int, weights: Sequence[int]) -> list[int]:
-    """Divide `total` in proportion to the weights: whole parts first, then one each to the largest rests, later ones
-    first where they are equal. So the shares of weights that do not shrink do not shrink either."""
+    """Divide `total` in proportion to the weights, into whole numbers.
+
+    Each share is rounded down; then the shares with the largest rests get one more, on a tie the later share first. So
+    if the weights do not shrink, the shares do not shrink either.
+    """
     shares = [total * weight // sum(weights) for weight in weights]
     rests = sorted(range(len(weights)), key=lambda index: (total * weights[index] % sum(weights), index), reverse=True)
     for index in rests[: total - sum(shares)]:
@@ -135,28 +140,30 @@ def _share(total: int, weights: Sequence[int]) -> list[int]:
 
 
 def _grown(mask: str, steps: int) -> str:
-    """The mask's runs of digits made longer in turn, by half of their own length times `steps` over the mask's length,
-    one step at least, and the last one by one step. What is too much is taken off the last cache bin and the last
-    compute bin in turn."""
-    runs = _runs(mask)
-    growth = [max(run * steps // (2 * len(mask)), 1) for run in runs[:-1]] + [1]
-    for index in itertools.cycle(range(len(runs))):
-        if sum(runs) >= steps:
+    """The mask with longer bins, `steps` steps in all.
+
+    Bins grow one after another, by half of their own length times `steps` over the mask's length, at least by one
+    step; the last bin by one step. The last gap and the last compute bin then lose the surplus alternately.
+    """
+    bins = _bins(mask)
+    growth = [max(length * steps // (2 * len(mask)), 1) for length in bins[:-1]] + [1]
+    for index in itertools.cycle(range(len(bins))):
+        if sum(bins) >= steps:
             break
-        runs[index] += growth[index]
-    compute, cache = runs[::2], runs[1::2]
-    surplus = sum(runs) - steps
-    for tail in itertools.islice(itertools.cycle((cache, compute)), surplus):
+        bins[index] += growth[index]
+    compute, gaps = bins[::2], bins[1::2]
+    surplus = sum(bins) - steps
+    for tail in itertools.islice(itertools.cycle((gaps, compute)), surplus):
         tail[-1] -= 1
         if not tail[-1]:
             tail.pop()
-    return _join(compute, cache)[:-1] + "1"
+    return _join(compute, gaps)[:-1] + "1"
 
 
-def _runs(mask: str) -> list[int]:
-    """Lengths of the runs of equal digits: compute bins and cache bins in turn."""
-    return [len(list(run)) for _, run in itertools.groupby(mask)]
+def _bins(mask: str) -> list[int]:
+    """Lengths of the mask's bins: compute bins and gaps alternate."""
+    return [len(list(digits)) for _, digits in itertools.groupby(mask)]
 
 
-def _join(compute: Sequence[int], cache: Sequence[int]) -> str:
-    return "".join("1" * ones + "0" * zeros for ones, zeros in itertools.zip_longest(compute, cache, fillvalue=0))
+def _join(compute: Sequence[int], gaps: Sequence[int]) -> str:
+    return "".join("1" * ones + "0" * zeros for ones, zeros in itertools.zip_longest(compute, gaps, fillvalue=0))

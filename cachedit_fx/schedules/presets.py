@@ -1,7 +1,8 @@
-"""Recommended configurations, from careful to fast: one rule in the number of steps.
+"""Makes the recommended configurations, from careful to fast: one rule in the number of steps.
 
-Each computes a share of the steps whole and predicts the model's output at the others, which run nothing of the model:
-`LagrangeCalibratorConfig()` with a static mask. What they cost and give: docs/choosing.md, by `cachedit bench`.
+Each preset computes a share of the steps whole, and predicts the model's output at the others, which run nothing of the
+model: `LagrangeCalibratorConfig()` with a static mask. docs/choosing.md has their costs and results, measured by
+`cachedit bench`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,8 @@ from cachedit_fx.config.rules import OptionError, nearest
 
 SHARES: Mapping[str, float] = MappingProxyType({"careful": 0.5, "balanced": 0.43, "fast": 0.33, "fastest": 0.25})
 """Preset -> the share of the steps that is computed, rounded down to whole steps."""
-
 MIN_STEPS = 8
-"""Fewest steps of a generation with which the presets were seen to beat as many steps as they compute."""
-
+"""Fewest steps of a generation with which the presets beat, in measurements, as many plain steps as they compute."""
 MIN_COMPUTED = 4
 """Fewest steps that any preset computes."""
 
@@ -30,7 +29,7 @@ def presets(steps: int) -> dict[str, dict[str, Any]]:
         enable_cache(pipe, **presets(steps=28)["fast"])        # the same: enable_cache(pipe, preset="fast", steps=28)
 
     Raises:
-        OptionError: below `MIN_STEPS`: taking fewer steps is better there than any caching that we know.
+        OptionError: below `MIN_STEPS`. With so few steps, taking fewer steps is better than any known caching.
     """
     if steps < MIN_STEPS:
         raise OptionError(
@@ -64,17 +63,17 @@ def _settings(steps: int, share: float) -> dict[str, Any]:
 
 
 def spread_mask(steps: int, computed: int) -> list[int]:
-    """A mask of `steps` digits, `computed` of them ones: a run at the start, then evenly spread to the last step.
+    """A mask of `steps` digits, `computed` of them ones: consecutive at the start, then evenly spread to the last step.
 
-    The run is a third of the computed steps, or as many as leave the others at most 3 steps apart: early steps move
-    least smoothly under guidance, and a prediction needs values to start from. Where that leaves no run, all are spread
-    evenly.
+    The start is a third of the computed steps, or as many as leave the others at most 3 steps apart, whichever is
+    fewer. Early steps move least smoothly under guidance, and a prediction needs values to start from. If no start is
+    left, all ones are spread evenly.
 
     Args:
         steps: at least 2.
         computed: 2 to `steps`.
     """
-    run = max(1, min(computed // 3, (3 * computed - steps) // 2))
-    spread = computed - run
-    ones = {run - 1 + round((steps - run) * index / spread) for index in range(1, spread + 1)}
-    return [int(step < run or step in ones) for step in range(steps)]
+    start = max(1, min(computed // 3, (3 * computed - steps) // 2))
+    rest = computed - start
+    ones = {start - 1 + round((steps - start) * index / rest) for index in range(1, rest + 1)}
+    return [int(step < start or step in ones) for step in range(steps)]
