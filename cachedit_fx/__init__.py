@@ -1,7 +1,7 @@
 """A torch.compile backend that lets diffusion transformers skip the work that consecutive denoising steps repeat.
 
-Importing the package imports nothing else, not even torch. A public name is imported from its module when it is first
-asked for.
+Importing the package imports no other package, not even torch. A public name is imported from its module at its first
+use.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ __all__ = [
 
 
 def _find_sources_of_checkout() -> None:
-    """Make `cachedit_fx.kernels` and `cachedit_fx.passes` importable in a checkout, where both lie next to this folder.
+    """Make `cachedit_fx.kernels` and `cachedit_fx.passes` importable in a checkout. Both lie next to this folder there.
 
-    A wheel holds them inside the package and needs nothing. In a checkout they have no `__init__.py`: transformers,
+    A wheel holds both inside the package and needs nothing. In a checkout they have no `__init__.py`: transformers,
     among others, would take a top-level `kernels` package for the one on PyPI. So neither an editable install's finder
     nor a start in the checkout's root would find them.
 

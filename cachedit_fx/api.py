@@ -1,4 +1,4 @@
-"""What a user calls: compile a module, enable a pipeline, read what happened."""
+"""The functions that a user calls: compile a module, enable a pipeline, read the statistics."""
 
 from __future__ import annotations
 
@@ -26,58 +26,57 @@ from cachedit_fx.schedules.presets import preset as preset_settings
 
 Model = TypeVar("Model")
 
-
 RECOMPILE_LIMIT = 64
-"""Graphs of one model. Dynamo's own eight are soon used up: every adapter that is loaded makes one, as do autocast,
-grad modes, a batch of one, other inputs; and what is beyond the limit runs eager, uncached."""
+"""Graphs of one model. Dynamo's default of eight is soon used up: every loaded adapter makes a graph, as do autocast,
+grad modes, a batch of one, other inputs. Calls beyond the limit run eager, uncached."""
 
 
 def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa: A001 - the name torch uses
     """Compile `module` in place with the cachedit backend, and return it.
 
-    The module keeps its class, its state dict and its hooks; only its call is compiled (`module.compile` underneath),
-    in isolation from other models of its class. A `copy.deepcopy` of it is uncompiled. Calling this again with other
-    policy settings changes them and compiles nothing; other structural settings compile anew.
+    The module keeps its class, its state dict and its hooks. Only its call is compiled, in isolation from other models
+    of its class. A `copy.deepcopy` of the module is uncompiled. Calling `compile` again with other settings that are
+    read at each call changes them and compiles nothing; other structural settings compile anew.
 
     Args:
-        module: a diffusion transformer, taking one denoising step's inputs.
-        **options: any field of `cachedit_fx.Options` or, flat, of its `cache`; and `fullgraph`, `dynamic`,
-            `recompile_limit` (64 unless given), `mode` as in `torch.compile`. The first three hold until they are given
-            again, and so does `guards`: "always" passes dynamo's guards at every call, "generation" at the first two
-            calls of a kind in each generation only, which is safe as long as nothing about the module but the contents
-            of its weights changes between two steps of one generation (no adapter set or scaled, no processor
-            exchanged).
+        module: a diffusion transformer. One call takes the inputs of one denoising step.
+        **options: any field of `cachedit_fx.Options` or, flat, of its `cache`; also `fullgraph`, `dynamic` and
+            `recompile_limit` (64 by default), as in `torch.compile`, and `guards`. These four hold until they are
+            passed again.
+
+            `guards="always"` passes dynamo's guards at every call. "generation" passes them only at the first two calls
+            of a kind in each generation. This is safe if only the contents of the module's weights change between two
+            steps of one generation. No adapter may be set or scaled, no processor exchanged.
 
     Raises:
         OptionError: on an unknown or invalid option, before anything is compiled.
     """
-    own = ("fullgraph", "dynamic", "recompile_limit")
-    chosen: dict[str, Any] = {name: options.pop(name) for name in own if name in options}
+    torch_names = ("fullgraph", "dynamic", "recompile_limit")
+    changes: dict[str, Any] = {name: options.pop(name) for name in torch_names if name in options}
     guards: Guards | None = options.pop("guards", None)
     if guards not in (None, *get_args(Guards)):
         raise OptionError(f"guards={guards!r}: expected {' or '.join(map(repr, get_args(Guards)))}")
-    parsed = parse_options(options)
-    _check_against(module, parsed)
+    settings = parse_options(options)
+    _check_against(module, settings)
     state, compiled = state_of_module(module), module._compiled_call_impl
-    before = compiled if isinstance(compiled, CompiledCall) else None
-    kept = before.torch_options if before else {}
-    torch_options: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT, **kept, **chosen}
-    guards = guards or (before.guards if before else "always")
-    if state and before and torch_options == kept and state.options.structure() == parsed.structure():
-        before.guards = guards
-        state.set_policy(parsed)
+    previous = compiled if isinstance(compiled, CompiledCall) else None
+    previous_options = previous.torch_options if previous else {}
+    torch_options: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT, **previous_options, **changes}
+    guards = guards or (previous.guards if previous else "always")
+    if state and previous and torch_options == previous_options and state.options.structure() == settings.structure():
+        previous.guards = guards
+        state.set_options(settings)
         return module
-    state = ModelState(parsed)
+    state = ModelState(settings)
     state.traced = Traced.of(module)
     listener = listen(module)
     if listener is not None:
         state.hint = listener.hint
-    weakly = weakref.ref(
-        state
-    )  # dynamo keeps a backend for good, and the state holds buffers; the module's call owns it
+    # Dynamo keeps a backend for good, and the state holds buffers: the module's call owns the state.
+    state_ref = weakref.ref(state)
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        state = weakly()
+        state = state_ref()
         assert state is not None
         return compile_graph(gm, example_inputs, state.options, state)
 
@@ -87,7 +86,7 @@ def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa
 
 
 def _check_against(module: torch.nn.Module, options: Options) -> None:
-    """Raise now on names that would otherwise fail, or do nothing, in the middle of a compilation."""
+    """Raise on names that would otherwise fail, or have no effect, during compilation."""
     pass_manager(options)
     parameters = inspect.signature(module.forward).parameters
     open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -111,25 +110,31 @@ def enable_cache(
 
     Args:
         pipe_or_module: a pipeline (every component named `transformer`, `transformer_2`, ... is enabled) or a module.
-        cache_config: when to reuse, a `DBCacheConfig` or `DBPruneConfig`; the defaults of the first if left out.
-        calibrator_config: what predicts the bypassed part; if left out, what was stored last is used again.
-        preset: a name of `cachedit_fx.presets`, in place of both configs; needs `steps`, the denoising steps of the
-            generations to come.
-        **options: as for `cachedit_fx.compile`. `params_modifiers` on a pipeline of several transformers: one entry, or
-            a list of them, for each.
+        cache_config: when to reuse: a `DBCacheConfig` or `DBPruneConfig`. `DBCacheConfig()` if left out.
+        calibrator_config: how the results of a bypassed region are predicted. If left out, the values stored last are
+            used again.
+        preset: a name of `cachedit_fx.presets`, in place of both configs. Needs `steps`.
+        steps: denoising steps of the coming generations, for `preset`.
+        **options: as for `cachedit_fx.compile`. For a pipeline of several transformers `params_modifiers` is a list:
+            one entry, or a list of entries, for each transformer.
+
+    Raises:
+        OptionError: on an unknown or invalid option, on options that exclude each other, or on a module that
+            `torch.compile` returned.
+        TypeError: if there is no transformer.
     """
     if (preset is None) != (steps is None):
         raise OptionError("preset and steps go together: enable_cache(pipe, preset='fast', steps=28)")
     if preset is not None and steps is not None:
         if cache_config is not None or calibrator_config is not None:
             raise OptionError("preset stands for cache_config and calibrator_config: leave those out, or preset")
-        chosen = preset_settings(preset, steps)
-        cache_config, calibrator_config = chosen["cache_config"], chosen["calibrator_config"]
-    for name, given in (("cache", cache_config), ("calibrator", calibrator_config)):
-        if given is not None and name in options:
+        settings = preset_settings(preset, steps)
+        cache_config, calibrator_config = settings["cache_config"], settings["calibrator_config"]
+    for name, config in (("cache", cache_config), ("calibrator", calibrator_config)):
+        if config is not None and name in options:
             raise OptionError(f"{name} and {name}_config are two names for one thing: pass one of them")
-        if given is not None:
-            options[name] = given
+        if config is not None:
+            options[name] = config
     modules = transformers_of(pipe_or_module)
     if any(map(_is_optimized, modules)):
         raise OptionError(
@@ -141,20 +146,20 @@ def enable_cache(
     return pipe_or_module
 
 
-def _modifiers_of(modules: Sequence[torch.nn.Module], given: Any) -> list[Any]:
-    """The `params_modifiers` of each of several transformers: an entry each, itself a list or for all loops."""
-    if len(modules) == 1 or not given:
-        return [given] * len(modules)
-    if not isinstance(given, (list, tuple)) or len(given) != len(modules):
+def _modifiers_of(modules: Sequence[torch.nn.Module], modifiers: Any) -> list[Any]:
+    """The `params_modifiers` of each transformer. With several transformers, `modifiers` has one entry for each."""
+    if len(modules) == 1 or not modifiers:
+        return [modifiers] * len(modules)
+    if not isinstance(modifiers, (list, tuple)) or len(modifiers) != len(modules):
         raise OptionError(
             f"params_modifiers: this pipeline has {len(modules)} transformers; give a list of {len(modules)}, each a "
             "ParamsModifier or a list of one for each of its block loops"
         )
-    return [[item] if isinstance(item, ParamsModifier) else item for item in given]
+    return [[entry] if isinstance(entry, ParamsModifier) else entry for entry in modifiers]
 
 
 def disable_cache(pipe_or_module: Model) -> Model:
-    """Give back the plain, uncompiled module or pipeline. What was never enabled is left as it is."""
+    """Make a module or pipeline uncompiled again, and return it. A module that was never enabled stays as it is."""
     for module in transformers_of(pipe_or_module):
         module = unwrapped(module)
         if state_of_module(module) is not None:
@@ -171,13 +176,19 @@ def refresh_context(
     verbose: bool = False,
     calibrator_config: CalibratorConfig | None = None,
 ) -> Model:
-    """Let the next call start a new generation, if wanted under another policy. Compiles nothing unless F or B change.
+    """Let the next call start a new generation, and optionally change the configs. Returns the argument.
+
+    Nothing is compiled unless the new configs change the graph's structure (F, B, the blocks that are never pruned).
 
     Args:
         pipe_or_module: enabled before.
         num_inference_steps: steps of the coming generation; optional, since generations are found from the timestep.
-        cache_config, calibrator_config: a new policy and a new predictor, in place of the old.
-        verbose: print the policy that now holds.
+        cache_config, calibrator_config: new configs, in place of the present ones.
+        verbose: print the config that now holds.
+
+    Raises:
+        ValueError: if a module was never enabled.
+        OptionError: if the structure changes and the module is one that `torch.compile` returned.
     """
     for module in transformers_of(pipe_or_module):
         states = [state for state in states_of(module) if state.config is not None]
@@ -192,9 +203,9 @@ def refresh_context(
                 config = config.reset(num_inference_steps=num_inference_steps)
             options = replace(state.options, cache=config, calibrator=calibrator_config or state.options.calibrator)
             if options.structure() == state.options.structure():
-                state.set_policy(options)
+                state.set_options(options)
             elif state is state_of_module(unwrapped(module)):
-                compile(unwrapped(module), **{item.name: getattr(options, item.name) for item in fields(Options)})
+                compile(unwrapped(module), **{field.name: getattr(options, field.name) for field in fields(Options)})
             else:
                 raise OptionError(
                     "Fn_compute_blocks, Bn_compute_blocks, non_prune_block_ids, the class of the config and whether "
@@ -209,10 +220,11 @@ def refresh_context(
 
 
 def summary(pipe_or_module: Any, details: bool = False) -> list[CacheStats]:
-    """Statistics of the latest generation, one entry for each region; with `details` they are printed as tables.
-    With DBPrune a chain of blocks has one entry.
+    """Statistics of the latest generation, one entry for each region. With DBPrune a chain of blocks has one entry.
 
-    Accepts a pipeline, a module, or what `torch.compile` returned.
+    Args:
+        pipe_or_module: a pipeline, a module, or the object that `torch.compile` returned.
+        details: print the statistics as tables too.
     """
     stats: list[CacheStats] = []
     for module in transformers_of(pipe_or_module):
@@ -229,22 +241,22 @@ def summary(pipe_or_module: Any, details: bool = False) -> list[CacheStats]:
 
 
 def transformers_of(pipe_or_module: Any) -> list[torch.nn.Module]:
-    """The modules meant: the module itself, or a pipeline's components named `transformer...`.
+    """The modules that an argument stands for: the module, or a pipeline's components named `transformer...`.
 
     Raises:
-        TypeError: where there is none.
+        TypeError: if there is none.
     """
     if isinstance(pipe_or_module, torch.nn.Module):
         return [pipe_or_module]
     components = getattr(pipe_or_module, "components", None)
     if isinstance(components, dict):
-        found = [
+        transformers = [
             module
             for name, module in components.items()
             if name.startswith("transformer") and isinstance(module, torch.nn.Module)
         ]
-        if found:
-            return found
+        if transformers:
+            return transformers
         raise TypeError(
             f"{type(pipe_or_module).__name__} has no component named 'transformer...'; it has "
             f"{', '.join(components)}. Pass the module itself"

@@ -1,4 +1,4 @@
-"""The whole story on one screen: from dynamo's graph to a callable that reuses what earlier steps computed.
+"""The whole way on one screen: from dynamo's graph to a callable that reuses the results of earlier steps.
 
     dynamo graph ─► normalize ─► find_timestep ─► detect_block_loops ─► plan_regions ─► outline_blocks
                                                        ─► insert_cache_branch ─► gather_inputs ─► lower ─► CachedGraph
@@ -42,7 +42,13 @@ def cachedit(
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
 ) -> Callable[..., Any]:
-    """The backend. Keywords are `torch.compile`'s; `cachedit_fx.Options` says what `options` may hold."""
+    """The backend of `torch.compile`.
+
+    Args:
+        gm, example_inputs: as dynamo passes them.
+        options: any field of `cachedit_fx.Options` or, flat, of its `cache`.
+        mode: the keyword of `torch.compile`.
+    """
     return compile_graph(gm, example_inputs, parse_options(options, mode=mode))
 
 
@@ -55,37 +61,37 @@ def compile_graph(
         gm: as dynamo captured it, weights lifted to inputs.
         example_inputs: the real inputs of the call that is being compiled.
         options: validated.
-        state: of the one module this graph is for; None finds it at each call by the weights.
+        state: of the one module that this graph is for; None finds the state at each call by the weights.
     """
     finder = StateFinder(options, state, anchors_of(gm, example_inputs))
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
         return UncachedGraph(compile_whole(gm, example_inputs, options), finder, GRADIENTS)
     outcome = rewrite(gm, options, state.traced if state is not None else NOTHING_KNOWN)
-    lowered = lower(outcome.graph_module, options) or compile_whole(gm, example_inputs, options)
-    return graph_of(gm, lowered, finder, outcome.facts)
+    forward = lower(outcome.graph_module, options) or compile_whole(gm, example_inputs, options)
+    return graph_of(gm, forward, finder, outcome.facts)
 
 
 def rewrite(gm: fx.GraphModule, options: Options, traced: Traced = NOTHING_KNOWN) -> Outcome:
     """Run the passes on `gm`. Nothing is compiled.
 
     Args:
-        traced: what is known of the module that the graph is, or is a part of.
+        traced: knowledge about the module that the graph is, or is a part of.
     """
     return pass_manager(options, traced.with_numbers(numbers_in_frame())).run(gm)
 
 
 def pass_manager(options: Options, traced: Traced = NOTHING_KNOWN) -> PassManager:
-    """The passes, switched on and off as the options say: `passes={"name": False}`, and no region without a cache.
+    """The passes, switched on and off by the options: by `passes={"name": False}`, and no regions if `cache` is None.
 
     Raises:
-        PassOrderError: on a name that is no pass.
+        PassOrderError: if a name in `passes` is no pass.
     """
     without_cache = {PlanRegions.name: False, InsertCacheBranch.name: False} if options.cache is None else {}
     return PassManager(pipeline(options, traced), dict(options.passes) | without_cache)
 
 
 def pipeline(options: Options, traced: Traced) -> list[Pass]:
-    """The passes in order, options bound."""
+    """The passes in order, with their options."""
     cuts = [settings.policy.structure() for settings in options.loop_settings]
     return [
         Normalize(),

@@ -1,4 +1,4 @@
-"""All that touches dynamo: its flags, a compile isolated from others, the first break, numbers in the frame."""
+"""Holds all code that touches dynamo: its flags, an isolated compile, the first break, numbers in the frame."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from torch._dynamo.exc import TorchDynamoException
 
 
 def ends_at_break(gm: fx.GraphModule) -> bool:
-    """Whether more graphs of the same call follow, since something broke the capture behind this one."""
+    """Whether the capture broke after this graph, so that more graphs of the same call follow."""
     reason: Any = getattr(gm, "compile_subgraph_reason", None)
     return reason is not None and bool(reason.graph_break)
 
 
 def numbers_in_frame() -> dict[str, float]:
-    """Arguments of the frame being traced that are Python numbers: dynamo makes them constants of its first graph."""
+    """Arguments of the traced frame that are Python numbers. Dynamo makes them constants of its first graph."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
         frame = InstructionTranslator.current_tx().output.root_tx.f_locals
     except (AttributeError, AssertionError):
         return {}
-    named = dict(frame) | (frame["kwargs"] if isinstance(frame.get("kwargs"), dict) else {})
-    return {k: float(v) for k, v in named.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    arguments = dict(frame) | (frame["kwargs"] if isinstance(frame.get("kwargs"), dict) else {})
+    return {k: float(v) for k, v in arguments.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
 
 def capturing() -> AbstractContextManager[None]:
-    """Dynamo's two flags for values read back and lengths that depend on data, in the present thread, for the block.
+    """Context manager for dynamo's flags to capture values read back and data-dependent lengths, in the present thread.
 
-    May be entered again and again, in several threads, and on a hot path should be: every patch that torch 2.13 makes
-    leaves a variable in the thread's context for good.
+    One object may be entered repeatedly and in several threads. A hot path should reuse one object: every patch that
+    torch 2.13 makes leaves a variable in the thread's context for good.
     """
     flags: AbstractContextManager[None] = torch._dynamo.config.patch(
         capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True
@@ -44,21 +44,20 @@ def capturing() -> AbstractContextManager[None]:
 
 
 def isolated_compile(function: Callable[..., Any], backend: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """`torch.compile`, with a recompile limit of its own: dynamo's counts per code object, which models of a class
-    share."""
+    """`torch.compile` with a separate recompile limit. Dynamo counts per code object, which models of a class share."""
     isolated: dict[str, Any] = {"isolate_recompiles": True}  # missing from torch 2.13's overloads
     compiled: Callable[..., Any] = torch.compile(function, backend=backend, **isolated, **options)
     return compiled
 
 
 class _Whole(Exception):
-    """Ends a capture that came through in one piece, before anything is run."""
+    """Ends a capture that gave one whole graph, before anything runs."""
 
 
 def first_break(module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
-    """Where and why the capture of `module(*args, **kwargs)` breaks first: file, line, code, dynamo's reason.
+    """The first break in the capture of `module(*args, **kwargs)`: file, line, code, dynamo's reason.
 
-    None where it does not. Traces anew and runs nothing.
+    None if the capture does not break. Traces anew and runs nothing.
     """
 
     def stop(*_: Any) -> Any:
@@ -74,7 +73,7 @@ def first_break(module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[st
             return None
         except TorchDynamoException as error:
             return _describe(error)
-        except RuntimeError as error:  # there is nothing that dynamo would capture
+        except RuntimeError as error:  # dynamo captures nothing of the forward
             return f"{type(module).__name__}.forward ({str(error).splitlines()[0]})"
     return "a place that a capture for this message did not come to"
 
@@ -87,7 +86,7 @@ def _describe(error: TorchDynamoException) -> str:
     reason += f": {about}" if about else ""
     stack = list(getattr(error, "real_stack", None) or ())
     inside = str(Path(torch.__file__).parent)
-    frame = next((item for item in reversed(stack) if not item.filename.startswith(inside)), None)
+    frame = next((entry for entry in reversed(stack) if not entry.filename.startswith(inside)), None)
     if frame is None:
         return f"a place that dynamo does not name ({reason})"
     return f"{frame.filename}:{frame.lineno}, in {frame.name}, `{frame.line}` ({reason})"
@@ -95,7 +94,7 @@ def _describe(error: TorchDynamoException) -> str:
 
 @contextlib.contextmanager
 def uncompiled(module: torch.nn.Module) -> Iterator[None]:
-    """Take the compiled call off the module for a while."""
+    """Context manager under which the module has no compiled call."""
     compiled, module._compiled_call_impl = module._compiled_call_impl, None
     try:
         yield

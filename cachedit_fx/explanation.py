@@ -1,4 +1,4 @@
-"""What detection found in a module: loops, chain, regions, the rewritten graph. No kernel is executed."""
+"""Explains detection's result for a module: loops, chain, regions, the rewritten graph. No kernel is executed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,16 @@ from cachedit_fx.runtime.registry import states_of, unwrapped
 
 @dataclass(frozen=True)
 class Explanation:
-    """What detection found in a module's graph; `print(explanation)` tells it all, `.code` is the rewritten graph."""
+    """Detection's result for a module's graphs; `print(explanation)` shows all of it.
+
+    Attributes:
+        loops: every block loop, in graph order.
+        chain: names of the loops that the hidden states run through.
+        regions: the regions that may be bypassed.
+        notes: detection's decisions, a sentence each.
+        code: the rewritten graphs as Python code.
+        work: loop name -> its share of the work of all loops.
+    """
 
     loops: tuple[BlockLoop, ...]
     chain: tuple[str, ...]
@@ -64,14 +73,18 @@ def _shape(shape: tuple[Any, ...]) -> str:
 
 
 class _Captured(Exception):
-    """Ends a capture whose graph is not to run."""
+    """Ends a capture before its graph runs."""
 
 
 def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
-    """Capture `module(*args, **kwargs)`, run the passes, and say what they found. No kernel is executed.
+    """Capture `module(*args, **kwargs)`, run the passes, and explain their result. No kernel is executed.
 
-    Options are those that the module was compiled with, else the defaults. Where the model is several graphs, all but
-    the last do run, to get there; so does a graph without a chain, which may be one of several.
+    The options are the module's own if it was compiled, or else the defaults. If the model becomes several graphs,
+    all graphs before the last do run, so that the capture goes on. A graph without a chain runs too, since it may be
+    one of several.
+
+    Raises:
+        ValueError: if dynamo captures no graph of the module.
     """
     module = unwrapped(module)
     states = states_of(module)

@@ -4,12 +4,12 @@
     blocks_1 ─┼─ one key ──► inner compiler ──► one callable, called with each block's own weights
     blocks_2 ─┘
 
-Pieces that hold blocks are compiled, refiners too; prologue, glue and epilogue run as they were captured, since they
-cost more to compile than they save, unless `compiled_pieces="all"` asks for them.
+Pieces that hold blocks are compiled, refiners too. Prologue, glue and epilogue run as they were captured, since
+compiling them costs more than it saves. `compiled_pieces="all"` compiles them too.
 
-The key is a piece's structure: targets, constants, wiring, and of its inputs the shapes, strides, dtypes, devices and
+The key is a piece's structure: targets, constants, wiring, and its inputs' shapes, strides, dtypes, devices and
 tensor-subclass metadata. Weights are inputs, so two blocks of a model have one key, and a model of 57 blocks has a
-handful of distinct pieces. Anything that cannot be keyed is compiled by itself.
+handful of distinct pieces. A piece that cannot be keyed is compiled separately.
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ from cachedit_fx.passes.outline_blocks import KIND
 
 logger = logging.getLogger(__name__)
 
-
 InnerCompiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
 
 class Lowered(torch.nn.Module):
-    """A compiled piece in the place of its graph module."""
+    """A compiled piece that replaces its graph module."""
 
     def __init__(self, compiled: Callable[..., Any]) -> None:
         super().__init__()
@@ -49,7 +48,7 @@ def lower(gm: fx.GraphModule, options: Options) -> Callable[..., Any] | None:
     form. Afterwards `gm` can no longer be rewritten.
     """
     compiler, pieces = inner_compiler(options), 0
-    lowered: dict[tuple[Hashable, bool], torch.nn.Module] = {}
+    modules: dict[tuple[Hashable, bool], torch.nn.Module] = {}
     for holder in (gm, *_branches(gm)):
         for node in holder.graph.nodes:
             if node.op != "call_module" or KIND not in node.meta:
@@ -58,13 +57,13 @@ def lower(gm: fx.GraphModule, options: Options) -> Callable[..., Any] | None:
             assert isinstance(piece, fx.GraphModule)
             pieces += 1
             key = structure_key(piece), _is_compiled(node.meta[KIND], options)
-            if key not in lowered:
-                lowered[key] = Lowered(compile_piece(piece, compiler)) if key[1] else piece
+            if key not in modules:
+                modules[key] = Lowered(compile_piece(piece, compiler)) if key[1] else piece
                 logger.info("%s: %s", node.target, "compiled" if key[1] else "as captured")
-            setattr(holder, str(node.target), lowered[key])
+            setattr(holder, str(node.target), modules[key])
     if not pieces:
         return None
-    logger.info("%d pieces, %d distinct", pieces, len(lowered))
+    logger.info("%d pieces, %d distinct", pieces, len(modules))
     _bind(gm)
     _LazyGraphModule.force_recompile(gm)
     forward: Callable[..., Any] = gm.forward
@@ -72,11 +71,14 @@ def lower(gm: fx.GraphModule, options: Options) -> Callable[..., Any] | None:
 
 
 def _bind(gm: fx.GraphModule) -> None:
-    """Let the code of `gm`, and of its branches, reach what it calls as plain functions: to find a submodule and to go
-    through its `__call__` costs 3 microseconds a block, and passing a thousand weights on as often more."""
+    """Let the code of `gm`, and of its regions' graphs, call its submodules as plain functions.
+
+    Finding a submodule and going through its `__call__` costs 3 microseconds a block, and passing a thousand weights on
+    as often costs more.
+    """
     for branch in _branches(gm):
         _bind(branch)
-    for name, module in gm._modules.items():  # `named_children` leaves twins out
+    for name, module in gm._modules.items():  # `named_children` leaves repeated modules out
         assert module is not None
         if isinstance(module, fx.GraphModule):
             _LazyGraphModule.force_recompile(module)
@@ -90,14 +92,14 @@ def _is_compiled(kind: str, options: Options) -> bool:
 
 
 def _branches(gm: fx.GraphModule) -> list[fx.GraphModule]:
-    """The graph modules that `gm` hands to `cache.run`: regions hold pieces of their own."""
-    found = []
+    """The graph modules that `gm` hands to `region_call.run`. They hold pieces too."""
+    branches = []
     for node in gm.graph.nodes:
         if node.op == "get_attr":
             value = getattr(gm, str(node.target), None)
             if isinstance(value, fx.GraphModule):
-                found.append(value)
-    return found
+                branches.append(value)
+    return branches
 
 
 def inner_compiler(options: Options) -> InnerCompiler:
@@ -105,16 +107,16 @@ def inner_compiler(options: Options) -> InnerCompiler:
     inner = options.inner_backend
     extra = dict(options.inner_options or {})
     if callable(inner):
-        given = inner
-        return lambda gm, inputs: given(gm, inputs, **extra)
+        function = inner
+        return lambda gm, inputs: function(gm, inputs, **extra)
     if inner == "inductor":
         from torch._inductor import list_mode_options
         from torch._inductor.compile_fx import compile_fx
 
         patches = (list_mode_options(options.mode) if options.mode else {}) | extra
         if patches.get("triton.cudagraphs"):
-            # A CUDA graph is recorded for fixed addresses of its weights, or copies them in at every replay; a piece
-            # that serves many blocks has many.
+            # A CUDA graph is recorded for fixed addresses of its weights, or copies the weights in at every replay. A
+            # piece that serves many blocks has many weights.
             patches["triton.cudagraphs"] = False
             logger.warning("CUDA graphs are left off: blocks share one compilation, and would copy their weights in")
         inductor: Any = compile_fx  # its declared result covers ahead-of-time packaging too
@@ -126,10 +128,10 @@ def inner_compiler(options: Options) -> InnerCompiler:
 
 
 def compile_piece(piece: fx.GraphModule, compiler: InnerCompiler) -> Callable[..., Any]:
-    """Compile one piece under a tracing context of its own.
+    """Compile one piece under a separate tracing context.
 
-    The surrounding context is that of the whole graph: its fake mode is not the one that the recorded values belong to,
-    and what ahead-of-time autograd leaves in it for one piece would be taken for the next one's.
+    The surrounding context belongs to the whole graph. Its fake mode is not that of the recorded values. Ahead-of-time
+    autograd would leave one piece's results in it, and take them for the next piece's.
     """
     inputs = [value_of(node) for node in piece.graph.nodes if node.op == "placeholder"]
     with tracing(TracingContext(_fake_mode(inputs))):
@@ -148,7 +150,7 @@ def _fake_mode(values: Sequence[Any]) -> FakeTensorMode | None:
 
 
 def structure_key(piece: fx.GraphModule) -> Hashable:
-    """Equal for two pieces exactly if one's compiled form serves the other."""
+    """A key that is equal for two pieces exactly if one's compiled form serves the other."""
     index: dict[fx.Node, int] = {}
     rows: list[Hashable] = []
     for node in piece.graph.nodes:
@@ -165,13 +167,13 @@ def structure_key(piece: fx.GraphModule) -> Hashable:
 
 
 def _constant(value: Any, index: Mapping[fx.Node, int]) -> Hashable:
-    """A hashable twin of an argument: nodes by their place, constants with their type (1, 1.0 and True are three)."""
+    """A hashable form of an argument: nodes by their index, constants with their type (1, 1.0 and True differ)."""
     if isinstance(value, fx.Node):
         return ("node", index[value])
     if isinstance(value, (tuple, list)):
-        return (type(value).__name__, tuple(_constant(item, index) for item in value))
+        return (type(value).__name__, tuple(_constant(element, index) for element in value))
     if isinstance(value, dict):
-        return ("dict", tuple((name, _constant(item, index)) for name, item in sorted(value.items())))
+        return ("dict", tuple((name, _constant(element, index)) for name, element in sorted(value.items())))
     if isinstance(value, slice):
         return ("slice", _constant((value.start, value.stop, value.step), index))
     return (type(value).__name__, repr(value))
@@ -196,11 +198,14 @@ def _input_key(value: Any) -> Hashable:
 
 
 def _strides(value: torch.Tensor) -> tuple[str, ...]:
-    """Without those of dimensions of size 1, which mean nothing and are as they may: a slice of a stream of batch 1 is
-    contiguous, but remembers the stride of what it was cut from. Inductor's own checks leave them out too."""
+    """The strides as text; empty for dimensions of size 1.
+
+    A stride of a dimension of size 1 has no effect, and may be any number. For example, a slice of a stream of batch 1
+    is contiguous, but keeps the stride of the larger tensor. Inductor's checks leave these strides out too.
+    """
     return tuple("" if str(size) == "1" else str(step) for size, step in zip(value.shape, value.stride(), strict=True))
 
 
 def compile_whole(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-    """The graph as it is, in one piece, from the inner compiler."""
+    """Compile the graph as one piece; with `inner_backend="eager"`, its forward as it is."""
     return gm.forward if options.inner_backend == "eager" else inner_compiler(options)(gm, list(example_inputs))
