@@ -49,8 +49,9 @@ class LagrangeCalibratorConfig(CalibratorConfig):
 
     A sampler sums up the model's outputs. A computed step shows the error of the predictions since the previous
     computed step. The error is the interpolation between the two computed steps minus the predictions, each weighted
-    with the length of its step. The first prediction after the computed step makes up for this error, as deferred correction does in the
-    integration of differential equations. The correction needs no evaluation, but two more stored values.
+    with the length of its step. The first prediction after the computed step makes up for this error, as deferred
+    correction does in the integration of differential equations. The correction needs no evaluation, but two more
+    stored values.
 
     Why these defaults: PSNR on the bundled model, 12 of 28 steps computed, 16 prompts (`cachedit bench
     examples/benchmarks/calibrators.toml --held-out 16 --prompt-seed 5`; 12 steps without a cache have 47.4 dB):
