@@ -44,10 +44,10 @@ def on_host(tensor: torch.Tensor) -> bool:
 
 
 class Residual:
-    """r = hidden - base in float32; without a base `hidden` itself, which is copied only where it is kept.
+    """r = hidden - base in float32. Without a base r is `hidden`, which is copied only by `keep`.
 
     Args:
-        hidden: behind the first F blocks.
+        hidden: the hidden states after the first F blocks.
         base: of the same shape, or None.
         spare: a buffer that r may be written to, if it fits.
     """
@@ -66,15 +66,15 @@ class Residual:
     def of(
         cls, hidden: torch.Tensor, base: torch.Tensor | None, spare: torch.Tensor | None, every: int = 1
     ) -> Residual:
-        """r over every n-th token. A base of another shape is none."""
+        """r over every n-th token. A base of another shape counts as None."""
         fits = base is not None and base.shape == hidden.shape
         return cls(_thinned(hidden, every), _thinned(base, every) if fits and base is not None else None, spare)
 
     def keep(self, old: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """r, in a buffer of its own, and a buffer that is free from now on, `old` being no longer needed."""
+        """r in a separate buffer, and a buffer that is free from now on. `old` is no longer needed."""
         if self.base is None:
-            kept = self._buffer(old)
-            return kept.copy_(self.hidden), None
+            buffer = self._buffer(old)
+            return buffer.copy_(self.hidden), None
         if not self._is_written:
             self.sums(())
         assert self.spare is not None
@@ -87,7 +87,7 @@ class Residual:
         return None
 
     def _buffer(self, old: torch.Tensor | None) -> torch.Tensor:
-        """`old` where it fits, else a new one, usable with and without inference mode."""
+        """`old` if it fits, otherwise a new buffer, usable with and without inference mode."""
         if old is not None and old.shape == self.hidden.shape and old.device == self.hidden.device:
             return old
         with torch.inference_mode(False):

@@ -1,4 +1,4 @@
-"""What is stored for one region and one CFG branch. Buffers outlive their generation and are written again."""
+"""Stores the values of one region in one CFG branch. Buffers outlive their generation, and are written again."""
 
 from __future__ import annotations
 
@@ -16,31 +16,33 @@ from cachedit_fx.runtime.policies.base import Stored
 
 @dataclass
 class BranchMemory:
-    """Stored values and their reference. A generation's end empties it, but keeps the buffers."""
+    """Stored values and their reference. The end of a generation forgets the values, but keeps the buffers."""
 
     signature: Hashable = None
-    """Shapes and dtypes of the streams that entered when the values were stored; None while nothing is stored."""
+    """Shapes and dtypes of the streams for which the values were stored; None while nothing is stored."""
     reference: torch.Tensor | None = None
-    """Residual r of the last computed step, float32. While `signature` is None only its buffer is of use."""
+    """Residual r of the last computed step, float32. While `signature` is None only the buffer is reused, not its
+    contents."""
     start: int = 0
     """The step at which the present context began (`policies.base.context_start`)."""
     trail: list[Moment] = field(default_factory=list)
-    """The steps since the earliest one whose values are stored, the latest first."""
+    """The steps since the earliest one with stored values, the latest first."""
     stored: list[list[torch.Tensor]] = field(default_factory=list)
-    """For each result of the region, as the computed steps of `trail`: its residual, or the result itself where it has
-    no base."""
+    """For each result of the region, the values of the computed steps in `trail`, the latest first. A value is the
+    result's residual, or the result if it has no base."""
     dtypes: list[torch.dtype] = field(default_factory=list)
+    """Dtypes of the computed results."""
     strides: list[tuple[int, ...]] = field(default_factory=list)
-    """Of the results as they were computed; what reads them is given the same layout."""
+    """Strides of the computed results. Restored results have the same layout."""
 
     def forget(self, start: int = 0) -> None:
-        """Begin anew at step `start`: keep the buffers, not their contents."""
+        """Begin a new context at step `start`: keep the buffers, not their contents."""
         self.start = start
         self.signature = None
         self.trail = []
 
     def stored_for(self, signature: Hashable) -> Stored:
-        """What there is to reuse for streams of this signature."""
+        """Whether there are stored values for streams of this signature."""
         if self.signature is None:
             return Stored.NOTHING
         return Stored.FITS if self.signature == signature else Stored.OTHER_SHAPES
@@ -50,38 +52,48 @@ class BranchMemory:
         results: Sequence[torch.Tensor],
         bases: Sequence[torch.Tensor | None],
         now: Moment,
-        kept: int,
+        count: int,
         dtype: str = "wider",
     ) -> None:
-        """Keep the residuals of a computed step, and of the `kept` - 1 computed before it, in `dtype` (see
-        `CalibratorConfig.calibrator_state_dtype`)."""
+        """Store the residuals of a computed step.
+
+        Args:
+            results: the region's results.
+            bases: the base of each result; None for a result that is stored whole.
+            now: the step.
+            count: number of computed steps whose values are stored afterwards, this one included.
+            dtype: see `CalibratorConfig.calibrator_state_dtype`.
+        """
         if len(self.stored) != len(results):
             self.stored = [[] for _ in results]
-        self.trail = _since_computed([now, *self.trail], kept)
+        self.trail = _since_computed([now, *self.trail], count)
         self.dtypes = [result.dtype for result in results]
         self.strides = [_strides(result) for result in results]
         oldest = []
         for buffers, result in zip(self.stored, results, strict=True):
-            buffers[:] = [buffer for buffer in buffers if _fits(buffer, result, dtype)][:kept]
-            oldest.append(buffers.pop() if len(buffers) == kept else residual_like(result, dtype))
+            buffers[:] = [buffer for buffer in buffers if _fits(buffer, result, dtype)][:count]
+            oldest.append(buffers.pop() if len(buffers) == count else residual_like(result, dtype))
         residual_store(results, bases, oldest)
         for buffers, buffer in zip(self.stored, oldest, strict=True):
             buffers.insert(0, buffer)
 
     def restore(self, bases: Sequence[torch.Tensor | None], weights: Sequence[float]) -> tuple[torch.Tensor, ...]:
-        """The region's results from the bases of the present step and the weights of the stored values. They have the
-        computed ones' strides: matrix products round differently on another layout."""
-        used = [index for index, weight in enumerate(weights) if weight]
+        """The region's results from the bases of the present step and the weights of the stored values.
+
+        Results have the computed results' strides: matrix products round differently on another layout.
+        """
+        indices = [index for index, weight in enumerate(weights) if weight]
         outs = tuple(
             torch.empty_strided(buffers[0].shape, strides, dtype=dtype, device=buffers[0].device)
             for buffers, dtype, strides in zip(self.stored, self.dtypes, self.strides, strict=True)
         )
-        terms = [[buffers[index] for index in used] for buffers in self.stored]
-        residual_apply(bases, terms, [weights[index] for index in used], outs)
+        terms = [[buffers[index] for index in indices] for buffers in self.stored]
+        residual_apply(bases, terms, [weights[index] for index in indices], outs)
         return outs
 
     @property
     def bytes_held(self) -> int:
+        """Size of all buffers, in bytes."""
         tensors = [*itertools.chain.from_iterable(self.stored), *([] if self.reference is None else [self.reference])]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -93,7 +105,7 @@ def _since_computed(trail: Sequence[Moment], count: int) -> list[Moment]:
 
 
 def _strides(value: torch.Tensor) -> tuple[int, ...]:
-    """Those that a twin of `value` can have whose elements share no memory, as an expanded dimension's do."""
+    """The strides of `value`. If its elements share memory, as in an expanded dimension, those of a dense copy."""
     return torch.empty_like(value, device="meta").stride() if 0 in value.stride() else value.stride()
 
 

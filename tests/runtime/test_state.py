@@ -33,7 +33,7 @@ def test_results_come_back_with_and_without_a_base():
     memory = BranchMemory()
     results = torch.randn(2, 3), torch.randn(4).bfloat16(), torch.arange(3)
     bases = torch.randn(2, 3), None, None
-    memory.store(results, bases, now=Moment(0), kept=1)
+    memory.store(results, bases, now=Moment(0), count=1)
     found = memory.restore(bases, (1.0,))
     assert all(torch.equal(a, b) and a.dtype is b.dtype for a, b in zip(results, found, strict=True))
     assert memory.bytes_held == 6 * 8 + 4 * 4 + 3 * 8
@@ -41,15 +41,15 @@ def test_results_come_back_with_and_without_a_base():
 
 def test_buffers_are_written_again_and_made_anew_only_for_another_shape_or_dtype():
     memory = BranchMemory()
-    memory.store((torch.ones(2, 3),), (None,), now=Moment(0), kept=1)
+    memory.store((torch.ones(2, 3),), (None,), now=Moment(0), count=1)
     ((first,),) = memory.stored
     memory.forget()
-    memory.store((torch.zeros(2, 3),), (None,), now=Moment(0), kept=1)
+    memory.store((torch.zeros(2, 3),), (None,), now=Moment(0), count=1)
     assert memory.stored[0][0] is first and first.sum() == 0
     for other in (torch.ones(2, 4), torch.ones(2, 4, dtype=torch.bfloat16)):
-        memory.store((other,), (None,), now=Moment(1), kept=1)
+        memory.store((other,), (None,), now=Moment(1), count=1)
         assert torch.equal(memory.restore((None,), (1.0,))[0], other)
-    memory.store((torch.ones(1), torch.ones(1)), (None, None), now=Moment(2), kept=1)
+    memory.store((torch.ones(1), torch.ones(1)), (None, None), now=Moment(2), count=1)
     assert len(memory.stored) == 2
 
 
