@@ -28,7 +28,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 TESTS = Path(__file__).resolve().parent
 
 import torch  # noqa: E402 - after the environment
-from lib.fuzzing import Outcome, Spec, check, expected, simpler, spec_of  # noqa: E402 - after the environment
+from lib.fuzz_specs import Spec, spec_of  # noqa: E402 - after the environment
+from lib.fuzzing import Outcome, check, expected, simpler  # noqa: E402 - after the environment
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 console = Console(highlight=False)
@@ -43,7 +44,8 @@ import sys
 
 sys.path.insert(0, {tests!r})
 
-from lib.fuzzing import Loop, Spec, check
+from lib.fuzz_specs import Loop, Spec
+from lib.fuzzing import check
 
 # as drawn: {drawn}
 check({spec})

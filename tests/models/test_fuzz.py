@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
-from lib.fuzzing import Loop, Spec, arguments, build, check, expected, simpler, spec_of, specs
+from lib.fuzz_models import arguments, build
+from lib.fuzz_specs import Loop, Spec, spec_of, specs
+from lib.fuzzing import check, expected, simpler
 
 from cachedit_fx.passes import normalize
 from cachedit_fx.runtime import memory
