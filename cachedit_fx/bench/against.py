@@ -31,8 +31,7 @@ def paired_rows() -> list[Row]:
     """Ours at three thresholds: the first block decides, none is recomputed at the end, four steps warm up."""
     policy = {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "max_warmup_steps": 4}
     return [
-        Row(f"DBCache {threshold:g}", arguments=policy | {"residual_diff_threshold": threshold})
-        for threshold in THRESHOLDS
+        Row(f"F1 R{threshold:g}", arguments=policy | {"residual_diff_threshold": threshold}) for threshold in THRESHOLDS
     ]
 
 
@@ -117,7 +116,7 @@ def table(pairs: Sequence[Pair]) -> Table:
             pair.ours.name,
             f"{pair.ours.cached_steps:.1f}",
             f"{pair.step_difference}{same}",
-            f"{pair.more_psnr:+.1f}",
+            f"{round(pair.more_psnr, 1) + 0.0:+.1f}",  # + 0.0: no -0.0
             *times,
         )
     return result

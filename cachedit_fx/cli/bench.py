@@ -72,17 +72,17 @@ class Rows:
         bool,
         typer.Option(
             "--peers",
-            help="Rows of cache-dit 1.5.3 too, and of diffusers' FirstBlockCache, TaylorSeerCache and MagCache, each "
-            "in a process of its own. Needs [b]pip install 'cachedit-fx\\[peers]'[/b], or --peer-python.",
+            help="Rows of cache-dit 1.5.3 too, and of diffusers' FirstBlockCache, TaylorSeerCache and MagCache. Each "
+            "has a process of its own. Needs [b]pip install 'cachedit-fx\\[peers]'[/b], or --peer-python.",
         ),
     ] = False
     against: Annotated[
         Peer | None,
         typer.Option(
             case_sensitive=False,
-            help="In place of that, pairs: each row with cache-dit's of the same settings, a process each, by turns "
-            "within each prompt; tells whether the same steps are cached, and how their times compare. Rows are those "
-            "of CONFIG.toml, or F1 B0 W4 at three thresholds.",
+            help="Pairs instead: each row with cache-dit's of the same settings, a process each, by turns within each "
+            "prompt. Tells whether both cache the same steps, and how their times compare. Rows are those of "
+            "CONFIG.toml, or F1 B0 W4 at three thresholds.",
         ),
     ] = None
     peer_python: Annotated[
@@ -105,8 +105,8 @@ class Pictures:
         typer.Option(
             metavar="MODULE:FUNCTION",
             help="A pipeline of yours in place of the bundled model: a function without arguments, in the current "
-            "folder or installed, that returns a diffusers pipeline, or an object with [b]pipe[/b] and "
-            "[b]generate(pipe, prompts, steps, seed)[/b], which returns float pictures \\[B, 3, H, W] in 0..1, "
+            "folder or installed. It returns a diffusers pipeline, or an object with [b]pipe[/b] and "
+            "[b]generate(pipe, prompts, steps, seed)[/b]. That returns float pictures \\[B, 3, H, W] in 0..1, "
             "picture i from the noise of seed + i.",
         ),
     ] = None
@@ -114,7 +114,7 @@ class Pictures:
         str | None,
         typer.Option(
             metavar="N|FILE",
-            help="N of the 200 prompts of ShapesBench, spread over its categories; or a text file, a prompt a line.  "
+            help="N of the 200 prompts of ShapesBench, spread over its categories. Or a text file, a prompt a line.  "
             f"[dim]\\[default: {DEFAULT_PROMPTS}, or {PAIRED_PROMPTS} with --against][/dim]",
         ),
     ] = None
@@ -182,8 +182,8 @@ class Running:
         InnerBackend,
         typer.Option(
             case_sensitive=False,
-            help="[b]eager[/b] compiles nothing and will do for work and quality; [b]inductor[/b] for times as "
-            "you would have them: uncached is then torch.compile's, and so are peers.",
+            help="[b]eager[/b] compiles nothing and will do for work and quality. [b]inductor[/b] gives times as you "
+            "would have them: torch.compile compiles the uncached model and peers too.",
         ),
     ] = InnerBackend.eager
     granularity: Annotated[Granularity, typer.Option(case_sensitive=False, help="What ours compiles as one piece.")] = (
@@ -193,9 +193,9 @@ class Running:
         PeerCompile,
         typer.Option(
             case_sensitive=False,
-            help="How cache-dit is compiled: the [b]transformer[/b], as its README says; the same after its "
-            "set_compile_configs() ([b]transformer-tuned[/b]); or by diffusers' compile_repeated_blocks "
-            "([b]blocks[/b]), as its own example scripts do.",
+            help="How cache-dit is compiled. [b]transformer[/b]: as its README says. [b]transformer-tuned[/b]: the "
+            "same after its set_compile_configs(). [b]blocks[/b]: by diffusers' compile_repeated_blocks, as its own "
+            "example scripts do.",
         ),
     ] = PeerCompile.transformer
     threads: Annotated[int, typer.Option(metavar="N", min=1, help="CPU threads of every system.")] = 1
@@ -213,7 +213,7 @@ def bench(
             metavar="CONFIG.toml",
             help="The configurations. A table is a row, its name the row's, its keys keyword arguments of "
             '[b]cachedit_fx.enable_cache[/b]:  [i]\\["F1 R0.2"]  Fn_compute_blocks = 1  residual_diff_threshold = 0.2  '
-            'calibrator = "taylorseer"[/i].  [b]presets = true[/b], above the tables, adds all presets; '
+            'calibrator = "taylorseer"[/i].  [b]presets = true[/b], above the tables, adds all presets. '
             '[i]system = "cache-dit"[/i] makes a row a peer\'s.  [dim]\\[default: DBCache at four thresholds, with '
             "and without TaylorSeer, and the presets][/dim]",
         ),
@@ -221,15 +221,16 @@ def bench(
 ) -> None:
     """Measure many configurations on the same pictures: work, wall time, PSNR, SSIM, accuracy, memory.
 
-    Each cached row comes with its rival, [bold]as many steps as cost the same work[/bold] with no cache at all, and
-    with [bold]--peers[/bold] those of others join in. Try [bold]cachedit bench --prompts 6 --rounds 1[/bold] for a
-    look, [bold]cachedit bench --held-out 32 --peers[/bold] for figures, and [bold]cachedit bench --against cache-dit
-    --inner-backend inductor[/bold] for times. Ctrl-C keeps what is measured, [bold]--resume[/bold] goes on.
+    Each cached row comes with its rival: [bold]as many steps as cost the same work[/bold], with no cache at all.
 
-    [bold]work[/bold] is the FLOPs of the transformer's calls over the uncached run's; [bold]wall[/bold] time over the
-    uncached run's for the same prompt in the same round, the median, compiling left out. PSNR and SSIM (from the extra
-    [bold]metrics[/bold]) are against the uncached pictures from the same noise. [bold]right[/bold] is the share of the
-    bundled model's pictures that show what the prompt says.
+    For a look: [bold]cachedit bench --prompts 6 --rounds 1[/bold]. For figures, with the rows of others: [bold]cachedit
+    bench --held-out 32 --peers[/bold]. For times against cache-dit: [bold]cachedit bench --against cache-dit
+    --inner-backend inductor[/bold]. Ctrl-C keeps what is measured, [bold]--resume[/bold] goes on.
+
+    [bold]work[/bold] is the FLOPs of the transformer's calls over the uncached run's. [bold]wall[/bold] is time over
+    the uncached run's for the same prompt in the same round, the median; compiling is left out. PSNR and SSIM (from the
+    extra [bold]metrics[/bold]) are against the uncached pictures from the same noise. [bold]right[/bold] is the share
+    of the bundled model's pictures that show what the prompt says.
     """
     if ctx.invoked_subcommand is not None:
         return

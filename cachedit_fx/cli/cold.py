@@ -32,8 +32,8 @@ def cold(
     """Time a random FLUX from `compile` to its first steps, by ours and by others.
 
     Each way to compile gets a new process and an empty folder for inductor's caches, then another process with the same
-    folder. An hour in all; [bold]cachedit bench cold --blocks 18 -k cachedit_fx[/bold] takes minutes. Ctrl-C shows what
-    is measured, and writes nothing.
+    folder. All of it takes an hour, [bold]cachedit bench cold --blocks 18 -k cachedit_fx[/bold] minutes. Ctrl-C shows
+    what is measured, and writes nothing.
     """
     check_out(out)
     check_compiler("inductor")

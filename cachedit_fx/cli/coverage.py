@@ -21,10 +21,10 @@ def coverage(
         str,
         typer.Argument(
             metavar="MODELS",
-            help="A Python file, a package's folder or an importable module that holds [b]ZOO[/b]: name → function "
-            "that returns (module, inputs), where [i]inputs(size)[/i] gives the keyword arguments of one forward at "
-            "size 1 or 2, two resolutions. Optional: [b]BLOCKS[/b], name → blocks of the chain; [b]EXCLUDED[/b], name "
-            "→ why it is not in the zoo; [b]MISSING[/b], names that should be.",
+            help="A Python file, a package's folder or an importable module. It holds [b]ZOO[/b], a dict from names to "
+            "functions that return (module, inputs). [i]inputs(size)[/i] gives the keyword arguments of one forward at "
+            "size 1 or 2, two resolutions. Optional: [b]BLOCKS[/b], from names to blocks of the chain; "
+            "[b]EXCLUDED[/b], from names to reasons for leaving them out; [b]MISSING[/b], names that should be there.",
         ),
     ] = "tests/lib/zoo",
     only: Annotated[
@@ -38,9 +38,9 @@ def coverage(
 ) -> None:
     """Put every model of a zoo through everything the cache promises, and print a table of what held.
 
-    In a clone, [bold]cachedit coverage[/bold] runs over diffusers' transformer classes made tiny; over models of your
-    own with [bold]cachedit coverage my_models.py[/bold]. No model has an adapter: a new one is a function that makes
-    it and its inputs. A row takes some seconds, mostly dynamo's captures; the inner backend is eager.
+    In a clone, [bold]cachedit coverage[/bold] runs over diffusers' transformer classes made tiny. [bold]cachedit
+    coverage my_models.py[/bold] runs over models of your own. No model has an adapter: a new one is a function that
+    makes it and its inputs. A row takes some seconds, mostly dynamo's captures; the inner backend is eager.
 
     The exit code is 1 if a row falls short.
     """

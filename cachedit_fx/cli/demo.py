@@ -28,9 +28,10 @@ def demo(
             "--prompts",
             "-p",
             metavar="TEXT",
-            help="A scene to draw; repeat the option for more. One object and its place ([i]a small red circle at the "
-            "top left on navy[/i]) or two and their relation ([i]a large blue square above a small pink cross[/i]). "
-            "A word the model does not know is an error that lists those it knows.  [dim]\\[default: six scenes][/dim]",
+            help="A scene to draw; repeat the option for more. Either one object and its place: [i]a small red circle "
+            "at the top left on navy[/i]. Or two and their relation: [i]a large blue square above a small pink "
+            "cross[/i]. A word that the model does not know is an error that lists those it knows.  "
+            "[dim]\\[default: six scenes][/dim]",
         ),
     ] = None,
     steps: Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="Denoising steps of the uncached run.")] = 28,
@@ -55,10 +56,10 @@ def demo(
 ) -> None:
     """Draw pictures without and with the cache, and compare work, time and fidelity.
 
-    A small trained FLUX (18 blocks, 6.8 M parameters, part of this installation) runs behind diffusers' FluxPipeline,
-    on one thread: uncached; with [bold]DBCache[/bold] (F1B0, 4 warm-up steps) at each threshold, repeating what was
-    stored and predicting it with [bold]TaylorSeer[/bold] (order 1); and, for each of these, uncached with [bold]fewer
-    steps at equal work[/bold], the rival that any cache has to beat.
+    A small trained FLUX runs behind diffusers' FluxPipeline, on one thread. It has 18 blocks and 6.8 M parameters, and
+    is part of this installation. It draws uncached, and with [bold]DBCache[/bold] (F1B0, 4 warm-up steps) at each
+    threshold: once repeating what was stored, once predicting it with [bold]TaylorSeer[/bold] (order 1). Each threshold
+    has its rival too, which any cache has to beat: no cache, and [bold]fewer steps at equal work[/bold].
 
     [bold]work[/bold] is block executions over the uncached run's. [bold]time[/bold] is wall time over the uncached
     run's, the median of alternating runs; compiling is not in it. [bold]PSNR[/bold] is against the uncached pictures

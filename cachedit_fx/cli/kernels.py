@@ -53,8 +53,8 @@ def verify(
 ) -> None:
     """Compile the Triton kernels for GPUs that need not be there, and read what came out.
 
-    A variant holds if nothing is spilled, its threads read and write no byte more than they must, and, if pointers
-    are aligned, every load and store has 128 bits or all that a thread has of the tensor.
+    A variant holds if nothing is spilled and its threads read and write no byte more than they must. If pointers are
+    aligned, every load and store must have 128 bits too, or all that a thread has of the tensor.
 
     The exit code is 1 if a variant falls short.
     """

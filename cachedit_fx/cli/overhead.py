@@ -26,9 +26,9 @@ def overhead(
 ) -> None:
     """Time a cached and a computed step of a random FLUX, and the Python in them.
 
-    Steps take turns with the compiled pieces alone, with the same graph without a cache, with torch.compile, with eager
-    and, if it is installed, with a cached step of cache-dit. Then all of it again on pieces that compute nothing, which
-    leaves the Python; and a profile of that.
+    Steps take turns with the compiled pieces alone, the same graph without a cache, torch.compile and eager. If
+    cache-dit is installed, a cached step of cache-dit is measured too. Then all of it runs again on pieces that compute
+    nothing, which leaves the Python; a profile of that Python comes last.
 
     For a look: [bold]cachedit bench overhead --blocks 18 --rounds 5 --inner-backend eager[/bold].
     """

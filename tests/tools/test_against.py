@@ -36,6 +36,8 @@ def test_table():
     assert line.cells == ("R0.12", "2.0", "0 =", "+0.0", "0.80", "0.40")
     (line,) = table(pairs_of(rows(steps=(10, 11), psnr=41.0))).lines
     assert line.cells[2:4] == ("0", "+1.0")
+    (line,) = table(pairs_of(rows(psnr=39.99))).lines
+    assert line.cells[3] == "+0.0"
 
 
 @pytest.mark.parametrize(
@@ -114,18 +116,18 @@ def test_a_run_of_pairs(entry, tmp_path, monkeypatch):
     result = against(*options, "-k", "0.2")
     assert result.exit_code == 0, result.output
     told = plain(result.output)
-    assert "yes: DBCache 0.2: number of cached steps within 1" in told and "this was written for 1.5.3" in told
+    assert "yes: F1 R0.2: number of cached steps within 1" in told and "this was written for 1.5.3" in told
     page = json.loads((out / "bench.json").read_text())
-    assert [row["name"] for row in page["rows"]][:3] == ["uncached", "DBCache 0.2", "cache-dit DBCache 0.2"]
+    assert [row["name"] for row in page["rows"]][:3] == ["uncached", "F1 R0.2", "cache-dit F1 R0.2"]
     ours, peer = page["rows"][1:3]
     assert ours["cached_by_call"] == peer["cached_by_call"] and ours["psnr"] == peer["psnr"]
     assert len(ours["seconds"]) == len(peer["wall_ratios"]) == 5  # every prompt is timed
-    assert "| DBCache 0.2 |" in (out / "bench.md").read_text().split("against cache-dit")[1]
+    assert "| F1 R0.2 |" in (out / "bench.md").read_text().split("against cache-dit")[1]
 
     resumed = against(*options, "-k", "0.2", "-k", "0.12", "--resume")
     assert resumed.exit_code == 0, resumed.output
     again = json.loads((out / "bench.json").read_text())["rows"]
-    assert again[1:3] == page["rows"][1:3] and "cache-dit DBCache 0.12" in [row["name"] for row in again]
+    assert again[1:3] == page["rows"][1:3] and "cache-dit F1 R0.12" in [row["name"] for row in again]
 
 
 def test_without_cache_dit_it_says_what_to_install(entry, tmp_path):
