@@ -229,15 +229,15 @@ def _ours(module: Any, **options: Any) -> Step:
 
 
 class _Alone:
-    """In the place of a call: decides nothing, and hands out what a region gave the first time."""
+    """In the place of a `RegionCall`: decides nothing, and hands out a region's first results again and again."""
 
     def __init__(self) -> None:
         self.results: dict[int, tuple[Any, ...]] = {}
 
-    def decide(self, *_: Any) -> None:
-        return None
+    def decide(self, number: int, *_: Any) -> int:
+        return number
 
-    def run(self, number: int, decision: None, compute: Callable[..., Any], inputs: Sequence[Any], *_: Any) -> Any:
+    def run(self, number: int, compute: Callable[..., Any], inputs: Sequence[Any], *_: Any) -> Any:
         if number not in self.results:
             self.results[number] = compute(*inputs)
         return self.results[number]
@@ -245,22 +245,22 @@ class _Alone:
 
 def _pieces(module: Any, size: Size, options: Options) -> Step:
     """The rewritten graph on the inputs of its first call: neither dynamo's guards nor ours are in it."""
-    found: list[tuple[CachedGraph, tuple[Any, ...]]] = []
+    calls: list[tuple[CachedGraph, tuple[Any, ...]]] = []
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         graph = compile_graph(gm, example_inputs, options)
         assert isinstance(graph, CachedGraph)
 
-        def first_call(*given: Any) -> Any:
-            found.append((graph, given))
-            return graph(*given)
+        def first_call(*arguments: Any) -> Any:
+            calls.append((graph, arguments))
+            return graph(*arguments)
 
         return first_call
 
     torch.compile(module, backend=backend, dynamic=False)(**inputs(size))
-    (graph, given), *_ = found
+    (graph, arguments), *_ = calls
     alone = _Alone()
-    return lambda _: graph.forward(alone, given)
+    return lambda _: graph.forward(alone, arguments)
 
 
 PROFILED = 100

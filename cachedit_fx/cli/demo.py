@@ -65,17 +65,11 @@ def demo(
     run's, the median of alternating runs; compiling is not in it. [bold]PSNR[/bold] is against the uncached pictures
     from the same noise: 30 dB is a visible difference, 40 hardly, 50 none.
     """
-    from cachedit_fx.bench.prompts import PromptError, known_prompts
-
     numbers = _parsed_thresholds(thresholds)
-    if prompts and len(prompts) > MAX_PROMPTS:
-        raise typer.BadParameter(f"{len(prompts)} prompts; at most {MAX_PROMPTS} fit", param_hint="--prompts")
-    try:
-        known_prompts(tuple(prompts or ()))
-    except PromptError as error:
-        raise typer.BadParameter(str(error), param_hint="--prompts") from None
     check_out(out)
     check_compiler(inner_backend.value)
+    if prompts:
+        _check_prompts(prompts)
 
     start = time.perf_counter()
     with reported(lambda: f"; nothing was written to {out}"), progress("runs") as tell:
@@ -97,6 +91,17 @@ def demo(
     for name, what in bench.FILES.items():
         console.print(f"{out / name}  [dim]{what}[/dim]")
     console.print(f"[dim]{time.perf_counter() - start:.0f} s in all[/dim]")
+
+
+def _check_prompts(prompts: Sequence[str]) -> None:
+    if len(prompts) > MAX_PROMPTS:
+        raise typer.BadParameter(f"{len(prompts)} prompts; at most {MAX_PROMPTS} fit", param_hint="--prompts")
+    from cachedit_fx.bench.prompts import PromptError, known_prompts
+
+    try:
+        known_prompts(tuple(prompts))
+    except PromptError as error:
+        raise typer.BadParameter(str(error), param_hint="--prompts") from None
 
 
 def _parsed_thresholds(text: str) -> Sequence[float]:

@@ -112,7 +112,7 @@ def test_a_run_of_pairs(entry, tmp_path, monkeypatch):
     monkeypatch.setattr("cachedit_fx.bench.measure.Worker", WorkerHere)
     monkeypatch.setattr("cachedit_fx.bench.run.check_peer", lambda python: "1.5.4")
     out = tmp_path / "out"
-    options = ("--pipeline", entry, "--prompts", 5, "--steps", 6, "--rounds", 1, "--out", out)
+    options = ("--pipeline", entry, "--prompts", 5, "--steps", 5, "--rounds", 1, "--out", out)
     result = against(*options, "-k", "0.2")
     assert result.exit_code == 0, result.output
     told = plain(result.output)

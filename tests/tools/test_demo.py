@@ -19,6 +19,7 @@ from cachedit_fx.shapes import tokenize
 
 pytestmark = pytest.mark.keep_compiled
 
+STEPS, WARMUP = 8, 4
 FILES = ["differences.png", "grid.png", "table.md"]
 
 
@@ -43,7 +44,7 @@ def ran(tmp_path_factory):
     """A demo of two thresholds, the first of which never caches."""
     folder = tmp_path_factory.mktemp("demo") / "out"
     result = invoke_demo(
-        folder, "--steps", 10, "--thresholds", "0,0.6", "-p", PROMPTS[0], "-p", "a small cyan cross on gray"
+        folder, "--steps", STEPS, "--thresholds", "0,0.6", "-p", PROMPTS[0], "-p", "a small cyan cross on gray"
     )
     return result, folder
 
@@ -70,7 +71,7 @@ def test_demo_table(ran):
         "with TaylorSeer",
         "fewer steps, equal work",
     ]
-    assert rows[0] == ["uncached", "10", "", "100%", "100%", ""]
+    assert rows[0] == ["uncached", str(STEPS), "", "100%", "100%", ""]
     assert all(row[4].endswith("%") for row in rows)
 
 
@@ -83,10 +84,10 @@ def test_work_of_a_cached_run_and_of_its_rival(ran):
     _, rows = table_rows(ran[1])
     cached, predicted, rival = rows[4:7]
     assert int(predicted[2]) > 0 and predicted[5] != cached[5]
-    assert 0 < int(cached[2]) <= 6  # 4 of 10 steps are warm-up
-    work = (18 * 10 - 17 * int(cached[2])) / (18 * 10)
+    assert 0 < int(cached[2]) <= STEPS - WARMUP
+    work = (18 * STEPS - 17 * int(cached[2])) / (18 * STEPS)
     assert cached[3] == f"{work:.0%}" and 20 < float(cached[5]) < 100
-    assert rival[1:4] == [str(round(10 * work)), "", f"{round(10 * work) / 10:.0%}"]
+    assert rival[1:4] == [str(round(STEPS * work)), "", f"{round(STEPS * work) / STEPS:.0%}"]
     assert 10 < float(rival[5]) < 100
 
 

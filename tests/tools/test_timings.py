@@ -3,11 +3,23 @@
 import pytest
 import torch
 from lib.command_line import invoke
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cachedit_fx.bench import cold, overhead, process
 from cachedit_fx.bench.cold import CAPTURE, OURS, REPEATED, Start
 from cachedit_fx.bench.flux import STEP, Size, inputs, make, size_of
-from cachedit_fx.bench.overhead import CACHED, COMPUTED, EAGER, KINDS, NOTHING, PIECES, RATIOS, SHORT_CACHED, Overhead
+from cachedit_fx.bench.overhead import (
+    CACHED,
+    COMPUTED,
+    EAGER,
+    KINDS,
+    NOTHING,
+    PIECES,
+    RATIOS,
+    SHORT_CACHED,
+    SHORT_COMPUTED,
+    Overhead,
+)
 from cachedit_fx.bench.progress import silent
 
 pytestmark = pytest.mark.keep_compiled
@@ -15,16 +27,39 @@ pytestmark = pytest.mark.keep_compiled
 TINY = Size(1, 2, width=64, side=2)
 
 
+POLICIES = (COMPUTED, SHORT_COMPUTED, CACHED, SHORT_CACHED)
+"""Kinds of steps that are policies of one compiled model."""
+
+
 @pytest.fixture(scope="module")
-def steps():
-    """A step of each kind, compiled, which the tests take turns with."""
+def products():
+    """Matrix products of a step of each kind."""
     builders = overhead._builders(1, {"inner_backend": "eager"})
+    shared = make(TINY)
+    counts = {}
     with torch.no_grad():
-        built = {name: builders[name](make(TINY), TINY) for name in KINDS}
-        for step in built.values():
+        for name in KINDS:
+            step = builders[name](shared if name in POLICIES else make(TINY), TINY)
             for number in range(4):
                 step(inputs(TINY, number))
-    return built
+            with Products() as counter:
+                step(inputs(TINY, 4))
+            counts[name] = counter.count
+    return counts
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products, inside compiled pieces too."""
+
+    count = 0
+
+    @classmethod
+    def ignore_compile_internals(cls):
+        return True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func._overloadpacket in (torch.ops.aten.addmm, torch.ops.aten.mm, torch.ops.aten.bmm)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +88,11 @@ def test_a_generation_has_room_for_every_call():
         overhead.measure(TINY, 249)
 
 
-def test_overhead_takes_a_time_of_each_kind_of_step_in_every_round(steps, monkeypatch):
-    given = []
+def test_overhead_takes_a_time_of_each_kind_of_step_in_every_round(monkeypatch):
+    calls = []
 
     def built(name):
-        def step(arguments):
-            given.append((name, arguments["timestep"].item()))
-            return steps[name](arguments)
-
-        return lambda module, size: step
+        return lambda module, size: lambda arguments: calls.append((name, arguments["timestep"].item()))
 
     monkeypatch.setattr(overhead, "_builders", lambda first, options: {name: built(name) for name in KINDS})
     result = overhead.measure(TINY, 3, inner_backend="eager")
@@ -69,34 +100,15 @@ def test_overhead_takes_a_time_of_each_kind_of_step_in_every_round(steps, monkey
     assert {name for pair in RATIOS for name in pair} - {overhead.PEER} == set(result.seconds) == set(KINDS)
     assert all(time > 0 for times in result.seconds.values() for time in times)
     # Every kind is called with the same timesteps, each lower than the last, those before the timed call included.
-    calls = {name: [timestep for kind, timestep in given if kind == name] for name in KINDS}
-    assert len(calls[CACHED]) == overhead.WARMUP + 3 * (overhead.AHEAD + 1)
-    assert all(calls[name] == sorted(set(calls[CACHED]), reverse=True) for name in KINDS)
+    timesteps = {name: [timestep for kind, timestep in calls if kind == name] for name in KINDS}
+    assert len(timesteps[CACHED]) == overhead.WARMUP + 3 * (overhead.AHEAD + 1)
+    assert all(timesteps[name] == sorted(set(timesteps[CACHED]), reverse=True) for name in KINDS)
 
 
-def test_pieces_alone_run_the_first_block_only(steps):
+def test_pieces_alone_run_the_first_block_only(products):
     """Counted in matrix products: the cached step runs as many, the computed one more."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Products(TorchDispatchMode):
-        count = 0
-
-        @classmethod
-        def ignore_compile_internals(cls):
-            return True
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.count += func._overloadpacket in (torch.ops.aten.addmm, torch.ops.aten.mm, torch.ops.aten.bmm)
-            return func(*args, **(kwargs or {}))
-
-    counts = {}
-    with torch.no_grad():
-        for name, step in steps.items():
-            with Products() as products:
-                step(inputs(TINY, 100))
-            counts[name] = products.count
-    assert 0 < counts[PIECES] == counts[CACHED] == counts[SHORT_CACHED]
-    assert counts[PIECES] < counts[COMPUTED] == counts[overhead.SHORT_COMPUTED] == counts[EAGER]
+    assert 0 < products[PIECES] == products[CACHED] == products[SHORT_CACHED]
+    assert products[PIECES] < products[COMPUTED] == products[SHORT_COMPUTED] == products[EAGER]
 
 
 def test_ratios_are_medians_over_turns():
@@ -161,12 +173,10 @@ def test_pieces_that_compute_nothing_are_told_from_shapes(nothing):
     assert all(result.shape == expected.shape and not result.any() for result in results)
 
 
-def test_the_command_writes_every_table(steps, nothing, tmp_path, monkeypatch):
-    built = steps | dict.fromkeys((SHORT_CACHED, overhead.SHORT_COMPUTED), nothing[0])
-    ready = {name: lambda module, size, name=name: built[name] for name in built}
+def test_the_command_writes_every_table(tmp_path, monkeypatch):
+    ready = dict.fromkeys(KINDS, lambda module, size: lambda arguments: None)
     monkeypatch.setattr(overhead, "_builders", lambda first, options: ready)
     monkeypatch.setattr(overhead, "make", lambda size: torch.nn.Identity())
-    monkeypatch.setattr(overhead, "inputs", lambda size, step=0: inputs(TINY, step))
     monkeypatch.setattr(process.sys, "executable", "/bin/false")
     result = invoke("bench", "overhead", "--blocks", 3, "--rounds", 1, "--inner-backend", "eager", "--out", tmp_path)
     assert result.exit_code == 0, result.output
@@ -206,7 +216,7 @@ def test_cold_writes_a_whole_table_or_none(starts, tmp_path, monkeypatch, is_int
 
 def test_a_process_answers_with_every_call(monkeypatch):
     monkeypatch.setattr(cold, "size_of", lambda blocks: TINY)
-    monkeypatch.setattr(cold, "SIDES", (2, 3))
+    monkeypatch.setattr(cold, "SIDES", (2,))
     threads = torch.get_num_threads()
     try:
         start = cold.start(CAPTURE, 3, warm=True)
