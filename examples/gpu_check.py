@@ -25,21 +25,18 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich import box
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 import cachedit_fx
 from cachedit_fx.bench import flux
 from cachedit_fx.bench import kernels_bandwidth as kernel_bench
-from cachedit_fx.cli.kernels import hardware
-from cachedit_fx.cli.terminal import quiet
+from cachedit_fx.cli.terminal import console, quiet, show
 from cachedit_fx.kernels import l1_sums, quant_fp8, residual_apply, residual_store
 from cachedit_fx.kernels.layout import HAS_TRITON
-from cachedit_fx.report.files import check_folder, whole_files
+from cachedit_fx.report.files import check_folder, hardware, whole_files
+from cachedit_fx.report.plots import save_bandwidth
+from cachedit_fx.report.tables import Heading, Part, Table, page, titled_list
 
-console = Console(highlight=False)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHAPES: tuple[tuple[int, ...], ...] = ((1,), (5,), (3, 1), (1, 1, 1), (2, 7, 5), (1, 33, 129), (2, 9, 300))
 LARGE: tuple[tuple[int, ...], ...] = ((1, 4097, 3072), (2, 1000, 1111))
@@ -338,37 +335,22 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def check_table(checks: Sequence[Check]) -> list[tuple[str, ...]]:
-    """Cells, headings first."""
-    rows: list[tuple[str, ...]] = [("checked", "cases", "worst error, of the allowed", "holds")]
+def check_table(checks: Sequence[Check]) -> Table:
+    """A line for each check."""
+    table = Table(("checked", "cases", "worst error, of the allowed", "holds"))
     for check in checks:
         worst = f"{check.worst:.2f}" if check.worst else ""
-        rows.append((check.name, str(check.tried), worst, "no" if check.problems else "yes"))
-    return rows
+        table.add(check.name, str(check.tried), worst, "no" if check.problems else "yes")
+    return table
 
 
-def model_table(found: Model) -> list[tuple[str, ...]]:
-    """Cells, headings first."""
-    plain = median(found.seconds[PLAIN])
-    rows: list[tuple[str, ...]] = [("step", "ms", "of torch.compile")]
-    for kind, seconds in found.seconds.items():
-        rows.append((kind, f"{1e3 * median(seconds):.2f}", f"{median(seconds) / plain:.1%}"))
-    return rows
-
-
-def show(title: str, cells: Sequence[Sequence[str]]) -> None:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
-    for index, heading in enumerate(cells[0]):
-        table.add_column(heading, justify="right" if index else "left", overflow="fold", no_wrap=not index)
-    for row in cells[1:]:
-        table.add_row(*map(escape, row))
-    console.print(table)
-
-
-def lines_of(cells: Sequence[Sequence[str]]) -> list[str]:
-    """A table in Markdown."""
-    rule = ["---", *["---:"] * (len(cells[0]) - 1)]
-    return [f"| {' | '.join(row)} |" for row in (cells[0], rule, *cells[1:])]
+def model_table(model: Model) -> Table:
+    """A line for each kind of step."""
+    plain = median(model.seconds[PLAIN])
+    table = Table(("step", "ms", "of torch.compile"))
+    for kind, seconds in model.seconds.items():
+        table.add(kind, f"{1e3 * median(seconds):.2f}", f"{median(seconds) / plain:.1%}")
+    return table
 
 
 def main(
@@ -405,7 +387,7 @@ def main(
     shapes = {"tiny": ((1, 16, 128), (1, 4, 128))} if cpu_rehearsal else kernel_bench.shapes_for(where)
     dtypes = ["bf16", "fp32"] if cpu_rehearsal else list(DTYPES)
     timed = list(kernel_bench.measure(shapes, dtypes, where, rounds))
-    bandwidth = [kernel_bench.HEADINGS, *map(kernel_bench.cells, timed)]
+    bandwidth = kernel_bench.table(timed)
 
     whole: Model | None = None
     try:
@@ -415,40 +397,23 @@ def main(
         traceback.print_exc()
         checks.append(Check("a whole model", problems=[f"{type(error).__name__}: {error}"]))
 
-    console.print()
-    show("Checks", check_table(checks))
-    show("Bandwidth", bandwidth)
     problems = [f"{check.name}: {problem}" for check in checks for problem in check.problems]
-    report = [
-        f"# {what}",
-        "",
-        f"`{shlex.join(['python', *sys.argv])}`, on {hardware(where)}.",
-        "",
-        "## Checks",
-        "",
-        *lines_of(check_table(checks)),
-        *(["", *(f"- {problem}" for problem in problems)] if problems else []),
-        "",
-        "## Bandwidth",
-        "",
-        *lines_of(bandwidth),
-        "",
-        "![bandwidth](bandwidth.png)",
-    ]
+    parts: list[Part] = [Heading("Checks", 2), check_table(checks), Heading("Bandwidth", 2), bandwidth]
     if whole is not None:
         about = (
             f"FLUX, {whole.size.double} + {whole.size.single} blocks of width {whole.size.width}, "
-            f"{whole.parameters / 1e6:,.1f} million parameters in {whole.dtype}, {whole.size.side**2} image tokens"
+            f"{whole.parameters / 1e6:,.1f} million parameters in {whole.dtype}, {whole.size.side**2} image tokens; "
+            f"inner backend {inner_backend}."
         )
-        show(about, model_table(whole))
-        report += ["", "## A whole model", "", f"{about}; inner backend {inner_backend}.", ""]
-        report += lines_of(model_table(whole))
+        parts += [Heading("A whole model", 2), about, model_table(whole)]
+    show(*parts)
+    made_by = f"`{shlex.join(['python', *sys.argv])}`, on {hardware(where)}."
     with whole_files(out) as folder:
-        (folder / "report.md").write_text("\n".join(report) + "\n")
+        text = page(Heading(what), made_by, *parts, *titled_list("Problems", problems), "![bandwidth](bandwidth.png)")
+        (folder / "report.md").write_text(text)
         (folder / "bandwidth.csv").write_text(kernel_bench.as_csv(timed))
-        kernel_bench.save_plot(
-            timed, f"{'Rehearsal' if cpu_rehearsal else 'Kernels'} on {hardware(where)}", folder / "bandwidth.png"
-        )
+        title = f"{'Rehearsal' if cpu_rehearsal else 'Kernels'} on {hardware(where)}"
+        save_bandwidth(timed, title, folder / "bandwidth.png")
     for problem in problems[:20]:
         console.print(f"[red]{escape(problem)}[/red]", soft_wrap=True)
     console.print(f"written: {out / 'report.md'}")

@@ -19,8 +19,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from cachedit_fx.bench.errors import BenchmarkError
 from cachedit_fx.bench.flux import Size, inputs, make, size_of
-from cachedit_fx.bench.process import BenchmarkError, answer_of
+from cachedit_fx.bench.process import answer_of
+from cachedit_fx.bench.progress import Tell
+from cachedit_fx.report.tables import Table
 
 CAPTURE, OURS, REPEATED = "capture", "cachedit_fx", "compile_repeated_blocks"
 PEER = "cache-dit"
@@ -75,11 +78,22 @@ class Start:
         return sum(self.calls)
 
 
-def measure(
-    depths: Sequence[int], ways: Sequence[str], tell: Callable[[str], None], failed: Callable[[str], None]
-) -> Iterator[Start]:
-    """Run all processes, one after the other, and give their figures as they come. A way that does not work here, such
-    as a peer that is not installed, is told to `failed`, and left out."""
+def ways_named(texts: Sequence[str]) -> list[str]:
+    """The ways whose name contains one of `texts`, all if there are none; and `CAPTURE`, which others are less."""
+    return [way for way in WAYS if way == CAPTURE or not texts or any(text in way for text in texts)]
+
+
+def measure(depths: Sequence[int], ways: Sequence[str], tell: Tell, failed: Callable[[str], None]) -> Iterator[Start]:
+    """Run all processes, one after the other, and give their figures as they come.
+
+    Args:
+        depths: numbers of blocks.
+        ways: names of `WAYS`.
+        tell: takes reports of progress, in processes.
+        failed: takes the message of a way that does not work here, such as a peer that is not installed. It is left
+            out.
+    """
+    tell(more=2 * len(depths) * len(ways))
     for blocks in depths:
         for way in ways:
             with tempfile.TemporaryDirectory(prefix="cachedit-cold-") as folder:
@@ -89,7 +103,9 @@ def measure(
                         yield _run(way, blocks, warm, folder)
                     except BenchmarkError as error:
                         failed(str(error))
+                        tell(done=1 if warm else 2)
                         break
+                    tell(done=1)
 
 
 def _run(way: str, blocks: int, warm: bool, folder: str) -> Start:
@@ -126,6 +142,32 @@ def _first_call(module: Any, size: Size) -> float:
     begun = time.perf_counter()
     module(**arguments)
     return time.perf_counter() - begun
+
+
+EXPLANATION = (
+    "Seconds from the call of `compile` to the end of four steps (ours: two computed, two cached), one thread, in a "
+    "new process; cold: an empty folder for inductor's caches, warm: the same folder in another process. `- capture`: "
+    'less the time of `backend="eager"`, dynamo\'s own. `sizes`: the first call at three resolutions, warm.'
+)
+
+
+def table(starts: Sequence[Start]) -> Table:
+    """A line for each depth and way."""
+    headings = ("blocks", "compiled by", "cold", "- capture", "over repeated", "warm", "- capture", "sizes")
+    result = Table(headings, texts=(1,))
+    by = {(start.way, start.blocks, start.warm): start for start in starts}
+    for way, blocks in dict.fromkeys((start.way, start.blocks) for start in starts):
+        cells = [str(blocks), way]
+        capture, repeated = by.get((CAPTURE, blocks, False)), by.get((REPEATED, blocks, False))
+        for warm in (False, True):
+            start = by.get((way, blocks, warm))
+            own = start and capture and way not in (CAPTURE, REPEATED) and start.seconds - capture.seconds
+            cells += [f"{start.seconds:.1f}" if start else "", f"{own:.1f}" if own else ""]
+            if not warm:
+                cells.append(f"{own / repeated.seconds:.2f}" if own and repeated else "")
+        last = by.get((way, blocks, True))
+        result.add(*cells, ", ".join(f"{size:.1f}" for size in last.sizes) if last else "")
+    return result
 
 
 if __name__ == "__main__":

@@ -10,11 +10,15 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +26,14 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from cachedit_fx import api
+from cachedit_fx.bench.errors import RequestError
+from cachedit_fx.bench.progress import Tell
 from cachedit_fx.capture import uncompiled
 from cachedit_fx.config.cache import DBCacheConfig
 from cachedit_fx.explanation import explain
 from cachedit_fx.metrics.flops import FlopCounter
 from cachedit_fx.passes.find_timestep import NAMES
+from cachedit_fx.report.tables import Heading, Table, page, titled_list
 from cachedit_fx.runtime.warning import CacheWarning
 
 Inputs = Callable[[int], dict[str, Any]]
@@ -53,7 +60,7 @@ ALWAYS = DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=1, residual_diff_th
 
 
 @dataclass
-class Row:
+class Covered:
     """What was seen of one model.
 
     Attributes:
@@ -61,7 +68,7 @@ class Row:
         passed: check -> whether it held; a check that could not be made is missing.
         loops: the chain, as `name x blocks`.
         work: FLOPs of a reused step over a computed one's.
-        reason: why the row falls short, for people; empty where it does not.
+        reason: why the model falls short, for people; empty if it does not.
     """
 
     name: str
@@ -77,17 +84,17 @@ class Row:
 
 
 @torch.no_grad()
-def check(name: str, make: Make, blocks: int | None = None) -> Row:
-    """Put a model through every check.
+def check(name: str, make: Make, blocks: int | None = None) -> Covered:
+    """Put one model through every check.
 
     Args:
-        name: for the row.
+        name: the model's, for the result.
         make: gives a module in eval mode and its inputs; the module is compiled and given back plain.
         blocks: how many blocks its chain has; None accepts any number.
 
-    Never raises for what the model does: an exception becomes the row's reason.
+    Never raises for what the model does: an exception becomes the result's reason.
     """
-    row = Row(name)
+    row = Covered(name)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -107,7 +114,7 @@ def check(name: str, make: Make, blocks: int | None = None) -> Row:
     return row
 
 
-def _check(row: Row, module: nn.Module, inputs: Inputs, blocks: int | None) -> None:
+def _check(row: Covered, module: nn.Module, inputs: Inputs, blocks: int | None) -> None:
     small, large = inputs(1), inputs(2)
     plain = _tensors(module(**small))
     plain_later, plain_large = _tensors(module(**_at(small, LATER))), _tensors(module(**large))
@@ -205,3 +212,121 @@ def _at(arguments: Mapping[str, Any], scale: float) -> dict[str, Any]:
 
 def _scaled(value: Any, scale: float) -> Any:
     return (value * scale).to(value.dtype) if isinstance(value, torch.Tensor) else value * scale
+
+
+@dataclass(frozen=True)
+class Zoo:
+    """Models to check, as a module holds them in `ZOO`, `BLOCKS`, `EXCLUDED` and `MISSING`."""
+
+    models: Mapping[str, Make]
+    blocks: Mapping[str, int] = field(default_factory=dict)
+    """Of the chain, for some models."""
+    excluded: Mapping[str, str] = field(default_factory=dict)
+    """Names that are left out on purpose, and why."""
+    missing: Sequence[str] = ()
+    """Names that should be among the models."""
+
+    def only(self, texts: Sequence[str]) -> Zoo:
+        """The models whose name contains one of `texts`; all if there are none."""
+        if not texts:
+            return self
+        chosen = {name: make for name, make in self.models.items() if any(t.lower() in name.lower() for t in texts)}
+        return Zoo(chosen, self.blocks, self.excluded)
+
+
+def load_zoo(models: str) -> Zoo:
+    """The zoo in a Python file, a package's folder or an importable module.
+
+    Raises:
+        RequestError: if it cannot be imported, or holds no `ZOO`.
+    """
+    path = Path(models)
+    file = path / "__init__.py" if path.is_dir() else path
+    try:
+        with _importable(file):
+            name = (path.name if path.is_dir() else path.stem) if file.is_file() else models
+            module = importlib.import_module(name)
+    except ImportError as error:
+        raise RequestError(
+            f"{models} cannot be imported ({error}). Give a Python file, a package's folder or a module; "
+            "the zoo of diffusers' classes is tests/lib/zoo in a clone of the project"
+        ) from None
+    zoo = getattr(module, "ZOO", None)
+    if not isinstance(zoo, dict) or not zoo:
+        raise RequestError(
+            f"{models} has no ZOO, a dict from names to functions that return (module, inputs); see "
+            "cachedit coverage --help"
+        )
+    more = {name.lower(): getattr(module, name) for name in ("BLOCKS", "EXCLUDED", "MISSING") if hasattr(module, name)}
+    return Zoo(zoo, **more)
+
+
+@contextmanager
+def _importable(file: Path) -> Iterator[None]:
+    """With `file`, or the package that it begins, first on the path of imports."""
+    folder = file.parent.parent if file.name == "__init__.py" else file.parent
+    before = list(sys.path)
+    if file.is_file():
+        sys.path.insert(0, str(folder.absolute()))
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+NO_ENTRY = "no entry in the zoo: nobody has written a configuration and inputs for it"
+
+
+def check_all(zoo: Zoo, tell: Tell) -> Iterator[Covered]:
+    """Check every model, on one thread; those that are missing fall short."""
+    torch.set_num_threads(1)
+    tell(more=len(zoo.models))
+    for name, make in zoo.models.items():
+        tell(name)
+        yield check(name, make, zoo.blocks.get(name))
+        tell(done=1)
+    yield from (Covered(name, reason=NO_ENTRY) for name in zoo.missing)
+
+
+def table(rows: Sequence[Covered]) -> Table:
+    """A line for each model, a mark for each check: held, did not hold, could not be made."""
+    headings = ("model", "chain", *CHECKS, "FLOPs")
+    result = Table(headings, texts=range(len(headings) - 1))
+    marks = {True: "✓", False: "✗", None: "-"}
+    for row in rows:
+        checks = (marks[row.passed.get(name)] for name in CHECKS)
+        work = "" if row.work is None else f"{row.work:.0%}"
+        result.add(row.name, " + ".join(row.loops), *checks, work, style="" if row.is_full else "bold")
+    return result
+
+
+def summary(rows: Sequence[Covered]) -> str:
+    """How many models pass."""
+    return f"{sum(row.is_full for row in rows)} of {len(rows)} models pass every check."
+
+
+def markdown(rows: Sequence[Covered], made_by: str, excluded: Mapping[str, str]) -> str:
+    """The table as a file: the meaning of the columns, models that fall short and why, those left out."""
+    short = [f"**{row.name}**: {_short_paths(row.reason)}" for row in rows if not row.is_full]
+    left_out = [f"**{name}**: {reason}" for name, reason in excluded.items()]
+    return page(
+        Heading("Which models it works with"),
+        f"{made_by}: tiny configurations, random weights, float32, inner backend eager, F1B0, everything reused from "
+        "the second step on.",
+        summary(rows),
+        [
+            *(f"**{name}**: {meaning}." for name, meaning in CHECKS.items()),
+            "**FLOPs**: of a reused step, over a computed one's.",
+        ],
+        table(rows),
+        *titled_list("Rows that fall short", short),
+        *titled_list("Left out", left_out),
+    )
+
+
+def _short_paths(text: str) -> str:
+    """Without the folder that packages are installed in, which says nothing to others."""
+    for folder in sorted(sys.path, key=len, reverse=True):
+        if folder:
+            text = text.replace(folder.rstrip("/") + "/", "")
+    return text

@@ -22,9 +22,12 @@ from typing import NamedTuple
 
 import torch
 
+from cachedit_fx.bench.progress import Tell, silent
 from cachedit_fx.kernels.l1_sums import absolute_sums, l1_sums, residual
 from cachedit_fx.kernels.residual_apply import residual_apply, weighted_sum
 from cachedit_fx.kernels.residual_store import difference, residual_like, residual_store
+from cachedit_fx.report.files import whole_files
+from cachedit_fx.report.tables import Heading, Table, page
 
 Shape = tuple[int, ...]
 SMALL: Mapping[str, tuple[Shape, ...]] = {"small": ((1, 256, 512),)}
@@ -169,7 +172,7 @@ def memory(device: torch.device) -> int:
 
 
 def shapes_for(device: torch.device) -> dict[str, tuple[Shape, ...]]:
-    """Those that fit; Wan in full length on a GPU only."""
+    """The models' shapes that fit; Wan in full length on a GPU only."""
     wan = (WAN, SHORT_WAN) if device.type != "cpu" else (SHORT_WAN,)
     fitting = [shapes for shapes in (FLUX, next((s for s in wan if _fits(s, device)), {})) if _fits(shapes, device)]
     return {name: shape for shapes in (SMALL, *fitting) for name, shape in shapes.items()}
@@ -227,11 +230,12 @@ def measure(
     dtypes: Sequence[str],
     device: torch.device,
     rounds: int,
-    tell: Callable[[str], None] = lambda what: None,
+    tell: Tell = silent,
 ) -> Iterator[Timed]:
     """Time every kernel at every shape and dtype."""
     if device.type == "cpu":
         torch.set_num_threads(1)
+    tell(more=count(shapes, dtypes))
     watch = clock(device)
     for shape, sizes in shapes.items():
         for dtype in dtypes:
@@ -239,6 +243,7 @@ def measure(
                 for case in cases(sizes, DTYPES[dtype], device):
                     tell(f"{case.kernel}, {shape}")
                     yield Timed(case.kernel, shape, dtype, case.moved, *medians(case, device, rounds, watch))
+                    tell(done=1)
 
 
 def count(shapes: Mapping[str, tuple[Shape, ...]], dtypes: Sequence[str]) -> int:
@@ -247,40 +252,32 @@ def count(shapes: Mapping[str, tuple[Shape, ...]], dtypes: Sequence[str]) -> int
     return len(shapes) * len(dtypes) * sum(1 for _ in cases(tiny, torch.float32, torch.device("cpu")))
 
 
-HEADINGS = ("kernel", "shape", "dtype", "MB", "ms", "GB/s", "of a copy", "over plain torch")
-
-
-def cells(row: Timed) -> tuple[str, ...]:
-    """A row of the table."""
-    return (
-        row.kernel,
-        row.shape,
-        row.dtype,
-        f"{row.moved / 1e6:.1f}",
-        f"{1e3 * row.ours:.3f}",
-        f"{row.bandwidth:.1f}",
-        f"{row.share:.0%}",
-        f"{row.speedup:.2f} x",
-    )
+def table(rows: Sequence[Timed]) -> Table:
+    """A line for each kernel, shape and dtype."""
+    headings = ("kernel", "shape", "dtype", "MB", "ms", "GB/s", "of a copy", "over plain torch")
+    result = Table(headings, texts=range(3))
+    for row in rows:
+        result.add(
+            row.kernel,
+            row.shape,
+            row.dtype,
+            f"{row.moved / 1e6:.1f}",
+            f"{1e3 * row.ours:.3f}",
+            f"{row.bandwidth:.1f}",
+            f"{row.share:.0%}",
+            f"{row.speedup:.2f} x",
+        )
+    return result
 
 
 def markdown(rows: Sequence[Timed], shapes: Mapping[str, tuple[Shape, ...]], made_by: str) -> str:
     """The table as a file."""
     sizes = (f"{name} {' and '.join('x'.join(map(str, size)) for size in group)}" for name, group in shapes.items())
-    lines = [
-        "# Bandwidth of the kernels",
-        "",
-        made_by,
-        "",
-        "MB: what cannot but be read and written. Of a copy: the time of a `copy_` that reads and writes as many "
-        "bytes, over ours. Over plain torch: its time over ours. Medians by turns. Shapes: "
-        f"{'; '.join(sizes)}.",
-        "",
-        f"| {' | '.join(HEADINGS)} |",
-        f"| --- | --- | --- |{' ---: |' * (len(HEADINGS) - 3)}",
-        *(f"| {' | '.join(cells(row))} |" for row in rows),
-    ]
-    return "\n".join(lines) + "\n"
+    explanation = (
+        "MB: the bytes that must be read and written. Of a copy: the time of a `copy_` that reads and writes as many "
+        f"bytes, over ours. Over plain torch: its time over ours. Medians by turns. Shapes: {'; '.join(sizes)}."
+    )
+    return page(Heading("Bandwidth of the kernels"), made_by, explanation, table(rows))
 
 
 def as_csv(rows: Sequence[Timed]) -> str:
@@ -297,42 +294,11 @@ def as_csv(rows: Sequence[Timed]) -> str:
     return file.getvalue()
 
 
-COLOURS = ("#56B4E9", "#0072B2", "#D55E00", "#009E73")
-"""Okabe and Ito's, told apart by the colour-blind too; a shape each."""
+def save(rows: Sequence[Timed], shapes: Mapping[str, tuple[Shape, ...]], command: str, on: str, folder: Path) -> None:
+    """Write `bandwidth.md`, `.csv` and `.png`, all of them or none; `on` is the hardware."""
+    from cachedit_fx.report.plots import save_bandwidth
 
-
-def save_plot(rows: Sequence[Timed], title: str, path: Path) -> None:
-    """Bars: a line of panels for each dtype, the share of a copy's bandwidth on the left, plain torch on the right."""
-    from matplotlib.figure import Figure
-
-    names, shapes, dtypes = (
-        list(dict.fromkeys(getattr(row, key) for row in rows)) for key in ("kernel", "shape", "dtype")
-    )
-    height = 0.19 * len(names) * len(shapes) + 0.5
-    figure = Figure(figsize=(11, 1.0 + (height + 0.5) * len(dtypes)), dpi=120, facecolor="white", layout="constrained")
-    figure.suptitle(title, fontsize=11)
-    grid = figure.subplots(len(dtypes), 2, squeeze=False, sharey=True, sharex="col")
-    thick = 0.8 / len(shapes)
-    panels = (("share", "bandwidth, of a copy's"), ("speedup", "times as fast as plain torch"))
-    for dtype, line in zip(dtypes, grid, strict=True):
-        for axes, (key, heading) in zip(line, panels, strict=True):
-            for number, shape in enumerate(shapes):
-                chosen = [row for row in rows if (row.shape, row.dtype) == (shape, dtype)]
-                places = [names.index(row.kernel) + (number - (len(shapes) - 1) / 2) * thick for row in chosen]
-                values = [getattr(row, key) for row in chosen]
-                bars = axes.barh(places, values, thick * 0.92, color=COLOURS[number % len(COLOURS)], label=shape)
-                texts = [f"{value:.0%}" if key == "share" else f"{value:.1f}" for value in values]
-                behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
-                axes.bar_label(bars, texts, padding=3, fontsize=7, color="#333333", bbox=behind)
-            axes.axvline(1, color="black", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-            axes.set_title(f"{dtype}: {heading}", fontsize=9, loc="left")
-            axes.set_yticks(range(len(names)), names, fontsize=8)
-            axes.tick_params(axis="x", labelsize=8)
-            axes.margins(x=0.12)
-            for side in ("top", "right"):
-                axes.spines[side].set_visible(False)
-        line[0].xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        line[0].set_ylim(len(names) - 0.5, -0.5)
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(shapes), fontsize=8, frameon=False)
-    figure.savefig(path)
+    with whole_files(folder) as staging:
+        (staging / "bandwidth.md").write_text(markdown(rows, shapes, f"`{command}`, on {on}."))
+        (staging / "bandwidth.csv").write_text(as_csv(rows))
+        save_bandwidth(rows, f"Kernels on {on}", staging / "bandwidth.png")

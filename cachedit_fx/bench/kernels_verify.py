@@ -8,6 +8,7 @@ share a process, so that the work is done in processes of its own, `checker`, wh
 from __future__ import annotations
 
 import contextlib
+import csv
 import importlib
 import io
 import math
@@ -21,10 +22,13 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from cachedit_fx.kernels.layout import HAS_TRITON
 from cachedit_fx.kernels.variants import Type, Variant
+from cachedit_fx.report.files import whole_files
+from cachedit_fx.report.tables import Heading, Table, page, titled_list
 
 KERNELS = ("l1_sums", "residual_apply", "residual_store", "quant_fp8")
 """Families of `cachedit_fx.kernels` that have Triton kernels."""
@@ -391,3 +395,83 @@ def totals(found: Iterable[Checked]) -> list[Total]:
         )
         for key, rows in sorted(groups.items(), key=lambda item: order(item[0]))
     ]
+
+
+def totals_table(sums: Iterable[Total]) -> Table:
+    """A line for each kernel and target."""
+    headings = ("kernel", "target", "variants", "most registers", "spills", "wide", "bytes exact")
+    table = Table(headings, texts=range(2))
+    for row in sums:
+        table.add(
+            row.kernel,
+            row.target,
+            str(row.variants),
+            str(row.registers),
+            str(row.spills),
+            f"{row.wide} of {row.aligned}",
+            f"{row.exact} of {row.variants}",
+        )
+    return table
+
+
+def variants_table(rows: Iterable[Checked]) -> Table:
+    """A line for each variant and target; widths of loads and stores in bytes."""
+    headings = ("variant", "target", "registers", "spills", "loads", "stores", "wide", "bytes exact")
+    table = Table(headings, texts=range(2))
+    for row in rows:
+        table.add(
+            row.variant,
+            row.target,
+            str(row.registers),
+            str(row.spills),
+            _widths(row.accesses.loads),
+            _widths(row.accesses.stores),
+            {True: "yes", False: "no", None: "not aligned"}[row.is_wide],
+            "yes" if row.is_exact else "no",
+        )
+    return table
+
+
+def _widths(widths: Iterable[int]) -> str:
+    """`4 x 16 + 2 x 4`."""
+    return " + ".join(f"{n} x {width}" for width, n in sorted(Counter(widths).items(), reverse=True))
+
+
+def summary(rows: Sequence[Checked]) -> str:
+    """How many hold."""
+    return f"{sum(row.is_good for row in rows)} of {len(rows)} hold: no spills, wide where aligned, no byte twice."
+
+
+MEANINGS = (
+    "**variants**: specialisations that the launchers can choose.",
+    "**most registers**: of a thread, in any variant; vector registers on AMD.",
+    "**spills**: bytes spilled and read back (NVIDIA), registers spilled (AMD), of all variants.",
+    "**wide**: variants with aligned pointers whose loads and stores have 128 bits, or all that a thread has of the "
+    "tensor.",
+    "**bytes exact**: variants whose instructions read and write each byte once.",
+)
+
+
+def problems(rows: Iterable[Checked]) -> list[str]:
+    """A line for each variant that falls short."""
+    return [f"{row.variant}, {row.target}: {'; '.join(row.problems)}" for row in rows if not row.is_good]
+
+
+def save(rows: Sequence[Checked], made_by: str, folder: Path) -> None:
+    """Write `kernels.md`, and `kernels.csv` with every variant, both or neither."""
+    text = page(
+        Heading("What the compilers make of the kernels"),
+        made_by,
+        summary(rows),
+        MEANINGS,
+        totals_table(totals(rows)),
+        *titled_list("Variants that fall short", problems(rows)),
+    )
+    variants = variants_table(rows)
+    with whole_files(folder) as staging:
+        (staging / "kernels.md").write_text(text)
+        with (staging / "kernels.csv").open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow((*variants.headings, "problems"))
+            for line, row in zip(variants.lines, rows, strict=True):
+                writer.writerow((*line.cells, "; ".join(row.problems)))

@@ -1,39 +1,34 @@
 """Rows in, measured rows out.
 
     uncached ─► reference pictures, FLOPs of each call
-    each row: draw all prompts, counting ─► work, PSNR, SSIM, accuracy, cached steps, bytes held
-              then in rounds, by turns with uncached ─► wall time
-              then, once for each number of steps: uncached, with as many steps as cost the same work
+    a group of rows: each draws all prompts ─► work, PSNR, SSIM, accuracy, cached steps, bytes held
+                     then, in rounds, all of them and uncached take turns, request by request ─► wall and CPU time
 
-A row is measured to its end before the next begins, so that an interrupted run keeps what it has, and so that few
-processes live at a time: a peer's, and one without a cache to time it by.
+Fewer steps at a cached row's work, its rival, are one more row of the group. A group is measured to its end before the
+next begins: an interrupted run keeps what it has, and few processes live at a time.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from cachedit_fx import OptionError
-from cachedit_fx.bench.comparison import mean_psnr, psnr
-from cachedit_fx.bench.process import Worker
-from cachedit_fx.bench.rows import Row, RowError
+from cachedit_fx.bench.errors import BenchmarkError
+from cachedit_fx.bench.process import Worker, uninterrupted
+from cachedit_fx.bench.progress import Tell, silent
+from cachedit_fx.bench.rows import OURS, UNCACHED, Row, RowError, fewer_steps
 from cachedit_fx.bench.systems import Drawing, Setup, System
-from cachedit_fx.metrics.image import ssim
-
-UNCACHED = "uncached"
-"""Name of the first row, and of the system without a cache."""
-
-
-TIMED = 4
-"""Calls of the pipeline in a timed round, at most."""
-
+from cachedit_fx.metrics.image import mean_psnr, psnr, ssim
+from cachedit_fx.runtime.stats import CacheStats
 
 SAME = 0.99
 """A step that ran less than this share of the uncached one's FLOPs counts as cached."""
@@ -52,20 +47,23 @@ class Settings:
     batch: int = 1
     """Pictures drawn by one call of the pipeline. Systems decide by the call, so 1 lets them decide by the picture."""
     rounds: int = 3
-    """Timed rounds of each row; 0 leaves out wall times."""
+    """Timed rounds of each row; 0 leaves out times."""
+    timed: int = 4
+    """Calls of the pipeline in a timed round, at most."""
     calibration: tuple[str, ...] = ()
     """Prompts that peers are calibrated on."""
+    work: str = "flops"
+    """The unit of work: "flops" of the transformer's calls, or "blocks" executed, which ours alone counts."""
+    plain: str = "whole"
+    granularity: str = "block"
+    peer_compile: str = "transformer"
+    threads: int = 1
 
     def setup(self, system: str, arguments: Mapping[str, Any]) -> Setup:
-        return Setup(
-            system=system,
-            arguments=arguments,
-            steps=self.steps,
-            entry=self.entry,
-            guidance=self.guidance,
-            inner_backend=self.inner_backend,
-            calibration=self.calibration,
-        )
+        """A system under these settings."""
+        shared = ("steps", "entry", "guidance", "inner_backend", "plain", "granularity", "peer_compile", "threads",
+                  "calibration")  # fmt: skip
+        return Setup(system=system, arguments=arguments, **{name: getattr(self, name) for name in shared})
 
     def batches(self) -> Iterator[tuple[int, tuple[str, ...]]]:
         """(seed of the first picture, prompts) of each call of the pipeline."""
@@ -79,36 +77,53 @@ class Settings:
 
     @property
     def timed_calls(self) -> int:
-        """Of the pipeline, to time a row and uncached beside it."""
-        return 2 * min(self.calls, TIMED) * self.rounds
+        """Of the pipeline, to time one row in all rounds."""
+        return min(self.calls, self.timed) * self.rounds
+
+    def group_calls(self, rows: int) -> int:
+        """Of the pipeline, for a group of so many rows and the uncached run that they take turns with."""
+        return rows * (self.calls + self.timed_calls) + self.timed_calls
+
+    def plain_values(self) -> dict[str, Any]:
+        """As a JSON file gives them back."""
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return values
 
 
 @dataclass
 class Measured:
-    """A row, and what came of it: JSON's values alone."""
+    """A row, and what came of it. JSON's values, but for the last two fields."""
 
     name: str
     system: str
     steps: int
     arguments: dict[str, Any]
     work: float
-    """FLOPs of the transformer's calls over the uncached run's."""
+    """Over the uncached run's; see `Settings.work`."""
     cached_steps: float
     """Of a generation, the mean: steps that ran less than the whole model."""
     psnr: list[float | None]
-    """Of each picture against the uncached one, in dB; None where they are equal."""
+    """Of each picture against the uncached one, in dB; None if they are identical."""
     ssim: list[float] | None = None
     """Of each picture against the uncached one; None: torchmetrics is not installed."""
     accuracy: dict[str, float] | None = None
     """By category; None: these prompts cannot be checked."""
     bytes_held: int | None = None
     """Of stored values, the most; None: the system does not tell."""
+    cached_by_call: list[list[int] | None] = field(default_factory=list)
+    """Numbers of the cached steps of each call, as the system tells them."""
     seconds: list[float] = field(default_factory=list)
-    """Of each timed round."""
+    """Of each timed call."""
+    cpu_seconds: list[float] = field(default_factory=list)
+    """Of each timed call."""
     wall_ratios: list[float] = field(default_factory=list)
-    """`seconds` over the uncached run's in the same round."""
+    """`seconds` over the uncached run's for the same call in the same round."""
     versions: dict[str, str] = field(default_factory=dict)
-    """Of the process that drew, where it was one of its own."""
+    """Of the process that drew, if it was one of its own."""
+    pictures: torch.Tensor | None = field(default=None, compare=False, repr=False)
+    """[prompts, 3, H, W], if they are kept."""
+    stats: CacheStats | None = field(default=None, compare=False, repr=False)
+    """Ours, of the last call, if it is kept."""
 
     @property
     def mean_psnr(self) -> float:
@@ -117,16 +132,16 @@ class Measured:
 
     @property
     def mean_ssim(self) -> float | None:
+        """None: torchmetrics is not installed."""
         return statistics.fmean(self.ssim) if self.ssim else None
 
     @property
     def wall(self) -> float | None:
-        """Wall time over the uncached run's; None where nothing was timed."""
+        """Wall time over the uncached run's, the median; None if nothing was timed."""
         return statistics.median(self.wall_ratios) if self.wall_ratios else None
 
 
-Tell = Callable[[str, int], None]
-"""Called with what happens now, and the calls of the pipeline done since the last time."""
+Drawer = System | Worker
 
 
 class Bench:
@@ -134,106 +149,123 @@ class Bench:
 
     Args:
         settings: what all rows share.
-        tell: where progress is reported.
-        peer_python: the interpreter that peers run in.
+        tell: takes reports of progress, in calls of the pipeline.
+        peer_python: the interpreter of processes of their own.
+        keeps: whether measured rows keep pictures and statistics.
     """
 
-    def __init__(self, settings: Settings, tell: Tell, peer_python: str) -> None:
-        self.settings, self._tell, self._peer_python = settings, tell, peer_python
-        self._plain = System(settings.setup(UNCACHED, {}))
+    def __init__(
+        self, settings: Settings, tell: Tell = silent, peer_python: str = sys.executable, keeps: bool = False
+    ) -> None:
+        self.settings, self.tell, self._peer_python, self._keeps = settings, tell, peer_python, keeps
+        self.plain = System(settings.setup(UNCACHED, {}))
         self._ours: System | None = None
+        self._row: Row | None = None
         self._pictures = torch.empty(0)
         self._flops: list[list[int]] = []
+        self.reference: Measured | None = None
+        """The uncached run."""
 
     def check(self, rows: Sequence[Row]) -> None:
         """Raise `RowError` on arguments that ours does not take; nothing is compiled or drawn."""
         for row in rows:
-            if row.system == "cachedit_fx":
+            if row.system == OURS:
                 try:
-                    self._switched_on(row)
+                    self.ours(row)
                 except OptionError as error:
                     raise RowError(f"row {row.name!r}: {error}") from None
 
+    def ours(self, row: Row) -> System:
+        """Our system, with the row's cache switched on."""
+        if self._ours is None:
+            self._ours = System(self.settings.setup(OURS, row.arguments))
+        elif row != self._row:
+            self._ours.enable(row.arguments)
+        self._row = row
+        return self._ours
+
     def draw_reference(self) -> Measured:
         """Draw what all else is compared with. To be called first, in a resumed run too."""
-        self._tell(UNCACHED, 0)
-        drawings = list(self._drawn(self._plain, self.settings.steps))
+        self.tell(UNCACHED)
+        drawings = list(self.drawn(self.plain, self.settings.steps))
         self._pictures = torch.cat([drawing.pictures for drawing in drawings])
         self._flops = [drawing.flops for drawing in drawings]
-        measured = self._measured(Row(UNCACHED, UNCACHED), drawings)
-        measured.wall_ratios = [1.0]
-        return measured
+        self.reference = self.measured(Row(UNCACHED, UNCACHED), drawings)
+        self.reference.wall_ratios = [1.0]
+        return self.reference
 
-    def measure(self, row: Row) -> Measured:
-        """Draw and time one row."""
-        self._tell(row.name, 0)
-        with self._started(row) as (system, plain):
-            measured = self._measured(row, list(self._drawn(system, row.steps or self.settings.steps)))
-            self._time(system, plain, measured)
-            if isinstance(system, Worker):
-                measured.versions = system.versions
-        return measured
-
-    def fewer_steps(self, measured: Measured) -> Row:
-        """What a user could have had for the same work without a cache."""
+    def rival(self, measured: Measured) -> Row:
+        """Fewer steps for the same work: what a user has without any cache."""
         return fewer_steps(max(1, round(measured.work * self.settings.steps)))
 
     @contextmanager
-    def _started(self, row: Row) -> Iterator[tuple[System, System] | tuple[Worker, Worker]]:
-        """The row's system, and beside it one without a cache; both in this process, or each in one of its own."""
-        if row.system == UNCACHED:
-            yield self._plain, self._plain
-        elif row.system == "cachedit_fx":
-            yield self._switched_on(row), self._plain
-        else:
-            workers: list[Worker] = []
-            try:
-                for name, setup in (
-                    (row.name, self.settings.setup(row.system, row.arguments)),
-                    (UNCACHED, self.settings.setup(UNCACHED, {})),
-                ):
-                    workers.append(Worker(name, self._peer_python, setup))
-                for worker in workers:
-                    worker.wait_until_ready()
-                yield workers[0], workers[1]
-            finally:
-                for worker in workers:
-                    worker.stop()
+    def group(self, rows: Sequence[Row] = ()) -> Iterator[Group]:
+        """Rows that share their rounds, in this process; in processes of their own if a peer is among `rows`.
 
-    def _switched_on(self, row: Row) -> System:
-        if self._ours is None:
-            self._ours = System(self.settings.setup("cachedit_fx", row.arguments))
-        else:
-            self._ours.enable(row.arguments)
-        return self._ours
+        Args:
+            rows: the peers among the group's rows, and others that shall live as they do. Our rows and uncached ones
+                can be drawn in any group of this process.
+        """
+        if all(row.system in (UNCACHED, OURS) for row in rows):
+            yield Group(self, self.plain, lambda row: self.plain if row.system == UNCACHED else self.ours(row))
+            return
+        with ExitStack() as stack:
+            workers: dict[str, Worker] = {}
+            for row in (Row(UNCACHED, UNCACHED), *rows):
+                setup = self.settings.setup(row.system, row.arguments)
+                with uninterrupted():
+                    workers[row.name] = Worker(row.name, self._peer_python, setup)
+                    stack.callback(workers[row.name].stop)
+            for worker in workers.values():
+                worker.wait_until_ready()
+            plain = workers[UNCACHED]
+            yield Group(self, plain, lambda row: plain if row.system == UNCACHED else workers[row.name])
 
-    def _drawn(self, system: System | Worker, steps: int) -> Iterator[Drawing]:
+    def drawn(self, system: Drawer, steps: int) -> Iterator[Drawing]:
+        """All prompts, call by call."""
         for seed, prompts in self.settings.batches():
-            yield system.draw(prompts, steps, seed, count=True)
-            self._tell("", 1)
+            yield system.draw(prompts, steps, seed, count=self.settings.work == "flops")
+            self.tell(done=1)
 
-    def _measured(self, row: Row, drawings: Sequence[Drawing]) -> Measured:
+    def measured(self, row: Row, drawings: Sequence[Drawing]) -> Measured:
+        """The row, and what its drawings show."""
         pictures = torch.cat([drawing.pictures for drawing in drawings])
-        flops = [drawing.flops for drawing in drawings]
         held = [drawing.bytes_held for drawing in drawings if drawing.bytes_held is not None]
         against = psnr(pictures, self._pictures)
+        steps = row.steps or self.settings.steps
+        work, cached_steps = (
+            self._by_flops(drawings) if self.settings.work == "flops" else self._by_blocks(drawings, steps)
+        )
         return Measured(
             name=row.name,
             system=row.system,
-            steps=row.steps or self.settings.steps,
+            steps=steps,
             arguments=dict(row.arguments),
-            work=sum(map(sum, flops)) / sum(map(sum, self._flops)),
-            cached_steps=statistics.fmean(map(self._cached, flops, self._flops)),
+            work=work,
+            cached_steps=cached_steps,
             psnr=[value if math.isfinite(value) else None for value in against],
             ssim=ssim(pictures, self._pictures),
             accuracy=self._accuracy(pictures),
             bytes_held=max(held, default=None),
+            cached_by_call=[drawing.cached_steps for drawing in drawings],
+            pictures=pictures if self._keeps else None,
+            stats=drawings[-1].stats if self._keeps else None,
         )
 
-    def _cached(self, flops: Sequence[int], whole: Sequence[int]) -> float:
-        """Steps of one generation that ran less than the whole model, from the FLOPs of its calls."""
-        calls = sum(some < SAME * every for some, every in zip(flops, whole, strict=False))
-        return calls * self.settings.steps / len(whole)
+    def _by_flops(self, drawings: Sequence[Drawing]) -> tuple[float, float]:
+        """Work, and the mean of steps that ran less than the whole model, from the FLOPs of each step's calls."""
+        flops = [drawing.flops for drawing in drawings]
+        cached = []
+        for some, whole in zip(flops, self._flops, strict=True):
+            calls = sum(part < SAME * every for part, every in zip(some, whole, strict=False))
+            cached.append(calls * self.settings.steps / len(whole))
+        return sum(map(sum, flops)) / sum(map(sum, self._flops)), statistics.fmean(cached)
+
+    def _by_blocks(self, drawings: Sequence[Drawing], steps: int) -> tuple[float, float]:
+        """The same as our statistics count it."""
+        shares = [drawing.stats.work if drawing.stats else 1.0 for drawing in drawings]
+        cached = [len(drawing.cached_steps or ()) for drawing in drawings]
+        return statistics.fmean(shares) * steps / self.settings.steps, statistics.fmean(cached)
 
     def _accuracy(self, pictures: torch.Tensor) -> dict[str, float] | None:
         if self.settings.entry is not None:
@@ -245,27 +277,51 @@ class Bench:
         except ValueError:  # prompts that the model reads and the checker does not, such as ""
             return None
 
-    def _time(self, system: System | Worker, plain: System | Worker, measured: Measured) -> None:
-        """Time the row and uncached by turns; every other round the other way round."""
-        batches = list(self.settings.batches())[:TIMED]
-        for number in range(self.settings.rounds):
-            taken = {True: 0.0, False: 0.0}
-            for seed, prompts in batches:
-                for is_row in (True, False) if number % 2 else (False, True):
-                    one, steps = (system, measured.steps) if is_row else (plain, self.settings.steps)
-                    taken[is_row] += one.draw(prompts, steps, seed).seconds
-                    self._tell("", 1)
-            measured.seconds.append(taken[True])
-            measured.wall_ratios.append(taken[True] / taken[False])
 
+class Group:
+    """Rows that are drawn, and then timed by turns with the uncached run: a busy machine disturbs all of them."""
 
-def fewer_steps(steps: int) -> Row:
-    return Row(f"{steps} steps", UNCACHED, steps=steps)
+    def __init__(self, bench: Bench, plain: Drawer, system: Callable[[Row], Drawer]) -> None:
+        self._bench, self._plain, self._system = bench, plain, system
+        self._rows: list[tuple[Row, Measured]] = []
 
+    def draw(self, row: Row) -> Measured:
+        """Draw all prompts."""
+        self._bench.tell(row.name)
+        system = self._system(row)
+        steps = row.steps or self._bench.settings.steps
+        measured = self._bench.measured(row, list(self._bench.drawn(system, steps)))
+        if isinstance(system, Worker):
+            measured.versions = system.versions
+        self._rows.append((row, measured))
+        return measured
 
-def as_settings(settings: Settings) -> dict[str, Any]:
-    """Plain values, as a JSON file gives them back."""
-    import json
+    def time(self) -> None:
+        """Time the group's rows, and the uncached run, in the settings' rounds.
 
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
-    return plain
+        Raises:
+            BenchmarkError: if a system caches other steps than it did before.
+        """
+        settings, tell = self._bench.settings, self._bench.tell
+        uncached = Measured(UNCACHED, UNCACHED, settings.steps, {}, 1.0, 0.0, [])
+        turn = [(Row(UNCACHED, UNCACHED), uncached), *self._rows]
+        requests = list(enumerate(settings.batches()))[: settings.timed]
+        for number in range(settings.rounds):
+            for place, (seed, prompts) in requests:
+                # None always comes first, nor always after the same neighbour.
+                for row, measured in turn if (number + place) % 2 == 0 else reversed(turn):
+                    tell(f"{row.name}, round {number + 1}")
+                    drawing = self._system(row).draw(prompts, measured.steps, seed)
+                    measured.seconds.append(drawing.seconds)
+                    measured.cpu_seconds.append(drawing.cpu_seconds)
+                    if row.name != UNCACHED and drawing.cached_steps != measured.cached_by_call[place]:
+                        raise BenchmarkError(
+                            f"{row.name} cached steps {drawing.cached_steps} of {prompts[0]!r}, and "
+                            f"{measured.cached_by_call[place]} before: it is not deterministic"
+                        )
+                    tell(done=1)
+        for _, measured in self._rows:
+            measured.wall_ratios = [a / b for a, b in zip(measured.seconds, uncached.seconds, strict=True)]
+        if self._plain is self._bench.plain and self._bench.reference is not None:
+            self._bench.reference.seconds += uncached.seconds
+            self._bench.reference.cpu_seconds += uncached.cpu_seconds

@@ -30,10 +30,13 @@ import torch
 
 import cachedit_fx
 from cachedit_fx.backend import compile_graph
-from cachedit_fx.bench.flux import Size, inputs, make
+from cachedit_fx.bench.errors import BenchmarkError
+from cachedit_fx.bench.flux import Size, inputs, make, size_of
 from cachedit_fx.bench.peers import cache_dit
 from cachedit_fx.bench.process import answer_of
+from cachedit_fx.bench.progress import Tell, silent
 from cachedit_fx.config.options import Options, parse_options
+from cachedit_fx.report.tables import Heading, Part, Table
 from cachedit_fx.runtime.graph import CachedGraph
 
 PIECES, UNCUT, WHOLE, EAGER, PEER = "pieces alone", "no cache", "torch.compile", "eager", "cache-dit, cached"
@@ -91,7 +94,7 @@ def measure(
     size: Size,
     rounds: int,
     first: int = 1,
-    tell: Callable[[str], None] = lambda what: None,
+    tell: Tell = silent,
     kinds: Sequence[str] | None = None,
     **options: Any,
 ) -> Overhead:
@@ -103,7 +106,7 @@ def measure(
         options: of `cachedit_fx.compile`, for ours; `inner_backend` is plain `torch.compile`'s, and the peer's, too.
 
     Raises:
-        ValueError: where all calls of a kind would not fit into one generation.
+        ValueError: if all calls of a kind would not fit into one generation.
     """
     most = (MAX_STEPS - WARMUP) // (AHEAD + 1)
     if rounds > most:
@@ -136,7 +139,7 @@ def measure_peer(size: Size, rounds: int, first: int, inner: str) -> Overhead:
     """cache-dit's cached step by turns with eager, in a process of its own.
 
     Raises:
-        BenchmarkError: where it does not work here, as when it is not installed.
+        BenchmarkError: if it does not work here, as when it is not installed.
     """
     request = json.dumps({"size": size, "rounds": rounds, "first": first, "inner_backend": inner})
     return Overhead(size.blocks, answer_of(["cachedit_fx.bench.overhead", request], "cache-dit"))
@@ -226,15 +229,15 @@ def _ours(module: Any, **options: Any) -> Step:
 
 
 class _Alone:
-    """In the place of a call: decides nothing, and hands out what a region gave the first time."""
+    """In the place of a `RegionCall`: decides nothing, and hands out a region's first results again and again."""
 
     def __init__(self) -> None:
         self.results: dict[int, tuple[Any, ...]] = {}
 
-    def decide(self, *_: Any) -> None:
-        return None
+    def decide(self, number: int, *_: Any) -> int:
+        return number
 
-    def run(self, number: int, decision: None, compute: Callable[..., Any], inputs: Sequence[Any], *_: Any) -> Any:
+    def run(self, number: int, compute: Callable[..., Any], inputs: Sequence[Any], *_: Any) -> Any:
         if number not in self.results:
             self.results[number] = compute(*inputs)
         return self.results[number]
@@ -242,25 +245,148 @@ class _Alone:
 
 def _pieces(module: Any, size: Size, options: Options) -> Step:
     """The rewritten graph on the inputs of its first call: neither dynamo's guards nor ours are in it."""
-    found: list[tuple[CachedGraph, tuple[Any, ...]]] = []
+    calls: list[tuple[CachedGraph, tuple[Any, ...]]] = []
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         graph = compile_graph(gm, example_inputs, options)
         assert isinstance(graph, CachedGraph)
 
-        def first_call(*given: Any) -> Any:
-            found.append((graph, given))
-            return graph(*given)
+        def first_call(*arguments: Any) -> Any:
+            calls.append((graph, arguments))
+            return graph(*arguments)
 
         return first_call
 
     torch.compile(module, backend=backend, dynamic=False)(**inputs(size))
-    (graph, given), *_ = found
+    (graph, arguments), *_ = calls
     alone = _Alone()
-    return lambda _: graph.forward(alone, given)
+    return lambda _: graph.forward(alone, arguments)
+
+
+PROFILED = 100
+"""Steps in a profile."""
+_TINY = {"width": 64, "side": 2}
+_LONGEST = 12
+"""Lines of a profile that are shown."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """Every figure of a run."""
+
+    first: int
+    inner: str
+    steps: list[Overhead]
+    """With real pieces."""
+    python: list[Overhead]
+    """On tiny tensors, with pieces that compute nothing."""
+    profiles: dict[str, list[Line]]
+    """By kind of step."""
+    profiled_blocks: int
+
+
+def run(depths: Sequence[int], rounds: int, first: int, inner: str, tell: Tell, failed: Callable[[str], None]) -> Page:
+    """Measure steps at each depth: with real pieces, with pieces that compute nothing, and profiles of these.
+
+    Args:
+        depths: numbers of blocks.
+        rounds: timed calls of each kind of step, 1 to 248.
+        first: F, the blocks that a cached step computes.
+        inner: the inner backend of ours, of plain `torch.compile` and of the peer.
+        tell: takes reports of progress, in models.
+        failed: takes the message of a peer that does not work here. It is left out.
+    """
+    tell(more=4 * len(depths) + 2)
+    nothing: dict[str, Any] = {"inner_backend": NOTHING, "compiled_pieces": "all"}
+    steps: list[Overhead] = []
+    for blocks in depths:
+        size = size_of(blocks)
+        for kinds, turns in (([kind for kind in KINDS if kind != PIECES], rounds), (SHORT_KINDS, 2 * rounds)):
+            steps.append(measure(size, turns, first, tell, kinds, inner_backend=inner))
+            tell(done=1)
+        tell(f"cache-dit, {blocks} blocks")
+        try:
+            steps.append(measure_peer(size, rounds, first, inner))
+        except BenchmarkError as error:
+            failed(str(error))
+        tell(done=1)
+    python: list[Overhead] = []
+    for blocks in depths:
+        python.append(measure(size_of(blocks, **_TINY), rounds, first, tell, **nothing))
+        tell(done=1)
+    deepest = size_of(max(depths), **_TINY)
+    profiles: dict[str, list[Line]] = {}
+    for kind in (SHORT_CACHED, SHORT_COMPUTED):
+        tell(f"profile: {kind}")
+        profiles[kind] = profile(deepest, kind, PROFILED, first, **nothing)
+        tell(done=1)
+    return Page(first, inner, steps, python, profiles, deepest.blocks)
+
+
+_STEPS = (
+    "Medians over calls by turns, one thread, batch 1; before each that is timed, three more of its kind. `pieces "
+    "alone`: the compiled pieces of a cached step, one after the other; by turns with cached steps only, twice the "
+    'rounds. `past guards`: with `guards="generation"`, calls after the first two of a generation.'
+)
+_PYTHON = (
+    "The same kinds of steps on tiny tensors, with pieces that compute nothing: what remains is Python, ours and "
+    "dynamo's. A block: the step over the number of blocks."
+)
+_PROFILE = (
+    f"cProfile over {PROFILED} steps, which makes each call several times slower than it is: shares are what to read. "
+    "Milliseconds a step."
+)
+
+
+def parts(page: Page) -> list[Part]:
+    """The tables and what they mean."""
+    result: list[Part] = [
+        Heading(f"Steps, F = {page.first}, inner backend {page.inner}"),
+        _STEPS,
+        steps_table(page.steps),
+        Heading("The Python of a step"),
+        _PYTHON,
+        python_table(page.python),
+    ]
+    for kind, lines in page.profiles.items():
+        title = Heading(f"Its profile: {kind}, {page.profiled_blocks} blocks")
+        result += [title, _PROFILE, profile_table(lines[:_LONGEST])]
+    return result
+
+
+def steps_table(results: Sequence[Overhead]) -> Table:
+    """Every kind's milliseconds, then ratios."""
+    table = Table(("blocks", "step", "ms", "over", "ratio", "extra ms"), texts=(1, 3))
+    for overhead in results:
+        blocks = str(overhead.blocks)
+        for name, seconds in overhead.seconds.items():
+            table.add(blocks, name, f"{1e3 * median(seconds):.2f}", "", "", "")
+        for above, below in RATIOS:
+            if {above, below} <= overhead.seconds.keys():
+                ratio, extra = overhead.ratio(above, below), 1e3 * overhead.extra(above, below)
+                table.add(blocks, above, "", below, f"{ratio:.3f}", f"{extra:+.2f}")
+    return table
+
+
+def python_table(results: Sequence[Overhead]) -> Table:
+    """Milliseconds of Python for each kind of step, and microseconds a block."""
+    table = Table(("blocks", "step", "ms", "us a block"), texts=(1,))
+    for overhead in results:
+        for name, seconds in overhead.seconds.items():
+            if name != EAGER:
+                middle = median(seconds)
+                table.add(str(overhead.blocks), name, f"{1e3 * middle:.2f}", f"{1e6 * middle / overhead.blocks:.1f}")
+    return table
+
+
+def profile_table(lines: Sequence[Line]) -> Table:
+    """Functions, and how often and how long each ran."""
+    table = Table(("calls", "function", "own", "with what it calls"), texts=(1,))
+    for line in lines:
+        table.add(f"{line.calls:.0f}", line.function, f"{1e3 * line.own:.3f}", f"{1e3 * line.total:.3f}")
+    return table
 
 
 if __name__ == "__main__":
     request = json.loads(sys.argv[1])
-    found = measure(Size(*request.pop("size")), kinds=(EAGER, PEER), **request)
-    print(json.dumps(found.seconds))
+    print(json.dumps(measure(Size(*request.pop("size")), kinds=(EAGER, PEER), **request).seconds))

@@ -9,7 +9,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cachedit_fx.bench.errors import BenchmarkError
 from cachedit_fx.bench.systems import Drawing, Setup
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -24,14 +26,27 @@ PEER_VERSION = "1.5.3"
 """Of cache-dit: what the comparisons were written for."""
 
 
-class BenchmarkError(Exception):
-    """Something the user can mend; the message says how."""
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the block ends: a process is started and known, or not started."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    pending: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *arguments: pending.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if pending:
+            handler(*pending[0])
 
 
 class Worker:
     """A started process; `python` is the interpreter of the environment that it runs in.
 
-    Raises `BenchmarkError` from every method where the process failed or ended.
+    Every method raises `BenchmarkError` if the process failed or ended.
     """
 
     def __init__(self, key: str, python: str, setup: Setup) -> None:
@@ -59,7 +74,7 @@ class Worker:
     def draw(self, prompts: Sequence[str], steps: int, seed: int, count: bool = False) -> Drawing:
         """As `System.draw`, over there."""
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # what it said before it ended is there to be read
+        with contextlib.suppress(BrokenPipeError):  # its last words can still be read
             request = {"prompts": list(prompts), "steps": steps, "seed": seed, "count": count}
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
@@ -95,10 +110,10 @@ def answer_of(command: Sequence[str], key: str, **environment: str) -> Any:
     Args:
         command: the module's name, and its arguments.
         key: what a failure calls it.
-        environment: variables of the process, beside those of this one.
+        environment: variables of the process, in addition to those of this one.
 
     Raises:
-        BenchmarkError: where it fails, with the last line of its complaint.
+        BenchmarkError: if it fails, with the last line of its complaint.
     """
     settings = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     arguments = [sys.executable, "-W", "ignore", "-m", *command]
@@ -110,10 +125,10 @@ def answer_of(command: Sequence[str], key: str, **environment: str) -> Any:
 
 
 def pack(drawing: Drawing) -> dict[str, Any]:
-    """A drawing as JSON's values."""
+    """A drawing as JSON's values; its statistics stay behind."""
     pictures = drawing.pictures.contiguous().numpy()
     data = {"shape": list(pictures.shape), "data": base64.b64encode(pictures.tobytes()).decode()}
-    return vars(drawing) | {"pictures": data}
+    return vars(drawing) | {"pictures": data, "stats": None}
 
 
 def unpack(answer: dict[str, Any]) -> Drawing:
@@ -124,7 +139,11 @@ def unpack(answer: dict[str, Any]) -> Drawing:
 
 
 def check_peer(python: str = sys.executable) -> str:
-    """The version of cache-dit that `python` has; `BenchmarkError` where it has none, before anything slow begins."""
+    """The version of cache-dit that `python` has.
+
+    Raises:
+        BenchmarkError: if it has none, or there is no such interpreter; before anything slow begins.
+    """
     code = "import importlib.metadata as m; print(m.version('cache_dit'))"
     try:
         return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()

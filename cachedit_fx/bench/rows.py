@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import cachedit_fx
+from cachedit_fx.bench.errors import RequestError
 
 DEFAULT = Path(__file__).with_name("default.toml")
-"""What is measured where the user names no file."""
+"""The configurations that are measured if the user names no file."""
 
-SYSTEMS = ("cachedit_fx", "cache-dit", "diffusers")
+UNCACHED = "uncached"
+"""The name of the row, and of the system, without a cache."""
+OURS, CACHE_DIT, DIFFUSERS = SYSTEMS = ("cachedit_fx", "cache-dit", "diffusers")
 
 
-class RowError(ValueError):
+class RowError(RequestError):
     """A file of configurations cannot be used; the message says where and why."""
 
 
@@ -25,12 +28,12 @@ class Row:
     """One configuration."""
 
     name: str
-    system: str = "cachedit_fx"
-    """One of `SYSTEMS`, or "uncached"."""
+    system: str = OURS
+    """One of `SYSTEMS`, or `UNCACHED`."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Of the system's cache; see `cachedit_fx.bench.systems.System`."""
     steps: int | None = None
-    """Denoising steps, where they differ from the run's."""
+    """Denoising steps; None: the run's."""
 
 
 def read_rows(path: Path, steps: int) -> list[Row]:
@@ -40,7 +43,7 @@ def read_rows(path: Path, steps: int) -> list[Row]:
     `system = "cache-dit"` or `"diffusers"` holds that system's arguments instead.
 
     Raises:
-        RowError: where the file is missing, is no TOML, or holds something else.
+        RowError: if the file is missing, is no TOML, or holds something else.
     """
     try:
         page = tomllib.loads(path.read_text())
@@ -56,7 +59,7 @@ def read_rows(path: Path, steps: int) -> list[Row]:
                 f"{path}: {name} = {arguments!r} belongs to no row; write it below a table, such as "
                 f'["DBCache 0.2"], or mean `presets = true`'
             )
-        system = arguments.pop("system", "cachedit_fx")
+        system = arguments.pop("system", OURS)
         if system not in SYSTEMS:
             raise RowError(f"{path}, row {name!r}: system={system!r} is not one of {', '.join(SYSTEMS)}")
         rows.append(Row(name, system, arguments))
@@ -104,15 +107,20 @@ def _cache_dit(name: str, order: int, **arguments: Any) -> Row:
     if order:
         arguments["calibrator"] = {"name": "taylorseer", "taylorseer_order": order}
     arguments = {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, **arguments}
-    return Row(f"cache-dit {name}" + f" TaylorSeer {order}" * bool(order), "cache-dit", arguments)
+    return Row(f"{CACHE_DIT} {name}" + f" TaylorSeer {order}" * bool(order), CACHE_DIT, arguments)
 
 
 def _diffusers(name: str, **arguments: Any) -> Row:
-    return Row(f"diffusers {name}", "diffusers", {"config": f"{name.split()[0]}Config", **arguments})
+    return Row(f"{DIFFUSERS} {name}", DIFFUSERS, {"config": f"{name.split()[0]}Config", **arguments})
+
+
+def fewer_steps(steps: int) -> Row:
+    """No cache, and so many denoising steps."""
+    return Row(f"{steps} steps", UNCACHED, steps=steps)
 
 
 def select(rows: Sequence[Row], only: Sequence[str]) -> list[Row]:
-    """The rows whose name contains one of the texts; all, where there are none.
+    """The rows whose name contains one of the texts; all if there are no texts.
 
     Raises:
         RowError: if two rows share a name, or none is left.

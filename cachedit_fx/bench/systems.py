@@ -20,7 +20,10 @@ from typing import Any
 import torch
 
 import cachedit_fx
+from cachedit_fx.bench.errors import RequestError
+from cachedit_fx.bench.rows import CACHE_DIT, DIFFUSERS, OURS, UNCACHED
 from cachedit_fx.metrics.flops import FlopCounter
+from cachedit_fx.runtime.stats import CacheStats
 
 Generate = Callable[[Any, Sequence[str], int, int], torch.Tensor]
 """(pipe, prompts, steps, seed) -> pictures, float [B, 3, H, W] in 0..1; picture i from the noise of seed + i."""
@@ -29,7 +32,7 @@ LIBRARIES = ("torch", "diffusers", "transformers")
 """Whose versions must agree between processes for a fair comparison."""
 
 
-class EntryError(ValueError):
+class EntryError(RequestError):
     """A pipeline's `module:function` cannot be used; the message says why."""
 
 
@@ -37,7 +40,7 @@ class EntryError(ValueError):
 class Setup:
     """What one process is told: plain values, so that it travels as JSON."""
 
-    system: str = "uncached"
+    system: str = UNCACHED
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Of the system's cache, in the system's own words; see `System`."""
     steps: int = 28
@@ -48,6 +51,9 @@ class Setup:
     """`true_cfg_scale` of the bundled model; an entry's `generate` has its own."""
     inner_backend: str = "eager"
     """What compiles: "eager" (nothing) or "inductor". Peers are compiled by torch.compile."""
+    plain: str = "whole"
+    """How the uncached model is compiled: "whole", by torch.compile; "pieces", cut as ours is, so that a cache that
+    never reuses equals it bit for bit."""
     granularity: str = "block"
     """Ours: what is compiled as one piece."""
     peer_compile: str = "transformer"
@@ -68,11 +74,13 @@ class Drawing:
     """Wall time from the prompts to the finished pictures."""
     cpu_seconds: float
     flops: list[int]
-    """Of each call of a transformer; empty where they were not counted."""
-    cached_steps: list[int] | None
-    """As the system itself tells them; None where it does not."""
-    bytes_held: int | None
-    """Of stored values, as the system itself tells it."""
+    """Of each call of a transformer; empty if they were not counted."""
+    cached_steps: list[int] | None = None
+    """As the system itself tells them; None if it does not."""
+    bytes_held: int | None = None
+    """Of stored values, as the system itself tells it; None if it does not."""
+    stats: CacheStats | None = None
+    """Ours, of the generation; None for others, and from a process of its own."""
 
 
 class System:
@@ -88,7 +96,8 @@ class System:
         torch.set_num_threads(setup.threads)
         self.setup = setup
         self.pipe, self._generate = load_entry(setup.entry, setup.guidance)
-        self._read: Callable[[], tuple[list[int] | None, int | None]] = lambda: ([], 0)
+        self._told: Callable[[], dict[str, Any]] = dict
+        """The last three fields of a `Drawing`."""
         self.enable(setup.arguments)
 
     def enable(self, arguments: Mapping[str, Any]) -> None:
@@ -98,10 +107,10 @@ class System:
             cachedit_fx.OptionError: for arguments that ours does not take; nothing is compiled before.
         """
         switch = {
-            "uncached": self._enable_nothing,
-            "cachedit_fx": self._enable_cachedit_fx,
-            "cache-dit": self._enable_cache_dit,
-            "diffusers": self._enable_diffusers,
+            UNCACHED: self._enable_nothing,
+            OURS: self._enable_cachedit_fx,
+            CACHE_DIT: self._enable_cache_dit,
+            DIFFUSERS: self._enable_diffusers,
         }[self.setup.system]
         switch(dict(arguments))
 
@@ -112,26 +121,37 @@ class System:
             wall, cpu = time.perf_counter(), time.process_time()
             pictures = self._generate(self.pipe, prompts, steps, seed)
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        return Drawing(pictures.detach().float().cpu(), wall, cpu, calls, *self._read())
+        return Drawing(pictures.detach().float().cpu(), wall, cpu, calls, **self._told())
 
     def _enable_nothing(self, arguments: dict[str, Any]) -> None:
         if self.setup.inner_backend != "eager":
-            for module in _transformers(self.pipe):
-                module.compile(backend=self.setup.inner_backend, dynamic=False)
+            if self.setup.plain == "pieces":
+                cachedit_fx.enable_cache(self.pipe, cache=None, **self._own_options())
+            else:
+                for module in _transformers(self.pipe):
+                    module.compile(backend=self.setup.inner_backend, dynamic=False)
+        self._told = lambda: {"cached_steps": [], "bytes_held": 0}
+
+    def _own_options(self) -> dict[str, Any]:
+        return {
+            "inner_backend": self.setup.inner_backend,
+            "granularity": self.setup.granularity,
+            "dynamic": False,
+        }
 
     def _enable_cachedit_fx(self, arguments: dict[str, Any]) -> None:
-        backend, granularity = self.setup.inner_backend, self.setup.granularity
-        options: dict[str, Any] = {"inner_backend": backend, "granularity": granularity, "dynamic": False}
         if "mask_policy" in arguments:
             mask = cachedit_fx.steps_mask(arguments.pop("mask_policy"), self.setup.steps)
-            options["steps_computation_mask"] = mask
-        cachedit_fx.enable_cache(self.pipe, **(options | arguments))
+            arguments["steps_computation_mask"] = mask
+        cachedit_fx.enable_cache(self.pipe, **(self._own_options() | arguments))
 
-        def read() -> tuple[list[int], int]:
-            stats = cachedit_fx.summary(self.pipe)
-            return (stats[0].cached_steps if stats else []), sum(region.bytes_held for region in stats)
+        def told() -> dict[str, Any]:
+            regions = cachedit_fx.summary(self.pipe)
+            stats = regions[0] if regions else None
+            held = sum(region.bytes_held for region in regions)
+            return {"cached_steps": stats.cached_steps if stats else [], "bytes_held": held, "stats": stats}
 
-        self._read = read
+        self._told = told
 
     def _enable_cache_dit(self, arguments: dict[str, Any]) -> None:
         import cache_dit
@@ -161,7 +181,7 @@ class System:
                 self.pipe.transformer.compile_repeated_blocks(dynamic=False)
             else:
                 self.pipe.transformer = torch.compile(self.pipe.transformer, dynamic=False)
-        self._read = lambda: (list(cache_dit.summary(cached, logging=False)[0].cached_steps), None)
+        self._told = lambda: {"cached_steps": list(cache_dit.summary(cached, logging=False)[0].cached_steps)}
 
     def _enable_diffusers(self, arguments: dict[str, Any]) -> None:
         from diffusers import hooks
@@ -175,7 +195,6 @@ class System:
             module.enable_cache(make(**arguments))
             if self.setup.inner_backend != "eager":
                 module.compile(backend=self.setup.inner_backend, dynamic=False)
-        self._read = lambda: (None, None)
 
     def _magnitude_ratios(self, make: Callable[..., Any]) -> list[float]:
         """MagCache's ratios by its own calibration mode, the mean over `Setup.calibration`; it prints them."""

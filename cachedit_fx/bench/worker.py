@@ -14,7 +14,6 @@ import os
 import platform
 import sys
 import traceback
-from importlib.metadata import PackageNotFoundError, version
 from typing import TextIO
 
 
@@ -25,6 +24,7 @@ def main() -> None:
     try:
         from cachedit_fx.bench.process import pack
         from cachedit_fx.bench.systems import LIBRARIES, Setup, System
+        from cachedit_fx.report.files import versions
 
         system = System(Setup(**json.loads(sys.argv[1])))
         _answer(answers, {"versions": {"python": platform.python_version()} | versions(*LIBRARIES, "cache_dit")})
@@ -32,17 +32,6 @@ def main() -> None:
             _answer(answers, pack(system.draw(**json.loads(line))))
     except Exception as error:  # every cause is the driver's to report
         _answer(answers, {"error": repr(error), "traceback": traceback.format_exc()})
-
-
-def versions(*names: str) -> dict[str, str]:
-    """The versions of those distributions that are installed."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _answer(answers: TextIO, message: dict[str, object]) -> None:

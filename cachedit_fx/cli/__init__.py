@@ -6,26 +6,17 @@ A new command is a function in a file of its own, listed below.
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
 
-from cachedit_fx.cli.bench import bench
+from cachedit_fx.cli.bench import BenchGroup, bench
+from cachedit_fx.cli.cold import cold
 from cachedit_fx.cli.coverage import coverage
 from cachedit_fx.cli.demo import demo
-from cachedit_fx.cli.kernels import bench as bench_kernels
-from cachedit_fx.cli.kernels import kernels
-from cachedit_fx.cli.kernels import verify as verify_kernels
-
-app = typer.Typer(
-    name="cachedit",
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    pretty_exceptions_show_locals=False,
-)
+from cachedit_fx.cli.kernels import bandwidth, kernels, verify
+from cachedit_fx.cli.overhead import overhead
+from cachedit_fx.report.files import versions
 
 
 def _unwrapped(command: Callable[..., object]) -> str:
@@ -33,21 +24,18 @@ def _unwrapped(command: Callable[..., object]) -> str:
     return "\n\n".join(" ".join(part.split()) for part in (command.__doc__ or "").split("\n\n"))
 
 
-for command in (demo, bench, coverage):
-    app.command(help=_unwrapped(command))(command)
-kernels.command("verify", help=_unwrapped(verify_kernels))(verify_kernels)
-kernels.command("bench", help=_unwrapped(bench_kernels))(bench_kernels)
-app.add_typer(kernels)
+def _add(group: typer.Typer, **commands: Callable[..., None]) -> None:
+    for name, command in commands.items():
+        group.command(name, help=_unwrapped(command))(command)
 
 
 def _show_versions(wanted: bool) -> None:
     if not wanted:
         return
-    for name in ("cachedit-fx", "torch", "diffusers"):
-        try:
-            typer.echo(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            typer.echo(f"{name} (run from a checkout, not installed)" if name == "cachedit-fx" else f"{name} missing")
+    names = ("cachedit-fx", "torch", "diffusers")
+    installed = {"cachedit-fx": "(run from a checkout, not installed)"} | versions(*names)
+    for name in names:
+        typer.echo(f"{name} {installed.get(name, 'missing')}")
     raise typer.Exit()
 
 
@@ -66,4 +54,26 @@ def main(
     """
 
 
+app = typer.Typer(
+    name="cachedit",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_show_locals=False,
+)
 app.callback(help=_unwrapped(main))(main)
+_add(app, demo=demo)
+benches = typer.Typer(
+    name="bench",
+    cls=BenchGroup,
+    invoke_without_command=True,
+    subcommand_metavar="| COMMAND ...",
+    rich_markup_mode="rich",
+)
+benches.callback(help=_unwrapped(bench))(bench)
+_add(benches, overhead=overhead, cold=cold)
+app.add_typer(benches)
+_add(app, coverage=coverage)
+_add(kernels, verify=verify, bench=bandwidth)
+app.add_typer(kernels)

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
-from collections import Counter
-from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
-from rich.markup import escape
-from rich.table import Table
 
-from cachedit_fx.cli.terminal import console, errors, progress_bar, quiet
-from cachedit_fx.report.files import check_folder, machine, whole_files
+from cachedit_fx.cli.options import check_out
+from cachedit_fx.cli.terminal import command_line, console, errors, progress, quiet, reported, show
+from cachedit_fx.report.files import hardware, machine, versions
 
 if TYPE_CHECKING:
     import torch
 
-    from cachedit_fx.bench.kernels_verify import Checked, Total
+    from cachedit_fx.bench.kernels_bandwidth import Timed
+    from cachedit_fx.bench.kernels_verify import Checked
 
 kernels = typer.Typer(
     name="kernels",
@@ -59,159 +53,58 @@ def verify(
 ) -> None:
     """Compile the Triton kernels for GPUs that need not be there, and read what came out.
 
-    A variant holds if nothing is spilled, its threads read and write no byte more than they must, and, where pointers
-    are aligned, every load and store has 128 bits or all that a thread has of the tensor.
+    A variant holds if nothing is spilled and its threads read and write no byte more than they must. If pointers are
+    aligned, every load and store must have 128 bits too, or all that a thread has of the tensor.
 
     The exit code is 1 if a variant falls short.
     """
-    obstacle = check_folder(out) if out else None
-    if obstacle:
-        raise typer.BadParameter(obstacle, param_hint="--out")
+    if out is not None:
+        check_out(out)
     with quiet():
-        from cachedit_fx.bench.kernels_verify import TARGETS, checker, tasks, totals
+        from cachedit_fx.bench import kernels_verify as bench
         from cachedit_fx.kernels.layout import HAS_TRITON
     if not HAS_TRITON:
         errors.print(f"[red]error:[/red] {NO_TRITON}", markup=True, soft_wrap=True)
         raise typer.Exit(1)
-    unknown = [name for name in target or () if name not in TARGETS]
+    unknown = [name for name in target or () if name not in bench.TARGETS]
     if unknown:
         raise typer.BadParameter(
-            f"no target {', '.join(unknown)}; there are {', '.join(TARGETS)}", param_hint="--target"
+            f"no target {', '.join(unknown)}; there are {', '.join(bench.TARGETS)}", param_hint="--target"
         )
-    todo = tasks([name for name in TARGETS if not target or name in target], kernel or ())
+    todo = bench.tasks([name for name in bench.TARGETS if not target or name in target], kernel or ())
     if not todo:
         raise typer.BadParameter(f"no variant's name contains {' or '.join(kernel or ())}", param_hint="--kernel")
 
-    found: list[Checked] = []
-    try:
-        with progress_bar(len(todo), "variants") as (progress, bar), checker() as run:
-            for row in run(todo):
-                found.append(row)
-                progress.update(bar, advance=1, description=f"{row.kernel}, {row.target}")
-    except KeyboardInterrupt:
-        errors.print(f"interrupted after {len(found)} of {len(todo)} variants; nothing was written")
-        raise typer.Exit(130) from None
+    rows: list[Checked] = []
+    interrupted = f" after {{}} of {len(todo)} variants; nothing was written"
+    with reported(lambda: interrupted.format(len(rows))), progress("variants") as tell, bench.checker() as run:
+        tell(more=len(todo))
+        for row in run(todo):
+            rows.append(row)
+            tell(f"{row.kernel}, {row.target}", done=1)
 
-    sums = totals(found)
-    _show(_EVERY if every else _TOTALS, [_cells(row) for row in found] if every else [_sum(row) for row in sums])
-    failed = [row for row in found if not row.is_good]
-    for line in _told(found):
-        console.print(f"[bold]{escape(line)}[/bold]")
-    for row in failed[:MANY]:
-        console.print(f"{escape(row.variant)}, {row.target}: {'; '.join(row.problems)}", soft_wrap=True)
-    if len(failed) > MANY:
-        console.print(f"and {len(failed) - MANY} more: --all")
+    show(bench.variants_table(rows) if every else bench.totals_table(bench.totals(rows)))
+    console.print(f"\n[bold]{bench.summary(rows)}[/bold]")
+    problems = bench.problems(rows)
+    for problem in problems[:MANY]:
+        console.print(problem, markup=False, soft_wrap=True)
+    if len(problems) > MANY:
+        console.print(f"and {len(problems) - MANY} more: --all")
     if out is not None:
-        with whole_files(out) as folder:
-            (folder / "kernels.md").write_text(markdown(found, sums))
-            (folder / "kernels.csv").write_text(as_csv(found))
+        made_by = f"Made by `{command_line()}` on {machine()}, Triton {versions('triton')['triton']}"
+        bench.save(rows, f"{made_by}, ahead of time: nothing was run.", out)
         console.print(f"\nwritten: {out / 'kernels.md'}, {out / 'kernels.csv'}")
-    if failed:
+    if problems:
         raise typer.Exit(1)
 
 
-_TOTALS = ("kernel", "target", "variants", "most registers", "spills", "wide", "bytes exact")
-_EVERY = ("variant", "target", "registers", "spills", "loads", "stores", "wide", "bytes exact")
-
-
-def _sum(row: Total) -> tuple[str, ...]:
-    return (
-        row.kernel,
-        row.target,
-        str(row.variants),
-        str(row.registers),
-        str(row.spills),
-        f"{row.wide} of {row.aligned}",
-        f"{row.exact} of {row.variants}",
-    )
-
-
-def _cells(row: Checked) -> tuple[str, ...]:
-    wide = {True: "yes", False: "no", None: "not aligned"}[row.is_wide]
-    return (
-        row.variant,
-        row.target,
-        str(row.registers),
-        str(row.spills),
-        _widths(row.accesses.loads),
-        _widths(row.accesses.stores),
-        wide,
-        "yes" if row.is_exact else "no",
-    )
-
-
-def _widths(widths: Sequence[int]) -> str:
-    """`4 x 16 + 2 x 4`, in bytes."""
-    return " + ".join(f"{n} x {width}" for width, n in sorted(Counter(widths).items(), reverse=True))
-
-
-def _show(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if index < 2 else "right", overflow="fold", no_wrap=not index)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.print(table)
-
-
-def _told(found: Sequence[Checked]) -> list[str]:
-    return [f"{sum(row.is_good for row in found)} of {len(found)} hold: no spills, wide where aligned, no byte twice."]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def markdown(found: Sequence[Checked], sums: Sequence[Total]) -> str:
-    """The table of kernels and targets, what its columns mean, and what falls short."""
-    lines = [
-        "# What the compilers make of the kernels",
-        "",
-        f"Made by `{_command()}` on {machine()}, Triton {version('triton')}, ahead of time: nothing was run.",
-        "",
-        *_told(found),
-        "",
-        "- **variants**: specialisations that the launchers can choose.",
-        "- **most registers**: of a thread, in any variant; vector registers on AMD.",
-        "- **spills**: bytes spilled and read back (NVIDIA), registers spilled (AMD), of all variants.",
-        "- **wide**: variants with aligned pointers whose loads and stores have 128 bits, or all that a thread has of "
-        "the tensor.",
-        "- **bytes exact**: variants whose instructions read and write each byte once.",
-        "",
-        _line(_TOTALS),
-        _line(["---"] * 2 + ["---:"] * (len(_TOTALS) - 2)),
-        *(_line(_sum(row)) for row in sums),
-    ]
-    failed = [row for row in found if not row.is_good]
-    if failed:
-        lines += ["", "## Variants that fall short", ""]
-        lines += [f"- {row.variant}, {row.target}: {'; '.join(row.problems)}" for row in failed]
-    return "\n".join(lines) + "\n"
-
-
-def as_csv(found: Sequence[Checked]) -> str:
-    """Every variant on every target."""
-    import csv
-    import io
-
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow((*_EVERY, "problems"))
-    writer.writerows((*_cells(row), "; ".join(row.problems)) for row in found)
-    return file.getvalue()
-
-
-def _command() -> str:
-    return shlex.join(["cachedit", *sys.argv[1:]])
-
-
-def bench(
+def bandwidth(
     out: Annotated[
         Path,
         typer.Option(metavar="FOLDER", help="Where [i]bandwidth.md[/i], [i].csv[/i] and [i].png[/i] go."),
     ] = Path("runs/kernels"),
     device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="cuda, cuda:1, cpu, ...; cuda where there is one, unless given.")
+        str | None, typer.Option(metavar="NAME", help="cuda, cuda:1, cpu, ...; cuda if there is one, unless given.")
     ] = None,
     dtype: Annotated[
         list[str] | None,
@@ -231,74 +124,36 @@ def bench(
 
     On a machine without a GPU these are the paths for a CPU, on one thread.
     """
-    obstacle = check_folder(out)
-    if obstacle:
-        raise typer.BadParameter(obstacle, param_hint="--out")
+    check_out(out)
     with quiet():
-        from cachedit_fx.bench.kernels_bandwidth import (
-            DTYPES,
-            HEADINGS,
-            as_csv,
-            cells,
-            count,
-            markdown,
-            measure,
-            save_plot,
-            shapes_for,
-        )
+        from cachedit_fx.bench import kernels_bandwidth as bench
     where = _device(device)
-    unknown = [name for name in dtype or () if name not in DTYPES]
+    unknown = [name for name in dtype or () if name not in bench.DTYPES]
     if unknown:
-        raise typer.BadParameter(f"no dtype {', '.join(unknown)}; there are {', '.join(DTYPES)}", param_hint="--dtype")
-    dtypes = dtype or [name for name in DTYPES if name != "fp16" or where.type != "cpu"]
-    shapes = {text: (_size(text),) for text in shape} if shape else shapes_for(where)
-    rows = []
-    with progress_bar(count(shapes, dtypes), "kernels") as (progress, bar):
-
-        def tell(what: str) -> None:
-            progress.update(bar, description=what)
-
-        try:
-            for row in measure(shapes, dtypes, where, rounds, tell):
-                rows.append(row)
-                progress.update(bar, advance=1)
-        except KeyboardInterrupt:
-            errors.print("interrupted; nothing was written")
-            raise typer.Exit(130) from None
-    _show(HEADINGS, [cells(row) for row in rows])
-    on = hardware(where)
-    with whole_files(out) as folder:
-        (folder / "bandwidth.md").write_text(markdown(rows, shapes, f"`{_command()}`, on {on}."))
-        (folder / "bandwidth.csv").write_text(as_csv(rows))
-        save_plot(rows, f"Kernels on {on}", folder / "bandwidth.png")
-    console.print(f"written: {', '.join(str(out / f'bandwidth.{kind}') for kind in ('md', 'csv', 'png'))}")
-
-
-def hardware(device: torch.device) -> str:
-    """What the figures were made on: `NVIDIA H100 80GB HBM3, torch 2.13.0, triton 3.7.1`."""
-    import torch
-
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{machine()}, one thread"
-    versions = []
-    for package in ("torch", "triton"):
-        try:
-            versions.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            versions.append(f"no {package}")
-    return ", ".join([name, *versions])
+        raise typer.BadParameter(
+            f"no dtype {', '.join(unknown)}; there are {', '.join(bench.DTYPES)}", param_hint="--dtype"
+        )
+    dtypes = dtype or [name for name in bench.DTYPES if name != "fp16" or where.type != "cpu"]
+    shapes = {text: (_size(text),) for text in shape} if shape else bench.shapes_for(where)
+    rows: list[Timed] = []
+    with reported(lambda: "; nothing was written"), progress("kernels") as tell:
+        rows.extend(bench.measure(shapes, dtypes, where, rounds, tell))
+    show(bench.table(rows))
+    bench.save(rows, shapes, command_line(), hardware(where), out)
+    console.print(f"\nwritten: {', '.join(str(out / f'bandwidth.{kind}') for kind in ('md', 'csv', 'png'))}")
 
 
 def _device(name: str | None) -> torch.device:
     import torch
 
     try:
-        found = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=found)
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise typer.BadParameter(
             f"{name} cannot be used: {str(error).splitlines()[0]}", param_hint="--device"
         ) from None
-    return found
+    return device
 
 
 def _size(text: str) -> tuple[int, ...]:

@@ -1,22 +1,22 @@
-"""What the commands share: consoles, silence while libraries are imported, files that are whole or not there."""
+"""What the commands share: consoles, progress, pages, errors in words, silence while libraries are imported."""
 
 from __future__ import annotations
 
 import logging
+import shlex
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.markup import escape
+from rich.text import Text
+
+from cachedit_fx.bench.errors import BenchmarkError, RequestError
+from cachedit_fx.bench.progress import Tell
+from cachedit_fx.report.tables import Heading, Part, Table, terminal
 
 console = Console(highlight=False)
 """Standard output: results."""
@@ -24,6 +24,11 @@ console = Console(highlight=False)
 
 errors = Console(stderr=True, highlight=False)
 """Standard error: progress and errors, so that results can be piped."""
+
+
+def command_line() -> str:
+    """What was typed."""
+    return shlex.join(["cachedit", *sys.argv[1:]])
 
 
 @contextmanager
@@ -43,8 +48,10 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar(total: int, unit: str) -> Iterator[tuple[Progress, TaskID]]:
-    """A bar on standard error for `total` units of work, gone when the block ends."""
+def progress(unit: str) -> Iterator[Tell]:
+    """A bar on standard error, gone when the block ends; its total grows with the work that is reported."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description:<24}"),
@@ -54,5 +61,52 @@ def progress_bar(total: int, unit: str) -> Iterator[tuple[Progress, TaskID]]:
         TimeElapsedColumn(),
     )
     # Few refreshes: on one core they would be part of what is measured.
-    with Progress(*columns, console=errors, transient=True, refresh_per_second=4) as progress:
-        yield progress, progress.add_task("starting", total=total)
+    with Progress(*columns, console=errors, transient=True, refresh_per_second=4) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def tell(what: str = "", done: int = 0, more: int = 0) -> None:
+            total = (bar.tasks[0].total or 0) + more
+            bar.update(task, advance=done, total=total or None, description=escape(what) or None)
+
+        yield tell
+
+
+@contextmanager
+def reported(interrupted: Callable[[], str]) -> Iterator[None]:
+    """Turn errors that a user can mend, and Ctrl-C, into a line on standard error and an exit code.
+
+    Exit codes: 2 for a request that cannot be, 1 for what failed on the way, 130 for Ctrl-C.
+
+    Args:
+        interrupted: what to say after Ctrl-C.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        errors.print(f"interrupted{interrupted()}", markup=False)
+        raise typer.Exit(130) from None
+    except (RequestError, BenchmarkError, OSError) as error:
+        errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(2 if isinstance(error, RequestError) else 1) from None
+
+
+def warn(message: str) -> None:
+    """A line in yellow on standard error."""
+    errors.print(f"[yellow]{escape(message)}[/yellow]")
+
+
+def show(*parts: Part) -> None:
+    """Print a page, a blank line before each part."""
+    for part in parts:
+        if not part:
+            continue
+        console.print()
+        if isinstance(part, Table):
+            console.print(terminal(part))
+        elif isinstance(part, Heading):
+            console.print(Text(part.text, "bold"))
+        elif isinstance(part, str):
+            console.print(part, markup=False)
+        else:
+            for text in part:
+                console.print(f"- {text}", markup=False)

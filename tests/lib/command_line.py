@@ -9,8 +9,9 @@ from cachedit_fx.cli import app
 runner = CliRunner()
 
 
-def invoke(*arguments):
-    return runner.invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "80", "TERM": "dumb"})
+def invoke(*arguments, columns=80):
+    environment = {"COLUMNS": str(columns), "TERM": "dumb"}
+    return runner.invoke(app, [str(argument) for argument in arguments], env=environment)
 
 
 def plain(text):

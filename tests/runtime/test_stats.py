@@ -138,7 +138,7 @@ def test_markdown_has_a_row_for_each_branch():
     made.record(1, 0, WARMUP)
     assert markdown([made]).splitlines() == [
         f"| region | branch | F+mid+B | cached | work | {' | '.join(PERCENTILES)} |",
-        f"|{' --- |' * 12}",
+        f"| --- |{' ---: |' * 11}",
         "| a/b | 0 | 1+8+1 | 1/3 | 80% | 0.050 | 0.100 | 0.150 | 0.200 | 0.240 | 0.050 | 0.250 |",
         "| a/b | 1 |  | 0/1 |  | - | - | - | - | - | - | - |",
     ]

@@ -2,21 +2,26 @@
 
 import json
 import math
+import os
 import sys
 
 import pytest
 import torch
+from lib.benches import ENTRY, WorkerHere, measured, shared_system, shared_systems, stub_python
+from lib.command_line import invoke, plain
 from PIL import Image
-from typer.testing import CliRunner
 
 import cachedit_fx
-from cachedit_fx.bench.measure import UNCACHED, Bench, Measured, Settings, fewer_steps
-from cachedit_fx.bench.process import Worker, pack, unpack
-from cachedit_fx.bench.report import Report, ResumeError, load_rows, markdown, save_json
-from cachedit_fx.bench.rows import Row, RowError, peer_rows, read_rows, select
-from cachedit_fx.bench.systems import Drawing, EntryError, Setup, System, load_entry
-from cachedit_fx.cli import app
-from cachedit_fx.report.plots import save_plot
+from cachedit_fx.bench.errors import BenchmarkError
+from cachedit_fx.bench.measure import Bench, Group, Settings
+from cachedit_fx.bench.pages import markdown
+from cachedit_fx.bench.process import Worker, check_peer, pack, unpack
+from cachedit_fx.bench.record import Record, ResumeError, load_rows
+from cachedit_fx.bench.rows import UNCACHED, Row, RowError, fewer_steps, peer_rows, read_rows, select
+from cachedit_fx.bench.systems import Drawing, EntryError, Setup, load_entry
+from cachedit_fx.report.plots import save_quality
+
+pytestmark = pytest.mark.keep_compiled
 
 ROWS = """
 ["never"]
@@ -35,38 +40,19 @@ steps_computation_policy = "static"
 calibrator = "taylorseer"
 """
 
-ENTRY = """
-import torch
-from cachedit_fx.shapes.pipeline import build_models, generate, make_pipeline
 
-SMALL = {"patch_size": 1, "in_channels": 48, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 8,
-         "num_attention_heads": 2, "joint_attention_dim": 8, "pooled_projection_dim": 8, "guidance_embeds": False,
-         "axes_dims_rope": [4, 2, 2]}
-
-class Entry:
-    def __init__(self):
-        torch.manual_seed(0)
-        self.pipe = make_pipeline(*build_models(SMALL, {"width": 8, "layers": 1, "heads": 1}))
-    def generate(self, pipe, prompts, steps, seed):
-        return generate(pipe, prompts, steps, seed)
-
-def nothing():
-    return 3
-"""
-
-
-def invoke(*arguments):
-    return CliRunner().invoke(
-        app, ["bench", *map(str, arguments)], env={"COLUMNS": "200", "TERM": "dumb"}, catch_exceptions=False
-    )
-
-
-def plain(text):
-    return " ".join(text.replace("│", " ").split())
+def bench(*arguments):
+    return invoke("bench", *arguments, columns=200)
 
 
 def page_of(folder):
     return json.loads((folder / "bench.json").read_text())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def systems():
+    with shared_systems():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -83,27 +69,32 @@ def options(config):
 
 @pytest.fixture(scope="module")
 def ran(options, tmp_path_factory):
-    """A run over two prompts on the bundled model."""
+    """A run over two prompts, drawn at once, on the bundled model."""
     out = tmp_path_factory.mktemp("bench") / "out"
-    return invoke(*options, "--out", out), out
+    return bench(*options, "--batch", 2, "--out", out), out
 
 
-@pytest.fixture
-def entry(tmp_path, monkeypatch):
-    """A module in the current folder, as a user would have it."""
-    (tmp_path / "toy_entry.py").write_text(ENTRY)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    yield "toy_entry:Entry"
+@pytest.fixture(scope="module", autouse=True)
+def entry_folder(tmp_path_factory):
+    """The folder of a module that holds a pipeline."""
+    folder = tmp_path_factory.mktemp("entry")
+    (folder / "toy_entry.py").write_text(ENTRY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(folder), *sys.path])
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")])))
+        yield folder
     sys.modules.pop("toy_entry", None)
 
 
-def measured(name, work, psnr, system="cachedit_fx", **more):
-    return Measured(name, system, 28, {}, work, cached_steps=10.0, psnr=psnr, **more)
+@pytest.fixture
+def entry(entry_folder, monkeypatch):
+    """A pipeline in the current folder, as a user would have it."""
+    monkeypatch.chdir(entry_folder)
+    return "toy_entry:Entry"
 
 
-def report_of(rows, **more):
-    return Report(Settings(("a red circle",), **more), "cachedit bench", "a machine", {"torch": "2"}, rows)
+def record_of(rows, **more):
+    return Record(Settings(("a red circle",), **more), "cachedit bench", "a machine", {"torch": "2"}, rows)
 
 
 def test_every_row_comes_with_its_rival_once(ran):
@@ -126,6 +117,7 @@ def test_what_a_row_says(ran):
     assert rows["4 steps"]["psnr"] == [None, None]
     mask, predicted = rows["mask"], rows["mask, TaylorSeer"]
     assert mask["cached_steps"] == predicted["cached_steps"] == 1
+    assert mask["cached_by_call"] == predicted["cached_by_call"] == [[2]]
     assert mask["work"] == predicted["work"] and 0.75 < mask["work"] < 0.8  # a cached step runs a block in 18
     assert rows["3 steps"]["work"] == pytest.approx(0.75)
     assert mask["mean_psnr"] == pytest.approx(sum(mask["psnr"]) / 2) and 15 < mask["mean_psnr"] < 80
@@ -154,14 +146,14 @@ def test_resume_measures_what_is_missing(ran, options, monkeypatch):
     kept = [row for row in before["rows"] if row["name"] not in ("mask", "3 steps")]
     (out / "bench.json").write_text(json.dumps(before | {"rows": kept}))
     done = []
-    whole = Bench.measure
+    whole = Group.draw
 
     def spy(self, row):
         done.append(row.name)
         return whole(self, row)
 
-    monkeypatch.setattr(Bench, "measure", spy)
-    result = invoke(*options, "--out", out, "--resume")
+    monkeypatch.setattr(Group, "draw", spy)
+    result = bench(*options, "--batch", 2, "--out", out, "--resume")
     assert result.exit_code == 0, result.output
     assert sorted(done) == ["3 steps", "mask"]
     after = {row["name"]: row for row in page_of(out)["rows"]}
@@ -172,9 +164,9 @@ def test_resume_measures_what_is_missing(ran, options, monkeypatch):
 
 def test_resume_refuses_other_settings(ran, config, tmp_path):
     _, out = ran
-    changed = invoke(config, "--prompts", 2, "--steps", 5, "--rounds", 1, "--out", out, "--resume")
-    assert changed.exit_code == 2 and "steps 4 there and 5 now" in plain(changed.output)
-    nothing = invoke(config, "--prompts", 2, "--out", tmp_path / "nowhere", "--resume")
+    changed = bench(config, "--prompts", 2, "--batch", 2, "--steps", 5, "--rounds", 1, "--out", out, "--resume")
+    assert changed.exit_code == 2 and "other settings: steps 4 there and 5 now" in plain(changed.output)
+    nothing = bench(config, "--prompts", 2, "--out", tmp_path / "nowhere", "--resume")
     assert nothing.exit_code == 2 and "nothing to resume" in plain(nothing.output)
 
 
@@ -182,45 +174,35 @@ def test_resume_refuses_a_row_that_changed(ran, options, tmp_path):
     _, out = ran
     other = tmp_path / "rows.toml"
     other.write_text(ROWS.replace('"1101"', '"1011"', 1))
-    result = invoke(other, *options[1:], "--out", out, "--resume")
+    result = bench(other, *options[1:], "--batch", 2, "--out", out, "--resume")
     assert result.exit_code == 2 and "row 'mask' was measured with" in plain(result.output)
 
 
 def test_interrupt_keeps_what_is_measured(entry, options, tmp_path, monkeypatch):
-    whole = Bench.measure
+    whole = Group.draw
 
     def interrupted(self, row):
         if row.name == "mask":
             raise KeyboardInterrupt
         return whole(self, row)
 
-    monkeypatch.setattr(Bench, "measure", interrupted)
+    monkeypatch.setattr(Group, "draw", interrupted)
     out = tmp_path / "out"
-    result = invoke(*options, "--pipeline", entry, "--out", out)
+    result = bench(*options, "--pipeline", entry, "--out", out)
     assert result.exit_code == 130 and "interrupted with 2 of 3 rows to go" in plain(result.output)
     assert "--resume goes on" in plain(result.output)
     assert [row["name"] for row in page_of(out)["rows"]] == ["uncached", "never", "4 steps"]
-    monkeypatch.setattr(Bench, "measure", whole)
-    resumed = invoke(*options, "--pipeline", entry, "--out", out, "--resume")
+    monkeypatch.setattr(Group, "draw", whole)
+    resumed = bench(*options, "--pipeline", entry, "--out", out, "--resume")
     assert resumed.exit_code == 0, resumed.output
     assert len(page_of(out)["rows"]) == 5 and (out / "bench.md").exists()
 
 
 def test_a_pipeline_of_the_users(entry, options, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\n\na blue square\n")
+    prompts = ("--prompts", tmp_path / "prompts.txt")
     out = tmp_path / "out"
-    result = invoke(
-        *options[:1],
-        "--prompts",
-        tmp_path / "prompts.txt",
-        *options[3:],
-        "--pipeline",
-        entry,
-        "--out",
-        out,
-        "-k",
-        "mask",
-    )
+    result = bench(options[0], *prompts, *options[3:], "--pipeline", entry, "--out", out, "-k", "mask")
     assert result.exit_code == 0, result.output
     page = page_of(out)
     assert page["settings"]["prompts"] == ["a red circle", "a blue square"] and page["settings"]["entry"] == entry
@@ -256,7 +238,7 @@ def test_an_entry_that_gives_no_pipeline(entry, name, told):
 def test_a_file_that_is_wrong(entry, tmp_path, text, told):
     path = tmp_path / "rows.toml"
     path.write_text(text)
-    result = invoke(path, "--prompts", 1, "--steps", 2, "--pipeline", entry, "--out", tmp_path / "out")
+    result = bench(path, "--prompts", 1, "--steps", 2, "--pipeline", entry, "--out", tmp_path / "out")
     assert result.exit_code == 2 and told in plain(result.output), result.output
     assert not (tmp_path / "out").exists()
 
@@ -272,13 +254,13 @@ def test_a_file_that_is_wrong(entry, tmp_path, text, told):
     ],
 )
 def test_bad_arguments_are_refused_in_words(config, tmp_path, arguments, told):
-    result = invoke(config, *arguments, "--out", tmp_path / "out")
+    result = bench(config, *arguments, "--out", tmp_path / "out")
     assert result.exit_code == 2 and told in plain(result.output), result.output
 
 
 def test_list_shows_rows_and_draws_nothing(config, tmp_path, monkeypatch):
     monkeypatch.setattr("cachedit_fx.bench.measure.Bench", None)
-    result = invoke(config, "--list", "--out", tmp_path / "out")
+    result = bench(config, "--list", "--out", tmp_path / "out")
     assert result.exit_code == 0 and "mask, TaylorSeer" in result.output and "calibrator='taylorseer'" in result.output
     assert not (tmp_path / "out").exists()
 
@@ -293,37 +275,57 @@ def test_presets_are_rows(tmp_path):
         read_rows(path, 4)
 
 
-def test_peers_that_are_not_installed_are_skipped_with_the_reason(config, tmp_path):
-    result = invoke(
-        config, "--peers", "--peer-python", "/no/such/python", "-k", "mask", "-k", "cache-dit 0.2", "--list"
-    )
+def test_peers_that_are_not_installed_are_skipped_with_the_reason(entry, config, tmp_path):
+    options = ("--peers", "-k", "mask, T", "-k", "cache-dit 0.2")
+    result = bench(config, *options, "--peer-python", "/no/such/python", "--list")
     assert "cache-dit 0.2" not in result.output and "mask" in result.output
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\nexit 1\n")
-    python.chmod(0o755)
-    out = tmp_path / "out"
-    result = invoke(config, "--peers", "--peer-python", python, "-k", "mask, T", "-k", "cache-dit 0.2", "--prompts", 1,
-                    "--steps", 4, "--rounds", 0, "--out", out)  # fmt: skip
+    python, out = stub_python(tmp_path, "exit 1"), tmp_path / "out"
+    prompts = ("--prompts", 1, "--steps", 4, "--rounds", 0, "--pipeline", entry)
+    result = bench(config, *options, "--peer-python", python, *prompts, "--out", out)
     assert result.exit_code == 0, result.output
-    assert "cache-dit is not installed in" in plain(result.output) and 'pip install "cachedit-fx[peers]"' in plain(
-        result.output
-    )
+    assert "cache-dit is not installed in" in plain(result.output)
+    assert 'pip install "cachedit-fx[peers]"' in plain(result.output)
     page = page_of(out)
-    assert "Rows of cache-dit were skipped" in page["notes"][0] and not any(
-        "cache-dit" in r["name"] for r in page["rows"]
-    )
+    assert "Rows of cache-dit were skipped" in page["notes"][0]
+    assert not any("cache-dit" in row["name"] for row in page["rows"])
     assert all(row["wall"] is None for row in page["rows"][1:])
-    alone = invoke(config, "--peers", "--peer-python", python, "-k", "cache-dit 0.2", "--out", out)
+    alone = bench(config, "--peers", "--peer-python", python, "-k", "cache-dit 0.2", "--out", out)
     assert alone.exit_code == 1 and "not installed" in plain(alone.output)
 
 
-def test_a_peer_that_fails_does_not_end_the_run(entry, config, tmp_path):
-    path = tmp_path / "rows.toml"
-    path.write_text("[peer]\nsystem = 'diffusers'\nconfig = 'NoSuchConfig'\n[ours]\nFn_compute_blocks = 1\n")
-    out = tmp_path / "out"
-    result = invoke(path, "--prompts", 1, "--steps", 2, "--rounds", 0, "--pipeline", entry, "--out", out)
+def test_missing_peer_is_said_before_anything_starts(tmp_path):
+    with pytest.raises(BenchmarkError, match=r"cachedit-fx\[peers\]"):
+        check_peer(stub_python(tmp_path, "exit 1"))
+    with pytest.raises(BenchmarkError, match="--peer-python"):
+        check_peer("/no/such/python")
+
+
+PEER = "[peer]\nsystem = 'diffusers'\nconfig = 'FirstBlockCacheConfig'\nthreshold = 0.1\n"
+
+
+def test_a_peer_that_fails_does_not_end_the_run(entry, tmp_path):
+    path, out = tmp_path / "rows.toml", tmp_path / "out"
+    path.write_text(f"{PEER}[ours]\nFn_compute_blocks = 1\n")
+    settings = ("--prompts", 1, "--steps", 2, "--rounds", 0, "--pipeline", entry, "--out", out)
+    options = (*settings, "--peer-python", stub_python(tmp_path, "exit 3"))
+    result = bench(path, *options)
     assert result.exit_code == 0 and "peer failed" in plain(result.output)
     assert [row["name"] for row in page_of(out)["rows"]] == ["uncached", "ours", "2 steps"]
+    alone = bench(path, *options, "-k", "peer")
+    assert alone.exit_code == 1 and "exit code 3" in plain(alone.output)
+
+
+def test_a_peer_takes_turns_with_an_uncached_one_of_its_environment(entry, tmp_path, monkeypatch):
+    monkeypatch.setattr("cachedit_fx.bench.measure.Worker", WorkerHere)
+    path, out = tmp_path / "rows.toml", tmp_path / "out"
+    path.write_text(PEER)
+    options = ("--prompts", 1, "--steps", 4, "--rounds", 2, "--pipeline", entry, "--out", out)
+    result = bench(path, *options)
+    assert result.exit_code == 0, result.output
+    _, peer, rival = page_of(out)["rows"]
+    assert peer["system"] == "diffusers" and peer["cached_by_call"] == [None] and rival["system"] == "uncached"
+    assert len(peer["wall_ratios"]) == len(rival["wall_ratios"]) == 2
+    assert f"torch is {torch.__version__} here and 2 in the peers' environment" in plain(result.output)
 
 
 PEERS = [
@@ -335,28 +337,36 @@ PEERS = [
 
 @pytest.mark.parametrize(("arguments", "computed"), PEERS)
 def test_diffusers_own_caches_run(entry, arguments, computed):
-    system = System(Setup("diffusers", arguments, steps=5, entry=entry, calibration=("a red circle",)))
+    system = shared_system(Setup("diffusers", arguments, steps=5, entry=entry, calibration=("a red circle",)))
     drawing = system.draw(["a blue square"], 5, 0, count=True)
-    whole = System(Setup(entry=entry)).draw(["a blue square"], 5, 0, count=True)
+    whole = shared_system(Setup(entry=entry)).draw(["a blue square"], 5, 0, count=True)
     assert [step for step, flops in enumerate(drawing.flops) if flops == whole.flops[step]] == computed
     assert not torch.equal(drawing.pictures, whole.pictures)
 
 
-def test_a_worker_draws_what_this_process_draws(entry):
+def test_a_worker_draws_what_this_process_draws_and_reports_what_fails(entry):
     setup = Setup(entry=entry)
     worker = Worker("plain", sys.executable, setup)
     try:
         worker.wait_until_ready()
         there = worker.draw(["a red circle", "a blue square"], 2, 5, count=True)
+        with pytest.raises(BenchmarkError, match="plain: UnknownWordError.*'circel'"):
+            worker.draw(["a red circel"], 2, 5)
     finally:
         worker.stop()
-    here = System(setup).draw(["a red circle", "a blue square"], 2, 5, count=True)
+    here = shared_system(setup).draw(["a red circle", "a blue square"], 2, 5, count=True)
     assert torch.equal(there.pictures, here.pictures) and there.flops == here.flops and len(here.flops) == 2
     assert worker.versions["torch"] == torch.__version__
 
 
+def test_worker_that_dies_is_reported(tmp_path):
+    worker = Worker("dying", stub_python(tmp_path, "exit 3"), Setup())
+    with pytest.raises(BenchmarkError, match="exit code 3"):
+        worker.wait_until_ready()
+
+
 def test_flops_are_the_transformers_alone(entry):
-    system = System(Setup(entry=entry))
+    system = shared_system(Setup(entry=entry))
     one = system.draw(["a red circle"], 1, 0, count=True).flops
     assert system.draw(["a red circle"], 3, 0, count=True).flops == one * 3
     assert system.pipe.transformer._compiled_call_impl is None
@@ -378,9 +388,9 @@ def test_the_front_is_what_nothing_beats():
         measured("as cheap and worse", 0.3, [39.0]),
         measured("cheapest", 0.2, [30.0], "cache-dit"),
     ]
-    report = report_of(rows)
-    assert [row.name for row in report.pareto()] == ["best", "cheap", "cheapest"]
-    assert "| **cheap** |" in markdown(report) and "| dearer and worse |" in markdown(report)
+    record = record_of(rows)
+    assert [row.name for row in record.pareto()] == ["best", "cheap", "cheapest"]
+    assert "| **cheap** |" in markdown(record) and "| dearer and worse |" in markdown(record)
 
 
 def test_means():
@@ -391,14 +401,25 @@ def test_means():
 
 
 def test_rows_survive_the_file(tmp_path):
-    report = report_of([measured(UNCACHED, 1.0, [None], UNCACHED), measured("a", 0.5, [40.0], accuracy={"all": 0.5})])
-    save_json(report, tmp_path)
-    assert load_rows(tmp_path, report.settings) == report.rows
+    record = record_of([measured(UNCACHED, 1.0, [None], UNCACHED), measured("a", 0.5, [40.0], accuracy={"all": 0.5})])
+    record.save(tmp_path)
+    assert load_rows(tmp_path, record.settings) == record.rows
     with pytest.raises(ResumeError, match="seed 0 there and 1 now"):
         load_rows(tmp_path, Settings(("a red circle",), seed=1))
     (tmp_path / "bench.json").write_text("{}")
     with pytest.raises(ResumeError, match="was not written by"):
-        load_rows(tmp_path, report.settings)
+        load_rows(tmp_path, record.settings)
+
+
+def test_a_file_of_fewer_settings_can_be_resumed(tmp_path):
+    record = record_of([measured("a", 0.5, [40.0])])
+    record.save(tmp_path)
+    page = page_of(tmp_path)
+    del page["settings"]["threads"], page["rows"][0]["cpu_seconds"]
+    (tmp_path / "bench.json").write_text(json.dumps(page))
+    assert load_rows(tmp_path, record.settings) == record.rows
+    with pytest.raises(ResumeError, match="threads 1 there and 2 now"):
+        load_rows(tmp_path, Settings(("a red circle",), threads=2))
 
 
 def test_two_rows_of_one_name():
@@ -415,23 +436,36 @@ def test_peers_have_names_of_their_own():
 @pytest.mark.parametrize("count", [0, 1, 40])
 def test_plot_of_few_and_of_many(tmp_path, count):
     systems = ("cachedit_fx", "cache-dit", "diffusers", UNCACHED)
-    rows = [measured(UNCACHED, 1.0, [None], UNCACHED)]
-    rows += [measured(f"row {i}", 0.2 + i / 60, [30.0 + i], systems[i % 4]) for i in range(count)]
-    save_plot(report_of(rows), tmp_path / "bench.png")
+    rows = [measured(f"row {i}", 0.2 + i / 60, [30.0 + i], systems[i % 4]) for i in range(count)]
+    rows.append(measured("identical", 0.9, [None]))
+    save_quality(rows, record_of(rows).pareto(), "some rows", tmp_path / "bench.png")
     assert Image.open(tmp_path / "bench.png").height > 500
 
 
-def test_help_teaches_and_imports_little():
-    helped = plain(invoke("--help").output)
+def test_help_teaches():
+    helped = plain(bench("--help").output)
     for told in ("--peers", "--resume", "generate(pipe, prompts, steps, seed)", "as many steps as cost the same work"):
         assert told in helped
+    assert "What is measured" in helped and "On which pictures" in helped and "How it runs" in helped
+    assert "overhead" in helped and "cold" in helped
 
 
-def test_a_mask_policy_stands_for_the_mask_of_the_run_s_steps(tmp_path):
+def test_a_mask_policy_stands_for_the_mask_of_the_run_s_steps(entry, tmp_path):
     path = tmp_path / "rows.toml"
     path.write_text('[one]\nmask_policy = "fast"\nsteps_computation_policy = "static"\nFn_compute_blocks = 1\n')
     (row,) = read_rows(path, 6)
-    settings = Settings(prompts=("a red circle",), steps=6, rounds=0)
-    made = Bench(settings, lambda what, done: None, sys.executable)
+    made = Bench(Settings(prompts=("a red circle",), steps=6, rounds=0, entry=entry))
     made.draw_reference()
-    assert made.measure(row).cached_steps == cachedit_fx.steps_mask("fast", 6).count(0)
+    with made.group() as group:
+        assert group.draw(row).cached_steps == cachedit_fx.steps_mask("fast", 6).count(0)
+
+
+def test_a_system_that_is_not_deterministic_is_found(entry):
+    made = Bench(Settings(prompts=("a red circle",), steps=4, rounds=1, entry=entry))
+    made.draw_reference()
+    row = Row("mask", arguments={"Fn_compute_blocks": 1, "steps_computation_mask": "1101",
+                                 "steps_computation_policy": "static"})  # fmt: skip
+    with made.group() as group:
+        group.draw(row).cached_by_call[0] = [1]
+        with pytest.raises(BenchmarkError, match=r"mask cached steps \[2\] .* \[1\] before: it is not deterministic"):
+            group.time()
