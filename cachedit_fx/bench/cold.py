@@ -5,8 +5,8 @@
         warm   another process, the same folder
         sizes  three resolutions in the warm process's place, dynamic shapes: seconds of the first call at each
 
-`capture` is dynamo alone (`backend="eager"`): it is linear in depth, part of every way but `compile_repeated_blocks`,
-and not the compiler's to change, so the table has times with and without it.
+`capture` is dynamo alone (`backend="eager"`). It is linear in depth, and part of every way but
+`compile_repeated_blocks`. A compiler cannot change it, so the table has times with and without it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Bandwidth of the kernels over that of a copy that moves as many bytes, and their time over plain torch's.
 
-By turns: ours, the copy, the reference of the kernel's file; medians. What counts as moved are the bytes that cannot be
-avoided: each input read once, each output written once. On a GPU events take the times, and the L2 cache is flushed
-ahead of each; on a CPU it is one thread, and what fits its caches is in them.
+Ours, the copy and the reference of the kernel's file take turns; medians count. The bytes moved are those that cannot
+be avoided: each input read once, each output written once. On a GPU events take the times, and the L2 cache is flushed
+before each. On a CPU one thread runs, and its caches hold what fits.
 """
 
 from __future__ import annotations

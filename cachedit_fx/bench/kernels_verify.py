@@ -268,8 +268,10 @@ def _compile(variant: Variant, target: Target) -> tuple[Any, str, float]:
 
 
 class Shares(NamedTuple):
-    """A thread's loads, or its stores, in bytes: those of its own share of the tile, and those that threads have in
-    common: a row's scale, which all threads of a row read; a sum, which one of them writes."""
+    """A thread's loads, or its stores, in bytes: those of its own share of the tile, and those in common with others.
+
+    All threads of a row read the row's scale. One thread writes a sum.
+    """
 
     own: list[int]
     common: list[int]

@@ -21,7 +21,7 @@ from cachedit_fx.bench.rows import UNCACHED, Row, RowError, fewer_steps, peer_ro
 from cachedit_fx.bench.systems import Drawing, EntryError, Setup, load_entry
 from cachedit_fx.report.plots import save_quality
 
-pytestmark = pytest.mark.keep_compiled
+pytestmark = [pytest.mark.keep_compiled, pytest.mark.xdist_group("bench")]  # they share what is compiled
 
 ROWS = """
 ["never"]

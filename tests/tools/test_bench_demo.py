@@ -17,9 +17,9 @@ from cachedit_fx.runtime.policies.base import Decision, Reason
 from cachedit_fx.runtime.stats import CacheStats
 from cachedit_fx.shapes import tokenize
 
-pytestmark = pytest.mark.keep_compiled
+pytestmark = [pytest.mark.keep_compiled, pytest.mark.xdist_group("bench")]  # they share what is compiled
 
-STEPS, WARMUP = 8, 4
+STEPS, WARMUP = 6, 4
 FILES = ["differences.png", "grid.png", "table.md"]
 
 

@@ -17,7 +17,7 @@ from cachedit_fx.bench.pages import markdown
 from cachedit_fx.bench.record import Record
 from cachedit_fx.bench.rows import Row, RowError
 
-pytestmark = pytest.mark.keep_compiled
+pytestmark = [pytest.mark.keep_compiled, pytest.mark.xdist_group("bench")]  # they share what is compiled
 
 
 def rows(steps=(10, 12), psnr=40.0, seconds=0.4):
@@ -112,7 +112,7 @@ def test_a_run_of_pairs(entry, tmp_path, monkeypatch):
     monkeypatch.setattr("cachedit_fx.bench.measure.Worker", WorkerHere)
     monkeypatch.setattr("cachedit_fx.bench.run.check_peer", lambda python: "1.5.4")
     out = tmp_path / "out"
-    options = ("--pipeline", entry, "--prompts", 5, "--steps", 5, "--rounds", 1, "--out", out)
+    options = ("--pipeline", entry, "--prompts", 2, "--steps", 5, "--rounds", 1, "--out", out)
     result = against(*options, "-k", "0.2")
     assert result.exit_code == 0, result.output
     told = plain(result.output)
@@ -121,7 +121,7 @@ def test_a_run_of_pairs(entry, tmp_path, monkeypatch):
     assert [row["name"] for row in page["rows"]][:3] == ["uncached", "F1 R0.2", "cache-dit F1 R0.2"]
     ours, peer = page["rows"][1:3]
     assert ours["cached_by_call"] == peer["cached_by_call"] and ours["psnr"] == peer["psnr"]
-    assert len(ours["seconds"]) == len(peer["wall_ratios"]) == 5  # every prompt is timed
+    assert len(ours["seconds"]) == len(peer["wall_ratios"]) == page["settings"]["timed"] == 2  # every prompt is timed
     assert "| F1 R0.2 |" in (out / "bench.md").read_text().split("against cache-dit")[1]
 
     resumed = against(*options, "-k", "0.2", "-k", "0.12", "--resume")
