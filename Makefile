@@ -6,8 +6,10 @@ SHELL := bash
 
 # The interpreter that makes the environment; empty: the first of CANDIDATES that is 3.11 or newer.
 PYTHON ?=
+# The parts that `make test-all` runs; empty: every part that has not passed on this tree.
+PART ?=
 # Further arguments for pytest, `cachedit demo` and tests/fuzz.py.
-PYTEST_ARGS ?= -n auto --dist worksteal
+PYTEST_ARGS ?= -n auto --dist loadgroup
 DEMO_ARGS ?=
 FUZZ_ARGS ?= --cases 500
 
@@ -23,22 +25,26 @@ CREATED := $(VENV)/.stamp-created-$(WHERE)
 INSTALLED := $(VENV)/.stamp-installed
 INSTALLED_DEV := $(VENV)/.stamp-installed-dev
 
-.PHONY: help demo test lint format typecheck pytest fuzz compiler clean distclean
+.PHONY: help demo test test-all lint format typecheck pytest fuzz compiler clean distclean
 
 help: ## this list
 	@echo "cachedit_fx: targets"
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1|\2/p' Makefile | while IFS='|' read -r t d; do printf '%-18s %s\n' "$$t" "$$d"; done
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' Makefile | while IFS='|' read -r t d; do printf '%-18s %s\n' "$$t" "$$d"; done
 	@echo
 	@echo "Variables"
 	@echo "  PYTHON=/path/to/python        makes .venv with this interpreter (3.11 or newer); after 'make distclean'"
-	@echo "  PYTEST_ARGS='-m \"not slow\"'   goes to pytest: '-k NAME', '-n 2', 'tests/test_policy.py', ..."
+	@echo "  PYTEST_ARGS='-k NAME'         goes to pytest: '-n 2', '--part zoo', 'tests/runtime/test_policy.py', ..."
+	@echo "  PART='zoo fuzz'               the parts that 'make test-all' runs; docs/tested.md lists them"
 	@echo "  FUZZ_ARGS='--cases 2000'       goes to tests/fuzz.py: '--help', '--seed N', ..."
 	@echo "  DEMO_ARGS='--help'            goes to 'cachedit demo'"
 
 demo: compiler $(INSTALLED) ## pictures with the bundled model, without and with the cache
 	$(VENV)/bin/cachedit demo $(DEMO_ARGS)
 
-test: compiler lint typecheck pytest ## everything: lint, type-check, test
+test: compiler lint typecheck pytest ## lint, type-check, and the tests that run by default
+
+test-all: compiler lint typecheck ## all tests, in parts that go on where they stopped (PART); writes docs/tested.md
+	$(PY) tests/parts.py $(addprefix --part ,$(PART)) -- $(PYTEST_ARGS)
 
 lint: $(INSTALLED_DEV) ## ruff: rules and format
 	$(PY) -m ruff check .
@@ -60,7 +66,7 @@ typecheck: $(INSTALLED_DEV) ## mypy
 	cd $(MYPY_TREE) && ../$(PY) -m mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache $(MYPY_ARGS) \
 	    | sed -E 's#^cachedit_fx/(kernels|passes)/#\1/#'
 
-pytest: compiler $(INSTALLED_DEV) ## the tests alone (PYTEST_ARGS)
+pytest: compiler $(INSTALLED_DEV) ## the default tests alone (PYTEST_ARGS)
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 fuzz: $(INSTALLED_DEV) ## random models, held to what must be true of every model (FUZZ_ARGS)

@@ -67,6 +67,8 @@ def compile_graph(
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
         return UncachedGraph(compile_whole(gm, example_inputs, options), finder, GRADIENTS)
     outcome = rewrite(gm, options, state.traced if state is not None else NOTHING_KNOWN)
+    if state is not None and state.observe is not None:
+        state.observe(outcome.facts)
     forward = lower(outcome.graph_module, options) or compile_whole(gm, example_inputs, options)
     return graph_of(gm, forward, finder, outcome.facts)
 

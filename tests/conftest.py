@@ -1,8 +1,11 @@
 """What every test shares: one thread, no network, a compile cache of this run's own, and fresh dynamo state.
 
-The environment is set here, before anything imports torch, so that the processes that tests start inherit it.
+The environment is set here, before anything imports torch, so that the processes that tests start inherit it. Here too
+is decided which tests run (`--part`), and which of them one worker of xdist gets together.
 """
 
+import gc
+import logging
 import os
 import shutil
 import sys
@@ -10,6 +13,8 @@ import tempfile
 
 import pytest
 from hypothesis import settings
+from lib.cpu_time import CpuTime, allowed_seconds
+from parts import DEFAULT, PARTS
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
@@ -26,13 +31,74 @@ import torch  # noqa: E402 - after the environment
 
 torch.set_num_threads(1)
 
+# Pytest adds its log handlers to every logger that does not propagate. This one must have none: torch writes out each
+# graph and each guard for them, which takes a sixth of a capture's time.
+_trace_log = logging.getLogger("torch.__trace")
+_trace_log.handlers.clear()
+_trace_log.propagate = True
+
 # A first example may compile something: no deadline. In CI the same examples every time: a red run can be repeated.
 settings.register_profile("tests", deadline=None, print_blob=True)
 settings.register_profile("ci", settings.get_profile("tests"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "tests")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", choices=PARTS, default=DEFAULT, help="the part of the test suite to run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(CpuTime(), "cpu-time")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep one part's tests. For several workers: keep tests together that share a fixture, and put long ones first."""
+    chosen = config.getoption("part")
+    parts = {item: _part_of(item) for item in items}
+    config.hook.pytest_deselected(items=[item for item in items if parts[item] != chosen])
+    items[:] = [item for item in items if parts[item] == chosen]
+    if hasattr(config, "workerinput"):
+        for item in items:
+            group = _group(item)
+            if group is not None and item.get_closest_marker("xdist_group") is None:
+                item.add_marker(pytest.mark.xdist_group(group))
+        items.sort(key=lambda item: -allowed_seconds(item))
+
+
+def _part_of(item: pytest.Item) -> str:
+    """The part that the `full` marker names; without one, the default part."""
+    marker = item.get_closest_marker("full")
+    if marker is None:
+        return DEFAULT
+    (part,) = marker.args
+    if part not in PARTS:
+        raise pytest.UsageError(f"{item.nodeid}: no part is called {part!r}; tests/parts.py has {', '.join(PARTS)}")
+    return str(part)
+
+
+def _group(item: pytest.Item) -> str | None:
+    """What the tests have in common that share a fixture of this suite: its module and parameter, or the session."""
+    assert isinstance(item, pytest.Function)
+    definitions = {name: each[-1] for name, each in item._fixtureinfo.name2fixturedefs.items() if each[-1].baseid}
+    scopes = {definition.scope for definition in definitions.values()}  # pytest's own fixtures have no base
+    if "session" in scopes:
+        return "session"
+    if "module" not in scopes:
+        return None
+    indices = item.callspec.indices if hasattr(item, "callspec") else {}
+    parameters = [str(index) for name, index in indices.items() if name in definitions]
+    return ":".join([item.location[0], *parameters])
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector the half a million objects that importing leaves: it would go through them often."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
+
+
 def pytest_unconfigure() -> None:
+    gc.unfreeze()
     if _own_cache is not None:
         shutil.rmtree(_own_cache, ignore_errors=True)
 

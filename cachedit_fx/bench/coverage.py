@@ -15,7 +15,7 @@ import sys
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,10 +30,14 @@ from cachedit_fx.bench.errors import RequestError
 from cachedit_fx.bench.progress import Tell
 from cachedit_fx.capture import uncompiled
 from cachedit_fx.config.cache import DBCacheConfig
-from cachedit_fx.explanation import explain
 from cachedit_fx.metrics.flops import FlopCounter
+from cachedit_fx.passes.base import Facts
+from cachedit_fx.passes.block_loops import Detection
 from cachedit_fx.passes.find_timestep import NAMES
+from cachedit_fx.passes.plan_regions import RegionReport
 from cachedit_fx.report.tables import Heading, Table, page, titled_list
+from cachedit_fx.runtime.registry import state_of_module
+from cachedit_fx.runtime.stats import CacheStats
 from cachedit_fx.runtime.warning import CacheWarning
 
 Inputs = Callable[[int], dict[str, Any]]
@@ -83,14 +87,65 @@ class Covered:
         return all(self.passed.get(name, False) for name in CHECKS)
 
 
+class Subject:
+    """A module as `check` uses it: compiled under one cache config after another, called, asked what happened.
+
+    Attributes:
+        chain: name -> number of blocks, of the loops of the chain that was found.
+        middle: names of the blocks that the regions bypass.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.chain: dict[str, int] = {}
+        self.middle: set[str] = set()
+
+    def compile(self, cache: DBCacheConfig | None) -> None:
+        """As a user would. The next call captures the module, unless only the policy is another."""
+        api.compile(self.module, inner_backend="eager", cache=cache)
+        state = state_of_module(self.module)
+        assert state is not None
+        state.observe = self.note
+
+    def note(self, facts: Facts) -> None:
+        """Take down the facts of one graph. Every compilation of the module finds the same."""
+        detection, report = facts.get(Detection), facts.get(RegionReport)
+        if detection is not None:
+            self.chain |= {loop.name: loop.num_blocks for loop in detection.chain_loops}
+        if report is not None:
+            self.middle |= {block.name for region in report.regions for block in region.middle}
+
+    def __call__(self, arguments: Mapping[str, Any]) -> list[torch.Tensor]:
+        """The tensors that the module, as compiled, returns for these keyword arguments."""
+        return tensors(self.module(**arguments))
+
+    def summary(self) -> list[CacheStats]:
+        """Statistics of the latest generation."""
+        return api.summary(self.module)
+
+    def close(self) -> None:
+        """Give the module back plain."""
+        api.disable_cache(self.module)
+        torch.compiler.reset()
+
+
 @torch.no_grad()
-def check(name: str, make: Make, blocks: int | None = None) -> Covered:
+def check(
+    name: str,
+    make: Make,
+    blocks: int | None = None,
+    *,
+    subject: Callable[[nn.Module], Subject] = Subject,
+    resizes: bool = True,
+) -> Covered:
     """Put one model through every check.
 
     Args:
         name: the model's, for the result.
         make: gives a module in eval mode and its inputs; the module is compiled and given back plain.
         blocks: how many blocks its chain has; None accepts any number.
+        subject: compiles and calls the module.
+        resizes: whether to check a second resolution, which costs another capture.
 
     Never raises for what the model does: an exception becomes the result's reason.
     """
@@ -99,11 +154,13 @@ def check(name: str, make: Make, blocks: int | None = None) -> Covered:
         warnings.simplefilter("always")
         try:
             module, inputs = make()
+            compiled = subject(module)
             try:
-                _check(row, module, inputs, blocks)
+                _check(row, compiled, inputs, blocks)
+                if resizes:
+                    _check_size(row, compiled, inputs)
             finally:
-                api.disable_cache(module)
-                torch.compiler.reset()
+                compiled.close()
         except Exception as error:
             at = traceback.extract_tb(error.__traceback__)[-1]
             message = str(error).strip().partition("\n")[0]
@@ -114,53 +171,53 @@ def check(name: str, make: Make, blocks: int | None = None) -> Covered:
     return row
 
 
-def _check(row: Covered, module: nn.Module, inputs: Inputs, blocks: int | None) -> None:
-    small, large = inputs(1), inputs(2)
-    plain = _tensors(module(**small))
-    plain_later, plain_large = _tensors(module(**_at(small, LATER))), _tensors(module(**large))
+def _check(row: Covered, compiled: Subject, inputs: Inputs, blocks: int | None) -> None:
+    module, small = compiled.module, inputs(1)
+    plain, plain_later = tensors(module(**small)), tensors(module(**_at(small, LATER)))
     if not plain or not all(item.isfinite().all() for item in plain) or _equal(plain, plain_later):
         raise ValueError("the plain module must return finite tensors that depend on the timestep")
 
     exact = []
     for cache in (None, ALWAYS.reset(residual_diff_threshold=0)):
-        api.compile(module, inner_backend="eager", cache=cache)
-        exact += [_equal(_tensors(module(**small)), plain), _equal(_tensors(module(**_at(small, LATER))), plain_later)]
+        compiled.compile(cache)
+        exact += [_equal(compiled(small), plain), _equal(compiled(_at(small, LATER)), plain_later)]
     row.passed["exact"] = all(exact)
 
-    explanation = explain(module, **small)
-    chain = [loop for loop in explanation.loops if loop.name in explanation.chain]
-    row.loops = tuple(f"{loop.name} x {loop.num_blocks}" for loop in chain)
-    row.passed["blocks"] = bool(chain) and sum(loop.num_blocks for loop in chain) == (
-        blocks if blocks is not None else sum(loop.num_blocks for loop in chain)
-    )
-    middle = [block.name for region in explanation.regions for block in region.blocks[1:]]
+    row.loops = tuple(f"{name} x {number}" for name, number in compiled.chain.items())
+    row.passed["blocks"] = bool(compiled.chain) and blocks in (None, sum(compiled.chain.values()))
 
-    api.compile(module, inner_backend="eager", cache=ALWAYS)
+    compiled.compile(ALWAYS)
     with FlopCounter() as full:
-        computed = _tensors(module(**small))
+        computed = compiled(small)
     with FlopCounter() as less:
-        reused = _tensors(module(**small))
-    other = _tensors(module(**_at(small, LATER)))
+        reused = compiled(small)
+    other = compiled(_at(small, LATER))
     row.passed["reuse"] = _equal(computed, plain) and _equal(reused, plain) and not _equal(other, plain_later)
-    row.passed["statistics"] = _counted(module, executed=3, cached=[1, 2])
-    row.passed["statistics"] &= all(stats.bytes_held > 0 for stats in api.summary(module))
+    row.passed["statistics"] = _counted(compiled, executed=3, cached=[1, 2])
+    row.passed["statistics"] &= all(stats.bytes_held > 0 for stats in compiled.summary())
     row.work = less.flops / full.flops
-    row.passed["work"] = _costs(module, middle, small, full.flops, less.flops)
+    row.passed["work"] = _costs(module, compiled.middle, small, full.flops, less.flops)
 
-    sizes = [_equal(_tensors(module(**large)), plain_large) for _ in range(2)] + [_counted(module, 2, [1])]
-    sizes += [_equal(_tensors(module(**small)), plain) for _ in range(2)] + [_counted(module, 2, [1])]
-    row.passed["size"] = all(sizes)
-
-    api.compile(module, inner_backend="eager", cache=ALWAYS.reset(enable_separate_cfg=None))
+    compiled.compile(ALWAYS.reset(enable_separate_cfg=None))
     generations = []
     for _ in range(2):
-        generations.append([_tensors(module(**_at(small, scale))) for scale in (FIRST, LATER, LATER**2)])
-        row.passed["statistics"] &= _counted(module, executed=3, cached=[1, 2])
+        generations.append([compiled(_at(small, scale)) for scale in (FIRST, LATER, LATER**2)])
+        row.passed["statistics"] &= _counted(compiled, executed=3, cached=[1, 2])
     first, second = generations
     row.passed["restart"] = all(_equal(a, b) for a, b in zip(first, second, strict=True)) and _equal(first[0], plain)
 
 
-def _costs(module: nn.Module, middle: list[str], arguments: Mapping[str, Any], full: int, less: int) -> bool:
+def _check_size(row: Covered, compiled: Subject, inputs: Inputs) -> None:
+    small, large = inputs(1), inputs(2)
+    with uncompiled(compiled.module):
+        plain, plain_large = tensors(compiled.module(**small)), tensors(compiled.module(**large))
+    compiled.compile(ALWAYS)
+    sizes = [_equal(compiled(large), plain_large) for _ in range(2)] + [_counted(compiled, 2, [1])]
+    sizes += [_equal(compiled(small), plain) for _ in range(2)] + [_counted(compiled, 2, [1])]
+    row.passed["size"] = all(sizes)
+
+
+def _costs(module: nn.Module, middle: Collection[str], arguments: Mapping[str, Any], full: int, less: int) -> bool:
     """Whether a reused step leaves out the FLOPs of the blocks in the middle, as the plain module spends them."""
     counted = 0
     started: list[int] = []
@@ -187,14 +244,15 @@ def _costs(module: nn.Module, middle: list[str], arguments: Mapping[str, Any], f
     return full == counter.flops and 0 < less <= full - counted < full
 
 
-def _counted(module: nn.Module, executed: int, cached: list[int]) -> bool:
+def _counted(compiled: Subject, executed: int, cached: list[int]) -> bool:
     """Whether every region says so; several graphs have a region each."""
     expected = (executed, cached, 0)
-    found = [(stats.executed_steps, stats.cached_steps, stats.uncached_calls) for stats in api.summary(module)]
+    found = [(stats.executed_steps, stats.cached_steps, stats.uncached_calls) for stats in compiled.summary()]
     return bool(found) and all(item == expected for item in found)
 
 
-def _tensors(result: Any) -> list[torch.Tensor]:
+def tensors(result: Any) -> list[torch.Tensor]:
+    """Copies of the tensors in what a module returned, in order."""
     return [leaf.clone() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
 
 

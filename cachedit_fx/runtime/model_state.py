@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 
 from cachedit_fx.config.options import Options
-from cachedit_fx.passes.base import NOTHING_KNOWN
+from cachedit_fx.passes.base import NOTHING_KNOWN, Facts
 from cachedit_fx.runtime.listener import Hint
 from cachedit_fx.runtime.session import Session, session_key
 from cachedit_fx.runtime.warning import warn
@@ -36,6 +36,7 @@ class ModelState:
         config: the config in `options.cache`; None if caching is off.
         hint: returns the caller's hint about the present call.
         traced: knowledge about the module from outside its graphs.
+        observe: called with the facts of each graph that is compiled.
         latest: the session that was called last.
         last_call: time of the last call, by the monotonic clock, in seconds.
     """
@@ -45,6 +46,7 @@ class ModelState:
         self.config = options.cache
         self.hint: Callable[[], Hint] = Hint
         self.traced = NOTHING_KNOWN
+        self.observe: Callable[[Facts], None] | None = None
         self.latest: Session | None = None
         self.last_call = 0.0
         self._here = threading.local()

@@ -5,15 +5,13 @@ A toy is called as `toy(hidden_states, timestep)` unless it says otherwise; `inp
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lib import zoo
-from lib.zoo import images, images_joint, videos, videos_wan
-from lib.zoo.base import packed
 from torch import Tensor, nn
 
 WIDTH = 16
@@ -319,19 +317,23 @@ def functional_weights(num_blocks: int = 4, width: int = WIDTH) -> list[tuple[Te
 Case = tuple[nn.Module, dict[str, Any]]
 
 
-def _case(make: Callable[..., zoo.Case], **changes: Any) -> Case:
+def _case(file: str, name: str, **changes: Any) -> Case:
+    """An entry of the zoo, which is imported when first needed: diffusers takes seconds."""
+    make = getattr(importlib.import_module(f"lib.zoo.{file}"), name)
     module, inputs = inspect.unwrap(make)(**changes)
     return module, inputs(1) | {"return_dict": False}
 
 
 def flux(double: int = 3, single: int = 4, batch: int = 1, tokens: int = 16, text: int = 6) -> Case:
     model, _ = _case(
-        images_joint.FluxTransformer2DModel, num_layers=double, num_single_layers=single, guidance_embeds=False
+        "images_joint", "FluxTransformer2DModel", num_layers=double, num_single_layers=single, guidance_embeds=False
     )
     return model, flux_inputs(batch, tokens, text)
 
 
 def flux_inputs(batch: int = 1, tokens: int = 16, text: int = 6, timestep: float = 0.5) -> dict[str, Any]:
+    from lib.zoo.base import packed
+
     return packed(1, tokens, batch, text) | {
         "pooled_projections": torch.randn(batch, 10),
         "timestep": torch.full((batch,), timestep),
@@ -340,32 +342,32 @@ def flux_inputs(batch: int = 1, tokens: int = 16, text: int = 6, timestep: float
 
 
 def sd3(num_layers: int = 4) -> Case:
-    return _case(images_joint.SD3Transformer2DModel, num_layers=num_layers, dual_attention_layers=())
+    return _case("images_joint", "SD3Transformer2DModel", num_layers=num_layers, dual_attention_layers=())
 
 
 def qwen_image(num_layers: int = 4) -> Case:
-    return _case(images_joint.QwenImageTransformer2DModel, num_layers=num_layers)
+    return _case("images_joint", "QwenImageTransformer2DModel", num_layers=num_layers)
 
 
 def wan(num_layers: int = 4) -> Case:
-    return _case(videos_wan.WanTransformer3DModel, num_layers=num_layers, image=False)
+    return _case("videos_wan", "WanTransformer3DModel", num_layers=num_layers, image=False)
 
 
 def pixart(num_layers: int = 4) -> Case:
-    return _case(images.PixArtTransformer2DModel, num_layers=num_layers)
+    return _case("images", "PixArtTransformer2DModel", num_layers=num_layers)
 
 
 def sana(num_layers: int = 4) -> Case:
-    return _case(images.SanaTransformer2DModel, num_layers=num_layers, guidance_embeds=False)
+    return _case("images", "SanaTransformer2DModel", num_layers=num_layers, guidance_embeds=False)
 
 
 def cogvideox(num_layers: int = 4) -> Case:
-    return _case(videos.CogVideoXTransformer3DModel, num_layers=num_layers)
+    return _case("videos", "CogVideoXTransformer3DModel", num_layers=num_layers)
 
 
 def ltx(num_layers: int = 4) -> Case:
-    return _case(videos.LTXVideoTransformer3DModel, num_layers=num_layers)
+    return _case("videos", "LTXVideoTransformer3DModel", num_layers=num_layers)
 
 
 def hunyuan_dit(num_layers: int = 8) -> Case:
-    return _case(images.HunyuanDiT2DModel, num_layers=num_layers)
+    return _case("images", "HunyuanDiT2DModel", num_layers=num_layers)

@@ -30,6 +30,14 @@ def run(model, config, calibrator=None, **arguments):
     return result, chain
 
 
+def fresh(shared, config, calibrator=None, granularity="block", **arguments):
+    """As `run`, by a model that was never called before: of a `SharedCapture`."""
+    shared.compile_anew(cache=config, calibrator=calibrator, granularity=granularity)
+    result = denoise(shared, **arguments)
+    (chain,) = shared.summary()
+    return result, chain
+
+
 def pruned(chain, branch=0):
     """The numbers of the blocks that each step pruned."""
     parts = chain.branch(branch).parts.values()

@@ -76,3 +76,11 @@ def check_next_generation(model: nn.Module, inputs: Inputs) -> Tensor:
     refresh_context(model, cache_config=SKIPS)
     assert torch.equal(generation(model, inputs), found)
     return found
+
+
+def small_pipeline() -> Any:
+    """The bundled pipeline with two blocks of each kind, and weights drawn anew, the same each time."""
+    from cachedit_fx.shapes.pipeline import TRANSFORMER_CONFIG, build_models, make_pipeline
+
+    torch.manual_seed(0)
+    return make_pipeline(*build_models(TRANSFORMER_CONFIG | {"num_layers": 2, "num_single_layers": 2}))

@@ -1,12 +1,14 @@
 """Models from outside diffusers: one set of properties for all of them, then what is particular to each shape.
 
 Everything is exact: blocks computed give the plain module's bits, blocks bypassed on identical inputs give them too,
-and the FLOPs of a bypass are those of the plain module less those of the blocks in the middle.
+and the FLOPs of a bypass are those of the plain module less those of the blocks in the middle. One capture a model
+serves every layout; the part `elsewhere` has the second resolutions, which dynamo captures anew with symbols.
 """
 
 import itertools
 import warnings
 from collections import defaultdict, deque
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -15,6 +17,8 @@ import torch
 from lib import elsewhere
 from lib.elsewhere import MODELS, WIDTH
 from lib.helpers import capture, copied, detected
+from lib.marks import only_in
+from lib.shared import SharedCapture
 
 import cachedit_fx
 from cachedit_fx import CacheWarning, Options
@@ -28,7 +32,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "loops": {"Fn_compute_blocks": 1, "Bn_compute_blocks": 1, "scope": "loop", "granularity": "region"},
 }
 REUSE: dict[str, Any] = {"residual_diff_threshold": 1e9, "max_warmup_steps": 1, "enable_separate_cfg": False}
-every_model = pytest.mark.parametrize("name", MODELS)
 
 
 def compiled(model, **options):
@@ -91,66 +94,91 @@ def expected_flops(name, inputs, first, last, scope="model", bare=False):
     return total - middle - spared, total - middle
 
 
-def counts(model):
-    """Of every region: blocks, steps, cached steps, calls that ran uncached."""
-    return [(r.num_blocks, r.executed_steps, r.cached_steps, r.uncached_calls) for r in cachedit_fx.summary(model)]
-
-
-def assert_counts(model, name, steps, cached, scope="model"):
-    found = counts(model)
-    assert sum(blocks for blocks, *_ in found) == MODELS[name].blocks
-    assert len(found) == 1 or scope == "loop"
-    assert [rest for _, *rest in found] == [[steps, cached, 0]] * len(found)
+def assert_counts(summary, name, steps, cached, scope="model"):
+    """Of every region: blocks, steps, cached steps, and that no call ran uncached."""
+    assert sum(region.num_blocks for region in summary) == MODELS[name].blocks
+    assert len(summary) == 1 or scope == "loop"
+    counted = [(region.executed_steps, region.cached_steps, region.uncached_calls) for region in summary]
+    assert counted == [(steps, cached, 0)] * len(summary)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # All models
 
 
-@every_model
+@dataclass
+class Case:
+    """A model of `MODELS`, plain, and its shared capture."""
+
+    name: str
+    plain: torch.nn.Module
+    shared: SharedCapture
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def case(request):
+    yield Case(request.param, elsewhere.make(request.param), SharedCapture(elsewhere.make(request.param)))
+    torch._dynamo.reset()
+
+
+@pytest.mark.keep_compiled
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_step_is_exact_where_computed_and_where_reused_on_identical_inputs(name, layout):
-    options = LAYOUTS[layout]
+def test_a_step_is_exact_where_computed_and_where_reused_on_identical_inputs(case, layout):
+    options, name, shared = LAYOUTS[layout], case.name, case.shared
     now, later = elsewhere.arguments(name, 500.0), elsewhere.arguments(name, 400.0)
-    plain, model = elsewhere.make(name), elsewhere.make(name)
-    expected, expected_later = run(plain, now), run(plain, later)
+    expected, expected_later = run(case.plain, now), run(case.plain, later)
     assert expected.isfinite().all() and not torch.equal(expected, expected_later)
     scope = options.get("scope", "model")
     with warnings.catch_warnings():
         warnings.simplefilter("error", CacheWarning)
 
-        compiled(model, **options, residual_diff_threshold=0)
-        assert torch.equal(run(model, now), expected) and torch.equal(run(model, later), expected_later)
-        assert_counts(model, name, 2, [], scope)
+        shared.compile(**options, residual_diff_threshold=0)
+        assert torch.equal(run(shared, now), expected) and torch.equal(run(shared, later), expected_later)
+        assert_counts(shared.summary(), name, 2, [], scope)
 
-        compiled(model, **options, **REUSE)  # a change of policy: nothing is compiled again
-        assert torch.equal(run(model, now), expected)
+        shared.compile(**options, **REUSE)  # a change of policy: nothing is compiled again
+        assert torch.equal(run(shared, now), expected)
         with FlopCounter() as work:
-            assert torch.equal(run(model, now), expected)
+            assert torch.equal(run(shared, now), expected)
         least, most = expected_flops(
             name, now, options["Fn_compute_blocks"], options.get("Bn_compute_blocks", 0), scope
         )
         assert least <= work.flops <= most
-        reused = run(model, later)
+        reused = run(shared, later)
         assert not torch.equal(reused, expected) and not torch.equal(reused, expected_later)
-        assert_counts(model, name, 3, [1, 2], scope)
+        assert_counts(shared.summary(), name, 3, [1, 2], scope)
+    assert len(shared.graphs) == 1
 
 
-@every_model
-def test_without_a_cache_the_cut_graph_is_the_plain_module(name):
-    inputs = elsewhere.arguments(name)
-    model = compiled(elsewhere.make(name), cache=None)
-    assert torch.equal(run(model, inputs), run(elsewhere.make(name), inputs))
-    assert counts(model) == []
+@pytest.mark.keep_compiled
+def test_without_a_cache_the_cut_graph_is_the_plain_module(case):
+    inputs = elsewhere.arguments(case.name)
+    case.shared.compile(cache=None)
+    assert torch.equal(run(case.shared, inputs), run(case.plain, inputs))
+    assert case.shared.summary() == []
+
+
+@pytest.mark.keep_compiled
+def test_another_generation_starts_anew(case):
+    case.shared.compile(Fn_compute_blocks=1, **REUSE)
+    first = elsewhere.arguments(case.name, 900.0)
+    expected = run(case.plain, first)
+    for _ in range(2):
+        assert torch.equal(run(case.shared, first), expected) and torch.equal(run(case.shared, first), expected)
+        run(case.shared, elsewhere.arguments(case.name, 700.0))
+        assert_counts(case.shared.summary(), case.name, 3, [1, 2])
 
 
 # The second resolution makes dynamo trace with symbols by itself; from the start it takes seconds a model.
-@pytest.mark.parametrize(
-    ("name", "dynamic"),
-    [(name, None) for name in MODELS]
-    + [(name, True) for name in ("flux", "u_vit", "spatial_temporal", "in_place_part")],
-)
+RESIZED = [(name, None) for name in MODELS] + [
+    (name, True) for name in ("flux", "u_vit", "spatial_temporal", "in_place_part")
+]
+RESIZED_BY_DEFAULT = [("dit", None), ("spatial_temporal", None), ("controlnet", None), ("in_place_part", True)]
+
+
+@pytest.mark.parametrize(("name", "dynamic"), only_in("elsewhere", RESIZED, but=RESIZED_BY_DEFAULT))
 def test_another_generation_and_another_resolution_start_anew(name, dynamic):
+    """As a user compiles it."""
     plain = elsewhere.make(name)
     model = compiled(elsewhere.make(name), Fn_compute_blocks=1, dynamic=dynamic, **REUSE)
     with warnings.catch_warnings():
@@ -161,7 +189,7 @@ def test_another_generation_and_another_resolution_start_anew(name, dynamic):
             assert torch.equal(run(model, first), run(plain, first)), generation
             run(model, elsewhere.arguments(name, 700.0, larger))
             run(model, elsewhere.arguments(name, 500.0, larger))
-            assert_counts(model, name, 4, [1, 2, 3])
+            assert_counts(cachedit_fx.summary(model), name, 4, [1, 2, 3])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,10 +287,13 @@ def exported(name):
 
 
 # make_fx has no number for a size that depends on data, and takes no weight that its caller does not name.
-TRACEABLE = {exported: list(MODELS), traced: [n for n in MODELS if n not in ("experts_routed", "list_unregistered")]}
+EXPORTED_ONLY = ("experts_routed", "list_unregistered")
+EXPORTED_BY_DEFAULT = (*EXPORTED_ONLY, "flux", "in_place_part", "u_vit")
+TRACED = [(traced, name) for name in MODELS if name not in EXPORTED_ONLY]
+EXPORTED = only_in("elsewhere", [(exported, name) for name in MODELS], but=[(exported, n) for n in EXPORTED_BY_DEFAULT])
 
 
-@pytest.mark.parametrize(("tracer", "name"), [(tracer, name) for tracer, names in TRACEABLE.items() for name in names])
+@pytest.mark.parametrize(("tracer", "name"), TRACED + EXPORTED)
 def test_graphs_without_names_are_cut_and_reused_exactly(name, tracer):
     gm, inputs = tracer(name)
     with torch.no_grad():

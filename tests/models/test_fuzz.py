@@ -13,7 +13,7 @@ from cachedit_fx.passes import normalize
 from cachedit_fx.runtime import memory
 
 FEW = settings(
-    max_examples=20, phases=(Phase.explicit, Phase.reuse, Phase.generate), suppress_health_check=list(HealthCheck)
+    max_examples=6, phases=(Phase.explicit, Phase.reuse, Phase.generate), suppress_health_check=list(HealthCheck)
 )
 
 
@@ -21,6 +21,18 @@ FEW = settings(
 @given(specs())
 def test_random_models_are_exact_repeat_themselves_and_are_counted(spec):
     check(spec)
+
+
+@pytest.mark.full("fuzz")
+@pytest.mark.budget(120, "five models, each through many captures")
+@pytest.mark.parametrize("first", range(0, 500, 5))
+def test_500_random_models(first):
+    """Those of `python tests/fuzz.py`, which makes a failure simpler too."""
+    for case in range(first, first + 5):
+        try:
+            check(spec_of(0, case))
+        except Exception as error:
+            raise AssertionError(f"see python tests/fuzz.py --seed 0 --first {case} --cases 1") from error
 
 
 @pytest.mark.parametrize(

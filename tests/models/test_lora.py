@@ -8,15 +8,28 @@ import pytest
 import torch
 from diffusers.loaders.peft import PeftAdapterMixin
 from lib import models
+from lib.marks import only_in
 from lib.toys import FALLING, Toy, denoise, make, noise
-from lib.wrapped import COMPUTES, SKIPS, call, check, check_next_generation, enabled, generation, plain, steps
+from lib.wrapped import (
+    COMPUTES,
+    SKIPS,
+    call,
+    check,
+    check_next_generation,
+    enabled,
+    generation,
+    plain,
+    small_pipeline,
+    steps,
+)
 from peft import LoraConfig, get_peft_model_state_dict
 from torch._dynamo.utils import counters
 
 from cachedit_fx import refresh_context, summary
-from cachedit_fx.shapes.pipeline import TRANSFORMER_CONFIG, build_models, generate, make_pipeline
+from cachedit_fx.shapes.pipeline import generate, make_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`", "ignore:.*lru_cache")
+LOADS = ("add_adapter", "load_lora_adapter")
 PROMPTS = ["a small red circle on navy"]
 
 
@@ -53,7 +66,7 @@ def follow(model, inputs, *changes):
     return before
 
 
-@pytest.mark.parametrize("how", ["add_adapter", "load_lora_adapter"])
+@pytest.mark.parametrize("how", only_in("wrappings", LOADS, but=["load_lora_adapter"]))
 def test_loaded_before_compiling(how):
     model, inputs = flux()
     without = plain(model, inputs)
@@ -64,7 +77,7 @@ def test_loaded_before_compiling(how):
     assert not torch.equal(check(model, inputs), without)
 
 
-@pytest.mark.parametrize("how", ["add_adapter", "load_lora_adapter"])
+@pytest.mark.parametrize("how", only_in("wrappings", LOADS, but=["load_lora_adapter"]))
 def test_loaded_after_compiling(how):
     model, inputs = flux()
     state = adapter(model)
@@ -91,6 +104,7 @@ def test_adapters_are_scaled_weighted_and_switched():
     )
 
 
+@pytest.mark.full("wrappings")
 def test_a_scale_that_moves_from_generation_to_generation():
     """Ten scales are more than the graphs that dynamo keeps of one model."""
     model, inputs = flux()
@@ -157,7 +171,7 @@ def test_ten_adapters_loaded_in_turn_stay_cached():
     assert torch.equal(denoise(model, start=start), expected)
 
 
-@pytest.mark.parametrize("adapted", [False, True], ids=["no adapter", "an adapter"])
+@pytest.mark.parametrize("adapted", only_in("wrappings", [False, True], but=[True]))
 def test_the_scale_among_a_calls_arguments(adapted):
     """`joint_attention_kwargs={"scale": ...}` multiplies every adapter for one call."""
     model, inputs = flux()
@@ -173,8 +187,7 @@ def test_the_scale_among_a_calls_arguments(adapted):
 
 def test_a_pipeline_loads_fuses_and_unloads():
     """`pipe.load_lora_weights` and its like, after compiling."""
-    torch.manual_seed(0)
-    pipe = make_pipeline(*build_models(TRANSFORMER_CONFIG | {"num_layers": 2, "num_single_layers": 2}))
+    pipe = small_pipeline()
     twin = make_pipeline(copy.deepcopy(pipe.transformer), pipe.shapes_text_encoder)
     state = adapter(pipe.transformer, 4)
     skips, computes = (SKIPS.reset(steps_computation_mask=mask) for mask in ("0010", "1111"))

@@ -11,6 +11,7 @@ from accelerate import cpu_offload, cpu_offload_with_hook
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import apply_group_offloading
 from lib import models
+from lib.marks import only_in
 from lib.wrapped import SKIPS, call, check, check_next_generation, enabled, generation, plain, steps
 
 from cachedit_fx import CacheWarning, disable_cache, summary
@@ -49,7 +50,7 @@ def test_hooks_on_the_whole_model_keep_it_one_graph(how):
     assert torch.equal(check(model, inputs), expected)
 
 
-@pytest.mark.parametrize("how", WHOLE)
+@pytest.mark.parametrize("how", only_in("wrappings", WHOLE, but=["aligned devices"]))
 def test_hooks_put_on_and_taken_off_after_compiling(how):
     model, inputs = flux()
     enabled(model, SKIPS)
@@ -72,7 +73,7 @@ def test_a_model_that_is_offloaded_between_generations():
     assert torch.equal(check_next_generation(model, inputs), expected)
 
 
-@pytest.mark.parametrize("how", BREAKING)
+@pytest.mark.parametrize("how", only_in("wrappings", BREAKING, but=["sequential offload", "a group a block"]))
 def test_hooks_within_the_model_break_it_into_frames(how):
     model, inputs = flux()
     expected = plain(model, inputs)

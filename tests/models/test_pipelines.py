@@ -1,12 +1,15 @@
 """The bundled model behind a real `FluxPipeline`: what a user does first."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import FlowMatchHeunDiscreteScheduler
+from lib.wrapped import enabled, small_pipeline
 
-from cachedit_fx import DBCacheConfig, Reason, disable_cache, enable_cache, refresh_context, summary
+from cachedit_fx import DBCacheConfig, Reason, disable_cache, refresh_context, summary
 from cachedit_fx.metrics.flops import FlopCounter
-from cachedit_fx.shapes import generate, load_pipeline
+from cachedit_fx.shapes import generate
 
 pytestmark = [pytest.mark.keep_compiled, pytest.mark.filterwarnings("ignore:.*inert threshold")]
 STEPS = 6
@@ -27,48 +30,32 @@ class Heun(FlowMatchHeunDiscreteScheduler):
         super().set_timesteps(STEPS, device)
 
 
-@pytest.fixture(scope="module")
-def plain():
-    return load_pipeline()
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    """Compiled once for all tests; each sets its own policy."""
-    pipe = enable_cache(load_pipeline(), BASE, inner_backend="eager")
-    picture(pipe)
-    return pipe
-
-
-def policy(pipe, config):
-    enable_cache(pipe, config, inner_backend="eager")
-
-
 @pytest.mark.parametrize("scale", [1.0, 3.0], ids=["one branch", "true CFG"])
-def test_everything_computed_is_the_plain_pipeline_to_the_bit(pipe, plain, scale):
-    policy(pipe, ALL_ONES)
-    assert torch.equal(picture(pipe, PROMPTS, scale), picture(plain, PROMPTS, scale))
-    (region,) = summary(pipe)
+def test_everything_computed_is_the_plain_pipeline_to_the_bit(bundled, scale):
+    bundled.use(ALL_ONES)
+    assert torch.equal(picture(bundled.compiled, PROMPTS, scale), picture(bundled.plain, PROMPTS, scale))
+    (region,) = summary(bundled.compiled)
     assert (region.num_blocks, region.executed_steps, region.cached_steps) == (18, STEPS, [])
     assert len(region.branches) == (1 if scale == 1.0 else 2)
 
 
-def test_a_cached_picture_takes_less_work_and_is_nearly_the_same(pipe, plain):
-    policy(pipe, BASE)
+def test_a_cached_picture_takes_less_work_and_is_nearly_the_same(bundled):
+    bundled.use(BASE)
     with FlopCounter() as full:
-        expected = picture(plain)
+        expected = picture(bundled.plain)
     with FlopCounter() as less:
-        found = picture(pipe)
-    (region,) = summary(pipe)
+        found = picture(bundled.compiled)
+    (region,) = summary(bundled.compiled)
     assert region.cached_steps == [2, 4] and region.uncached_calls == 0
     assert list(region.residual_diffs) == [2, 4] and all(0 < d < 5 for d in region.residual_diffs.values())
     assert region.work - 0.05 < less.flops / full.flops < region.work + 0.05
     assert 0 < (found - expected).abs().mean() < 0.05
 
 
-def test_guided_pictures_cache_both_branches_by_name(pipe):
+def test_guided_pictures_cache_both_branches_by_name(bundled):
     """The pipeline names its branches; the second generation repeats the first to the bit."""
-    policy(pipe, BASE)
+    bundled.use(BASE)
+    pipe = bundled.compiled
     first = picture(pipe, scale=3.0)
     (region,) = summary(pipe)
     decided = [branch.decisions for branch in region.branches]
@@ -78,8 +65,9 @@ def test_guided_pictures_cache_both_branches_by_name(pipe):
     assert [branch.decisions for branch in summary(pipe)[0].branches] == decided
 
 
-def test_generations_of_another_length_seed_and_batch_do_not_meet(pipe):
-    policy(pipe, BASE)
+def test_generations_of_another_length_seed_and_batch_do_not_meet(bundled):
+    bundled.use(BASE)
+    pipe = bundled.compiled
     wanted = [(PROMPTS[:1], 0, 6), (PROMPTS[1:], 1, 4), (PROMPTS, 2, 6)]
     apart = []
     for prompts, seed, steps in wanted:
@@ -90,42 +78,46 @@ def test_generations_of_another_length_seed_and_batch_do_not_meet(pipe):
         assert summary(pipe)[0].executed_steps == steps
 
 
-def test_a_second_order_scheduler_evaluates_timesteps_twice(pipe, plain):
+def test_a_second_order_scheduler_evaluates_timesteps_twice(bundled):
     """To the tracker its two evaluations look like two branches, unless told that every call is a step."""
+    pipe, plain = bundled.compiled, bundled.plain
     for one in (pipe, plain):
         one.scheduler = Heun(num_train_timesteps=1000, shift=1.0)
-    try:
-        calls = 2 * STEPS - 1
-        computed = BASE.reset(enable_separate_cfg=False, steps_computation_mask="1" * calls)
-        policy(pipe, computed.reset(steps_computation_policy="static"))
-        assert torch.equal(picture(pipe), picture(plain))
-        (region,) = summary(pipe)
-        assert len(region.branches) == 1 and region.executed_steps == calls
-        policy(pipe, BASE.reset(enable_separate_cfg=False))
-        found = picture(pipe)
-        (region,) = summary(pipe)
-        assert len(region.branches) == 1 and region.executed_steps == calls and region.cached_steps
-        assert torch.equal(picture(pipe), found)
-    finally:
-        for one in (pipe, plain):
-            one.scheduler = load_pipeline().scheduler
+    calls = 2 * STEPS - 1
+    computed = BASE.reset(enable_separate_cfg=False, steps_computation_mask="1" * calls)
+    bundled.use(computed.reset(steps_computation_policy="static"))
+    assert torch.equal(picture(pipe), picture(plain))
+    (region,) = summary(pipe)
+    assert len(region.branches) == 1 and region.executed_steps == calls
+    bundled.use(BASE.reset(enable_separate_cfg=False))
+    found = picture(pipe)
+    (region,) = summary(pipe)
+    assert len(region.branches) == 1 and region.executed_steps == calls and region.cached_steps
+    assert torch.equal(picture(pipe), found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what compiles anew: a pipeline of four blocks
 
 
 def test_a_bfloat16_pipeline():
-    plain, pipe = load_pipeline(torch.bfloat16), load_pipeline(torch.bfloat16)
+    pipe = small_pipeline().to(torch.bfloat16)
+    plain = copy.deepcopy(pipe)
     expected = picture(plain)
-    enable_cache(pipe, ALL_ONES, inner_backend="eager")
+    enabled(pipe, ALL_ONES)
     assert torch.equal(picture(pipe), expected)
-    policy(pipe, BASE)
+    enabled(pipe, BASE)
     picture(pipe)
     assert Reason.BELOW_THRESHOLD in summary(pipe)[0].reasons.values()
 
 
-def test_disabled_the_pipeline_is_plain_again(pipe, plain):
-    policy(pipe, BASE)
+def test_disabled_the_pipeline_is_plain_again():
+    pipe = small_pipeline()
+    expected = picture(pipe)
+    enabled(pipe, BASE)
     cached = picture(pipe)
     disable_cache(pipe)
-    assert torch.equal(picture(pipe), picture(plain)) and not torch.equal(cached, picture(plain))
+    assert torch.equal(picture(pipe), expected) and not torch.equal(cached, expected)
     assert summary(pipe) == []
 
 
@@ -133,7 +125,7 @@ def test_past_the_guards_pictures_and_decisions_are_the_same():
     """With and without guidance by turns, in a real pipeline, which names its branches."""
     found = {}
     for guards in ("always", "generation"):
-        pipe = enable_cache(load_pipeline(), BASE, inner_backend="eager", guards=guards)
+        pipe = enabled(small_pipeline(), BASE, guards=guards)
         call = pipe.transformer._compiled_call_impl
         passed: list[int] = []
         inner = call.compiled

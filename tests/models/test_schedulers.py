@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler
+from diffusers import FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler
 from diffusers.models.cache_utils import CacheMixin
 from lib.toys import FALLING, Toy, denoise, make, noise
 from lib.wrapped import enabled
 
 from cachedit_fx import DBCacheConfig, Reason, refresh_context, summary
-from cachedit_fx.shapes import generate, load_pipeline
+from cachedit_fx.shapes import generate
 
 pytestmark = [pytest.mark.keep_compiled, pytest.mark.filterwarnings("ignore:.*inert threshold")]
 PROMPTS = ["a small red circle on navy", "a large blue square on white"]
@@ -20,28 +20,8 @@ EAGER = DBCacheConfig(1, max_warmup_steps=0, residual_diff_threshold=1e9)
 NEVER = EAGER.reset(residual_diff_threshold=0)
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    """Compiled once for all tests; each sets its own policy and scheduler."""
-    pipe = enabled(load_pipeline(), EAGER)
-    generate(pipe, PROMPTS[:1], 1)
-    return pipe
-
-
-@pytest.fixture(scope="module")
-def uncompiled():
-    return load_pipeline()
-
-
-@pytest.fixture
-def pipes(compiled, uncompiled):
-    yield compiled, uncompiled
-    for pipe in (compiled, uncompiled):
-        pipe.scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
-
-
 def use(pipes, scheduler):
-    for pipe in pipes:
+    for pipe in (pipes.compiled, pipes.plain):
         pipe.scheduler = copy.deepcopy(scheduler)
 
 
@@ -63,10 +43,10 @@ class Heun(FlowMatchHeunDiscreteScheduler):
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0], ids=["one branch", "true CFG"])
-def test_heun_with_named_branches_needs_no_setting(pipes, scale):
+def test_heun_with_named_branches_needs_no_setting(bundled, scale):
     """A name that is seen again is a step of its own, at the same timestep too. Seven calls are four timesteps."""
-    pipe, plain = pipes
-    use(pipes, Heun(num_train_timesteps=1000, shift=1.0))
+    pipe, plain = bundled.compiled, bundled.plain
+    use(bundled, Heun(num_train_timesteps=1000, shift=1.0))
     enabled(pipe, NEVER)
     assert torch.equal(
         generate(pipe, PROMPTS, 4, true_cfg_scale=scale), generate(plain, PROMPTS, 4, true_cfg_scale=scale)
@@ -101,8 +81,8 @@ def test_heun_without_names(separate):
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0], ids=["one branch", "true CFG"])
-def test_generations_of_two_and_four_steps(pipes, scale):
-    pipe, plain = pipes
+def test_generations_of_two_and_four_steps(bundled, scale):
+    pipe, plain = bundled.compiled, bundled.plain
     enabled(pipe, NEVER)
     for number, count in enumerate((4, 2, 4, 2)):
         expected = generate(plain, PROMPTS, count, seed=number, true_cfg_scale=scale)
@@ -117,19 +97,19 @@ def test_generations_of_two_and_four_steps(pipes, scale):
 
 
 @pytest.mark.parametrize("told", [False, True], ids=["found", "told"])
-def test_generations_of_one_step(pipes, told):
+def test_generations_of_one_step(bundled, told):
     """They all stand at one timestep. What one stored is nothing to the next, which starts from other noise."""
-    pipe, plain = pipes
+    pipe, plain = bundled.compiled, bundled.plain
     enabled(pipe, EAGER.reset(num_inference_steps=1 if told else None))
     for seed in range(5):
         assert torch.equal(generate(pipe, PROMPTS, 1, seed=seed), generate(plain, PROMPTS, 1, seed=seed)), seed
         assert decided(pipe) == [{0: Reason.NOTHING_STORED}]
 
 
-def test_a_consistency_scheduler(pipes):
+def test_a_consistency_scheduler(bundled):
     """It adds noise between its steps."""
-    pipe, plain = pipes
-    use(pipes, FlowMatchLCMScheduler(num_train_timesteps=1000, shift=1.0))
+    pipe, plain = bundled.compiled, bundled.plain
+    use(bundled, FlowMatchLCMScheduler(num_train_timesteps=1000, shift=1.0))
 
     def picture(pipe):
         torch.manual_seed(5)

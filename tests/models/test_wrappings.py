@@ -4,6 +4,7 @@ LoRA is in test_lora.py, offloading in test_offload.py, what a call is handed in
 
 import contextlib
 import copy
+import itertools
 import pickle
 import warnings
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lib import models
+from lib.marks import only_in
 from lib.toys import Timeless, Toy, make, noise
 from lib.wrapped import (
     COMPUTES,
@@ -122,6 +124,7 @@ def test_a_bfloat16_model():
     check_next_generation(model, inputs)
 
 
+@pytest.mark.full("wrappings")
 def test_a_model_that_is_cast_after_compiling():
     model, inputs = flux()
     enabled(model, SKIPS)
@@ -136,7 +139,7 @@ def test_a_model_that_is_cast_after_compiling():
 QUANTIZED = [Int8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig]
 
 
-@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("kind", only_in("wrappings", QUANTIZED, but=[Int8WeightOnlyConfig]))
 def test_quantized_linears(kind):
     model, inputs = flux()
     full = plain(model, inputs)
@@ -153,8 +156,7 @@ class Quantizable(Timeless):
         return (super().forward(hidden_states, encoder_hidden_states),)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("kind", only_in("wrappings", QUANTIZED, but=[Int8DynamicActivationInt8WeightConfig]))
 def test_quantized_linears_under_inductor(kind):
     """Cached output on identical inputs is the computed one, and that is what the same pieces give with no cache."""
     model = make(Quantizable, blocks=3, width=16)
@@ -175,15 +177,21 @@ def test_quantized_linears_under_inductor(kind):
 # grad modes
 
 
-@pytest.mark.parametrize("modes", [(torch.no_grad, torch.inference_mode), (torch.inference_mode, torch.no_grad)])
+GRAD_MODES = {
+    "inference mode second": (torch.no_grad, torch.inference_mode),
+    "inference mode first": (torch.inference_mode, torch.no_grad),
+}
+
+
+@pytest.mark.parametrize("modes", only_in("wrappings", GRAD_MODES, but=["inference mode first"]))
 def test_compiled_in_one_grad_mode_and_run_in_another(modes):
     model, inputs = flux()
-    for mode in modes:
+    for mode in GRAD_MODES[modes]:
         with mode():
             check(model, inputs, lambda model, inputs: model(**inputs)[0])
 
 
-@pytest.mark.parametrize("calibrator", [None, "taylorseer"])
+@pytest.mark.parametrize("calibrator", only_in("wrappings", [None, "taylorseer"], but=["taylorseer"]))
 def test_a_grad_mode_that_changes_from_step_to_step(calibrator):
     """Buffers made under inference mode are written outside it, and the reverse."""
     model, inputs = flux()
@@ -205,6 +213,7 @@ def test_a_grad_mode_that_changes_from_step_to_step(calibrator):
         assert steps(model) == [(5, [2, 4], 0)]
 
 
+@pytest.mark.full("wrappings")
 def test_gradient_checkpointing_without_gradients():
     model, inputs = flux()
     expected = plain(model, inputs)
@@ -255,7 +264,7 @@ def test_saved_after_compiling_and_loaded_again(tmp_path):
     assert torch.allclose(check(loaded, inputs), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("assign", only_in("wrappings", [False, True], but=[True]))
 def test_weights_loaded_after_compiling(assign):
     model, inputs = flux()
     other, _ = flux()
@@ -272,8 +281,10 @@ def pickled(model):
     return pickle.loads(pickle.dumps(model))
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
-@pytest.mark.parametrize("wrap", [contextlib.nullcontext, torch.inference_mode])
+COPIES = list(itertools.product((copy.deepcopy, pickled), (contextlib.nullcontext, torch.inference_mode)))
+
+
+@pytest.mark.parametrize(("duplicate", "wrap"), only_in("wrappings", COPIES, but=[COPIES[0], COPIES[3]]))
 def test_a_copy_is_plain_and_the_original_goes_on(duplicate, wrap):
     """In the middle of a generation."""
     model, inputs = flux()

@@ -205,7 +205,6 @@ def test_the_branch_changes_nothing_in_the_lowering_of_flux(granularity, scope):
     assert torch.equal(guarded[0], plain[0])
 
 
-@pytest.mark.slow
 def test_the_branch_changes_nothing_under_inductor():
     """And a call that reuses on identical inputs repeats it to the bit."""
     model = make(Timeless, blocks=4)

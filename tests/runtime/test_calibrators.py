@@ -2,12 +2,13 @@
 
 import itertools
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lib.shared import SharedCapture
 from lib.toys import denoise, make, noise
 
 import cachedit_fx
@@ -137,12 +138,24 @@ MASK = DBCacheConfig(
 )  # fmt: skip
 
 
-def denoised(calibrator: CalibratorConfig | None, cache: DBCacheConfig | None = MASK) -> torch.Tensor:
-    model = cachedit_fx.compile(make(), cache=cache, calibrator=calibrator, inner_backend="eager")
-    return denoise(model)
+class Denoised(Protocol):
+    def __call__(self, calibrator: CalibratorConfig | None, cache: DBCacheConfig | None = ...) -> torch.Tensor: ...
 
 
-def test_prediction_is_nearer_to_the_uncached_result_than_repetition() -> None:
+@pytest.fixture(scope="module")
+def denoised() -> Denoised:
+    """What a toy gives under a calibrator, each time as if it had never been called; one capture serves all."""
+    shared = SharedCapture(make())
+
+    def denoised(calibrator: CalibratorConfig | None, cache: DBCacheConfig | None = MASK) -> torch.Tensor:
+        shared.compile_anew(cache=cache, calibrator=calibrator)
+        return denoise(shared)
+
+    return denoised
+
+
+@pytest.mark.keep_compiled
+def test_prediction_is_nearer_to_the_uncached_result_than_repetition(denoised: Denoised) -> None:
     plain = denoise(make())
     errors = [
         (denoised(calibrator) - plain).abs().mean().item()
@@ -151,16 +164,19 @@ def test_prediction_is_nearer_to_the_uncached_result_than_repetition() -> None:
     assert errors[1] < 0.5 * errors[0] and errors[2] < 0.5 * errors[0]
 
 
-def test_order_0_repeats() -> None:
+@pytest.mark.keep_compiled
+def test_order_0_repeats(denoised: Denoised) -> None:
     assert torch.equal(denoised(TaylorSeerCalibratorConfig(taylorseer_order=0)), denoised(None))
 
 
-def test_whole_values_are_predicted_on_request() -> None:
+@pytest.mark.keep_compiled
+def test_whole_values_are_predicted_on_request(denoised: Denoised) -> None:
     whole = TaylorSeerCalibratorConfig(calibrator_cache_type="hidden_states")
     assert not torch.equal(denoised(whole), denoised(TaylorSeerCalibratorConfig()))
 
 
-def test_a_calibrator_changes_nothing_where_nothing_is_cached() -> None:
+@pytest.mark.keep_compiled
+def test_a_calibrator_changes_nothing_where_nothing_is_cached(denoised: Denoised) -> None:
     cache = DBCacheConfig(Fn_compute_blocks=1, residual_diff_threshold=0.0)
     assert torch.equal(denoised(TaylorSeerCalibratorConfig(), cache), denoise(make()))
 
@@ -182,7 +198,8 @@ def test_changing_the_calibrator_compiles_nothing() -> None:
     assert torch.equal(results[0], results[2]) and not torch.equal(results[0], results[1])
 
 
-def test_refresh_takes_a_calibrator() -> None:
+@pytest.mark.keep_compiled
+def test_refresh_takes_a_calibrator(denoised: Denoised) -> None:
     model = cachedit_fx.enable_cache(make(), MASK, inner_backend="eager")
     cachedit_fx.refresh_context(model, calibrator_config=TaylorSeerCalibratorConfig())
     assert torch.equal(denoise(model), denoised(TaylorSeerCalibratorConfig()))
@@ -323,7 +340,8 @@ def test_the_output_is_predicted_and_a_cached_step_runs_what_is_left(first: int,
     assert less.flops < 0.7 * all_of_it.flops
 
 
-def test_output_and_correction_are_nearer_than_residuals_at_equal_work() -> None:
+@pytest.mark.keep_compiled
+def test_output_and_correction_are_nearer_than_residuals_at_equal_work(denoised: Denoised) -> None:
     plain = denoise(make())
 
     def error(calibrator: CalibratorConfig) -> float:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from lib.shared import SharedCapture
 from lib.toys import FALLING, Timeless, Toy, denoise, make, noise
 
 import cachedit_fx
@@ -198,12 +199,14 @@ def test_static_mask_with_no_first_blocks():
     assert torch.equal(result, expected)
 
 
-@pytest.mark.parametrize(("first", "last"), [(1, 0), (1, 3), (2, 2), (5, 0), (8, 0)])
-def test_work_counts_the_blocks_between_first_and_last(first, last):
-    model = make(blocks=9)
-    _, region = run(model, ALWAYS.reset(Fn_compute_blocks=first, Bn_compute_blocks=last))
-    assert (region.num_blocks, region.first, region.last) == (9, first, last)
-    assert region.work == pytest.approx(1 - 9 * (9 - first - last) / 90)
+def test_work_counts_the_blocks_between_first_and_last():
+    model = SharedCapture(make(blocks=9))
+    for first, last in ((1, 0), (1, 3), (2, 2), (5, 0), (8, 0)):
+        model.compile_anew(cache=ALWAYS.reset(Fn_compute_blocks=first, Bn_compute_blocks=last))
+        denoise(model)
+        (region,) = model.summary()
+        assert (region.num_blocks, region.first, region.last) == (9, first, last)
+        assert region.work == pytest.approx(1 - 9 * (9 - first - last) / 90)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,30 +214,30 @@ def test_work_counts_the_blocks_between_first_and_last(first, last):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("first", "last"), [(1, 0), (1, 2), (0, 0)])
-def test_reuse_on_identical_inputs_is_exact_and_the_work_is_gone(dtype, first, last):
+@torch.no_grad()
+def test_reuse_on_identical_inputs_is_exact_and_the_work_is_gone(dtype):
     model = make(Timeless, width=16).to(dtype)
     inputs = noise(2, 5, 16).to(dtype), noise(2, 3, 16, seed=2).to(dtype)
-    config = DBCacheConfig(first, last, steps_computation_mask=(1, 0, 0), steps_computation_policy="static")
-    if first:
-        config = DBCacheConfig(first, last, residual_diff_threshold=0.01, max_warmup_steps=1)
-    with torch.no_grad():
-        plain = model(*inputs)
-        with FlopCounter() as embed:
-            model.embed(inputs[0])
-        with FlopCounter() as block:
-            model.blocks[0](inputs[0], inputs[1], inputs[1].mean(1))
-        enable_cache(model, config, **EAGER)
-        model(*inputs)  # compiles
-        refresh_context(model)
+    plain = model(*inputs)
+    with FlopCounter() as embed:
+        model.embed(inputs[0])
+    with FlopCounter() as block:
+        model.blocks[0](inputs[0], inputs[1], inputs[1].mean(1))
+    shared = SharedCapture(model)
+    shared(*inputs)  # captures
+    for first, last in ((1, 0), (1, 2), (0, 0)):
+        config = DBCacheConfig(first, last, steps_computation_mask=(1, 0, 0), steps_computation_policy="static")
+        if first:
+            config = DBCacheConfig(first, last, residual_diff_threshold=0.01, max_warmup_steps=1)
+        shared.compile_anew(cache=config)
         with FlopCounter() as computed:
-            result = model(*inputs)
+            result = shared(*inputs)
         with FlopCounter() as reused:
-            again = model(*inputs)
-    assert summary(model)[0].cached_steps == [1]
-    assert torch.equal(result, plain) and torch.equal(again, plain)
-    assert embed.flops and computed.flops == 2 * embed.flops + 6 * block.flops
-    assert reused.flops == 2 * embed.flops + (first + last) * block.flops
+            again = shared(*inputs)
+        assert shared.summary()[0].cached_steps == [1]
+        assert torch.equal(result, plain) and torch.equal(again, plain)
+        assert embed.flops and computed.flops == 2 * embed.flops + 6 * block.flops
+        assert reused.flops == 2 * embed.flops + (first + last) * block.flops
 
 
 def test_a_cached_step_differs_where_the_inputs_do():
@@ -296,22 +299,22 @@ TEXTS = noise(1, 3, seed=2), noise(1, 3, seed=3)
 LONGER = noise(1, 3, seed=2), noise(1, 7, seed=3)
 
 
-def fresh(config, **arguments):
-    """(result, statistics) of one generation by a model that was never called before."""
-    model = make()
-    enable_cache(model, config, **EAGER)
-    result = denoise(model, **arguments)
-    return result, [(branch.decisions) for region in summary(model) for branch in region.branches]
+def fresh(shared, config, **arguments):
+    """(result, decisions by branch) of one generation by a model that was never called before."""
+    shared.compile_anew(cache=config)
+    result = denoise(shared, **arguments)
+    return result, [branch.decisions for region in shared.summary() for branch in region.branches]
 
 
+@pytest.mark.keep_compiled
 @pytest.mark.parametrize("timesteps", [FALLING, RISING], ids=["falling", "rising"])
 @pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS, LONGER, (*TEXTS, *LONGER)], ids=["one", "cfg", "lengths", "four"])
-def test_two_generations_back_to_back_equal_two_fresh_ones(timesteps, texts):
+def test_two_generations_back_to_back_equal_two_fresh_ones(timesteps, texts, shared):
     """Without a warm-up, and with a limit on cached steps, whatever is left of the first would show in the second."""
     model, config = make(), BASE.reset(max_warmup_steps=0, max_cached_steps=4)
     enable_cache(model, config, **EAGER)
     for start, steps in [(noise(), 10), (noise(seed=5), 7)]:
-        expected, decisions = fresh(config, timesteps=timesteps[:steps], texts=texts, start=start)
+        expected, decisions = fresh(shared, config, timesteps=timesteps[:steps], texts=texts, start=start)
         found = denoise(model, timesteps=timesteps[:steps], texts=texts, start=start)
         assert torch.equal(found, expected)
         (region,) = summary(model)
@@ -320,12 +323,13 @@ def test_two_generations_back_to_back_equal_two_fresh_ones(timesteps, texts):
         assert any(branch.cached_steps for branch in region.branches)
 
 
+@pytest.mark.keep_compiled
 @pytest.mark.parametrize("convert", [float, int, lambda t: torch.tensor([int(t)]), lambda t: torch.tensor(t)])
 @pytest.mark.parametrize("texts", [TEXTS[:1], LONGER], ids=["one", "lengths"])
-def test_every_kind_of_timestep(convert, texts):
+def test_every_kind_of_timestep(convert, texts, shared):
     """A number is baked into the first graph, and a 0-d tensor or a symbol in those that follow."""
     timesteps = [float(int(t)) for t in FALLING]
-    expected, decisions = fresh(BASE, timesteps=timesteps, texts=texts)
+    expected, decisions = fresh(shared, BASE, timesteps=timesteps, texts=texts)
     model = make()
     enable_cache(model, BASE, **EAGER)
     for _ in range(2):
@@ -427,7 +431,8 @@ def test_a_step_index_from_the_pipeline_is_preferred():
     assert pattern(summary(model)[0]) == "crr"
 
 
-def test_shapes_that_change_start_a_generation():
+@pytest.mark.keep_compiled
+def test_shapes_that_change_start_a_generation(shared):
     model = enable_cache(make(), ALWAYS, **EAGER)
     denoise(model, timesteps=FALLING[:4])
     denoise(model, timesteps=FALLING[4:], start=noise(tokens=7))
@@ -436,6 +441,6 @@ def test_shapes_that_change_start_a_generation():
     assert pattern(summary(model)[0]) == "cr"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        expected, _ = fresh(BASE, start=noise(batch=2, tokens=7))
+        expected, _ = fresh(shared, BASE, start=noise(batch=2, tokens=7))
         enable_cache(model, BASE, **EAGER)
         assert torch.equal(denoise(model, start=noise(batch=2, tokens=7)), expected)

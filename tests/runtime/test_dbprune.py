@@ -9,7 +9,8 @@ import torch
 from lib import models
 from lib.cases import Halves
 from lib.helpers import capture, planned
-from lib.pruning import ALWAYS, BASE, MASK, STILL, TEXTS, pruned, reasons, run
+from lib.pruning import ALWAYS, BASE, MASK, STILL, TEXTS, fresh, pruned, reasons, run
+from lib.shared import SharedCapture
 from lib.toys import CountingBackend, Timeless, denoise, make, noise
 
 import cachedit_fx
@@ -27,6 +28,7 @@ from cachedit_fx import (
 )
 from cachedit_fx.config.options import parse_options
 from cachedit_fx.metrics.flops import FlopCounter
+from cachedit_fx.passes.plan_regions import RegionReport
 from cachedit_fx.runtime.policies.dbprune import BELOW_DYNAMIC
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*inert threshold")
@@ -230,14 +232,14 @@ def by_hand(model, config, order=0):
     return call, counts
 
 
+@pytest.mark.keep_compiled
 @pytest.mark.parametrize("config", [BASE, DYNAMIC, BASE.reset(Fn_compute_blocks=3)], ids=["base", "dynamic", "F3"])
 @pytest.mark.parametrize("order", [None, 0, 1])
-def test_equals_what_is_written_down_plainly(config, order):
-    model = make()
-    call, counts = by_hand(model, config, order or 0)
+def test_equals_what_is_written_down_plainly(config, order, shared):
+    call, counts = by_hand(shared.module, config, order or 0)
     expected = denoise(call)
     calibrator = None if order is None else TaylorSeerCalibratorConfig(taylorseer_order=order)
-    found, chain = run(model, config, calibrator)
+    found, chain = fresh(shared, config, calibrator)
     assert chain.pruned_blocks == counts and sum(counts) > 0
     torch.testing.assert_close(found, expected, rtol=1e-6 if not order else 1e-5, atol=1e-6)
 
@@ -267,16 +269,26 @@ def test_whole_outputs_are_predicted_too():
     ],
     ids=str,
 )
-def test_first_last_and_excepted_blocks_are_never_pruned(changes, blocks):
-    model = make()
-    _, chain = run(model, ALWAYS.reset(**changes))
+@pytest.mark.keep_compiled
+def test_first_last_and_excepted_blocks_are_never_pruned(changes, blocks, shared):
+    planned: list[RegionReport | None] = []
+    shared.observe = lambda facts: planned.append(facts.get(RegionReport))
+    _, chain = fresh(shared, ALWAYS.reset(**changes))
+    shared.observe = None
     assert pruned(chain) == [[]] + [blocks] * 9
     assert (chain.num_blocks, chain.pruned_blocks) == (6, [0] + [len(blocks)] * 9)
+    for report in planned:
+        assert report is not None and [region.block for region in report.regions] == blocks
+        middles = zip(report.regions, blocks, strict=True)
+        assert all(region.middle == (region.blocks[number],) for region, number in middles)
+
+
+def test_what_is_explained_of_blocks_that_may_be_pruned():
+    model = enable_cache(make(), ALWAYS.reset(Fn_compute_blocks=2, Bn_compute_blocks=3), **EAGER)
     with torch.no_grad():
-        found = explain(model, noise(), torch.tensor([900.0]), TEXTS[0])
-    assert [region.block for region in found.regions] == blocks
-    assert all(region.middle == (region.blocks[number],) for region, number in zip(found.regions, blocks, strict=True))
-    assert f"block {blocks[0]} of 6 may be bypassed" in str(found)
+        explanation = explain(model, noise(), torch.tensor([900.0]), TEXTS[0])
+    assert [region.block for region in explanation.regions] == [2]
+    assert "block 2 of 6 may be bypassed" in str(explanation)
 
 
 @pytest.mark.parametrize(
@@ -390,27 +402,28 @@ def test_exact_where_computed_and_on_identical_inputs(name, first):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("changes", [{}, {"Bn_compute_blocks": 2}, {"non_prune_block_ids": [2, 3]}], ids=str)
-def test_the_work_of_pruned_blocks_is_gone(dtype, changes):
+@torch.no_grad()
+def test_the_work_of_pruned_blocks_is_gone(dtype):
     model = make(Timeless, width=16).to(dtype)
     inputs = noise(2, 5, 16).to(dtype), noise(2, 3, 16, seed=2).to(dtype)
-    with torch.no_grad():
-        with FlopCounter() as embed:
-            model.embed(inputs[0])
-        with FlopCounter() as block:
-            model.blocks[0](inputs[0], inputs[1], inputs[1].mean(1))
-        enable_cache(model, ALWAYS.reset(**changes), **EAGER)
-        model(*inputs)  # compiles
-        refresh_context(model)
+    with FlopCounter() as embed:
+        model.embed(inputs[0])
+    with FlopCounter() as block:
+        model.blocks[0](inputs[0], inputs[1], inputs[1].mean(1))
+    shared = SharedCapture(model)
+    shared(*inputs)  # captures
+    fewer = [(ALWAYS, 5), (ALWAYS.reset(Bn_compute_blocks=2), 3), (ALWAYS.reset(non_prune_block_ids=[2, 3]), 3)]
+    for config, count in fewer:
+        shared.compile_anew(cache=config)
         with FlopCounter() as computed:
-            result = model(*inputs)
+            result = shared(*inputs)
         with FlopCounter() as reused:
-            again = model(*inputs)
-    (chain,) = summary(model)
-    assert torch.equal(result, again)
-    assert chain.pruned_blocks == [0, 5 if not changes else 3]
-    assert embed.flops and computed.flops == 2 * embed.flops + 6 * block.flops
-    assert reused.flops == computed.flops - chain.pruned_blocks[1] * block.flops
+            again = shared(*inputs)
+        (chain,) = shared.summary()
+        assert torch.equal(result, again)
+        assert chain.pruned_blocks == [0, count]
+        assert embed.flops and computed.flops == 2 * embed.flops + 6 * block.flops
+        assert reused.flops == computed.flops - count * block.flops
 
 
 def block_flops(model, blocks, arguments):
@@ -465,13 +478,13 @@ def test_twins_share_one_compilation(backend):
     assert counts[0] == counts[1] <= 4
 
 
-@pytest.mark.parametrize("granularity", ["block", "region"])
-def test_granularity(granularity):
-    model = make()
-    expected, chain = run(make(), BASE.reset(non_prune_block_ids=[2]))
-    enable_cache(model, BASE.reset(non_prune_block_ids=[2]), granularity=granularity, **EAGER)
-    assert torch.equal(denoise(model), expected)
-    assert pruned(summary(model)[0]) == pruned(chain) and sum(chain.pruned_blocks)
+@pytest.mark.keep_compiled
+def test_granularity(shared):
+    config = BASE.reset(non_prune_block_ids=[2])
+    expected, chain = fresh(shared, config)
+    found, by_region = fresh(shared, config, granularity="region")
+    assert torch.equal(found, expected)
+    assert pruned(by_region) == pruned(chain) and sum(chain.pruned_blocks)
 
 
 def test_a_caller_may_write_to_its_input():

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from lib.pruning import ALWAYS, BASE, TEXTS, run
+from lib.pruning import ALWAYS, BASE, TEXTS, fresh, run
 from lib.toys import FALLING, CountingBackend, Timeless, denoise, make, noise
 
 import cachedit_fx
@@ -24,21 +24,21 @@ EAGER: dict[str, Any] = {"inner_backend": "eager"}
 # branches, generations, sessions
 
 
-def recorded(model):
-    return [branch.parts for chain in summary(model) for branch in chain.branches]
+def recorded(chain):
+    return [branch.parts for branch in chain.branches]
 
 
+@pytest.mark.keep_compiled
 @pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS, (TEXTS[0], noise(1, 7, seed=3))], ids=["one", "cfg", "lengths"])
-def test_two_generations_back_to_back_equal_two_fresh_ones(texts):
+def test_two_generations_back_to_back_equal_two_fresh_ones(texts, shared):
     """With branches in graphs of their own too (two lengths); limits hold for each branch and generation."""
     config = BASE.reset(max_warmup_steps=0, max_cached_steps=4)
     model = enable_cache(make(), config, **EAGER)
     for start, steps in [(noise(), 10), (noise(seed=5), 7), (noise(tokens=7), 7)]:
-        fresh = enable_cache(make(), config, **EAGER)
-        expected = denoise(fresh, FALLING[:steps], texts, start)
+        expected, again = fresh(shared, config, timesteps=FALLING[:steps], texts=texts, start=start)
         assert torch.equal(denoise(model, FALLING[:steps], texts, start), expected)
-        assert recorded(model) == recorded(fresh) and len(recorded(model)) == len(texts)
         (chain,) = summary(model)
+        assert recorded(chain) == recorded(again) and len(recorded(chain)) == len(texts)
         assert 0 < len(chain.pruned_steps) <= 4
         assert len(chain.cfg_pruned_blocks) == len(chain.cfg_actual_blocks) == (steps if len(texts) == 2 else 0)
 

@@ -275,7 +275,6 @@ def test_warming_up_is_silent_about_what_fails(monkeypatch, inner, expected):
     assert begun == expected and not raised
 
 
-@pytest.mark.slow
 def test_inductor_at_three_resolutions(monkeypatch):
     """Two and three blocks: two kinds of block, once for all sizes."""
     module = models.TwoLoops(2, 3).eval()

@@ -213,7 +213,6 @@ def test_help():
 SCRIPT = Path(gpu_check.__file__)
 
 
-@pytest.mark.slow
 def test_the_rehearsal_of_the_gpu_check(tmp_path):
     command = [
         sys.executable,

@@ -20,6 +20,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+from lib.marks import only_in
 
 import cachedit_fx
 
@@ -76,6 +77,13 @@ assert FluxPipeline.__module__.startswith("diffusers.pipelines"), "a placeholder
 # transformers may look at a top-level `kernels`; it must find nothing in it to execute.
 assert not [name for name in sys.modules if name.startswith(("kernels.", "passes."))]
 assert not getattr(sys.modules.get("kernels"), "__file__", None)
+print(os.path.realpath(cachedit_fx.__file__))
+"""
+
+# One module of each folder; prints where the package came from.
+IMPORT_SOME = """
+import os
+import cachedit_fx, cachedit_fx.kernels.layout, cachedit_fx.passes.base
 print(os.path.realpath(cachedit_fx.__file__))
 """
 
@@ -203,9 +211,13 @@ def test_source_archive_holds_every_source(built):
     assert {"LICENSE", "README.md", "pyproject.toml"} <= names
 
 
+def origin(python: Path, code: str, cwd: Path, **env: str) -> Path:
+    """Where a start of Python in `cwd` finds the package, by the last line that `code` prints."""
+    return Path(run(python, "-c", code, *modules(), cwd=cwd, **env).strip().splitlines()[-1])
+
+
 def test_wheel_imports_from_another_folder(wheel_python, elsewhere):
-    origin = run(wheel_python, "-c", IMPORT_ALL, *modules(), cwd=elsewhere).strip().splitlines()[-1]
-    assert Path(origin).is_relative_to(wheel_python.parent.parent.resolve())
+    assert origin(wheel_python, IMPORT_ALL, elsewhere).is_relative_to(wheel_python.parent.parent.resolve())
 
 
 def test_wheel_backend_is_found_by_name(wheel_python, elsewhere):
@@ -216,22 +228,29 @@ def test_wheel_command_line_starts(wheel_python, elsewhere):
     assert "demo" in run(wheel_python.parent / "cachedit", "--help", cwd=elsewhere)
 
 
-@pytest.mark.parametrize("start", ["elsewhere", "checkout", "kernels"])
-def test_editable_imports_wherever_python_starts(start, editable_python, checkout, elsewhere):
+IMPORTS = {"all": IMPORT_ALL, "some": IMPORT_SOME}
+STARTS = list(itertools.product(("elsewhere", "checkout", "kernels"), IMPORTS))
+BY_DEFAULT = [("elsewhere", "all"), ("checkout", "some"), ("kernels", "some")]
+
+
+@pytest.mark.parametrize(("start", "imports"), only_in("packaging", STARTS, but=BY_DEFAULT))
+def test_editable_imports_wherever_python_starts(start, imports, editable_python, checkout, elsewhere):
     """In the checkout's root Python finds the package by itself, elsewhere through the install's finder."""
     cwd = {"elsewhere": elsewhere, "checkout": checkout, "kernels": checkout / "kernels"}[start]
-    origin = run(editable_python, "-c", IMPORT_ALL, *modules(), cwd=cwd).strip().splitlines()[-1]
-    assert Path(origin) == (checkout / "cachedit_fx" / "__init__.py").resolve()
+    assert origin(editable_python, IMPORTS[imports], cwd) == (checkout / "cachedit_fx" / "__init__.py").resolve()
 
 
+@pytest.mark.full("packaging")
 def test_editable_backend_is_found_by_name(editable_python, elsewhere):
     run(editable_python, "-c", COMPILE_BY_NAME, cwd=elsewhere)
 
 
-def test_checkout_imports_without_an_install(checkout, elsewhere, tmp_path):
+@pytest.mark.parametrize("imports", only_in("packaging", IMPORTS, but=["some"]))
+def test_checkout_imports_without_an_install(imports, checkout, elsewhere, tmp_path):
     """As a reader tries it: PYTHONPATH, nothing installed."""
     python = fresh_environment(tmp_path / "env")
-    run(python, "-c", IMPORT_ALL, *modules(), cwd=elsewhere, PYTHONPATH=str(checkout))
+    found = origin(python, IMPORTS[imports], elsewhere, PYTHONPATH=str(checkout))
+    assert found == (checkout / "cachedit_fx" / "__init__.py").resolve()
 
 
 def test_a_checkout_does_not_hold_itself():

@@ -1,0 +1,89 @@
+"""CPU seconds: a budget for every test, and where those of a run went.
+
+Wall time says little on a shared machine. CPU time here is user and system time of the process and of the children that
+it has waited for, xdist's workers included. A child counts once it has ended.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Generator
+
+import pytest
+from parts import DEFAULT
+
+BUDGET = 20.0
+"""CPU seconds that a test may take, the set-up of its fixtures aside."""
+
+RUN_BUDGET = 1200.0
+"""CPU seconds that the default run may take."""
+
+SHOWN_FILES = 15
+PROPERTY = "cpu_seconds"
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of its ended children, in seconds."""
+    return sum(os.times()[:4])
+
+
+class CpuTime:
+    """A plugin of pytest: fails a test that is over its budget, and ends the run with a table of the costliest files.
+
+    Each phase of a test (set-up, call, tear-down) lasts from the end of the one before. Its report carries the seconds
+    as a property, so that those of xdist's workers reach the process that prints the table.
+    """
+
+    def __init__(self) -> None:
+        self.by_file: defaultdict[str, float] = defaultdict(float)
+        self.before = 0.0
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self) -> Generator[None, object, object]:
+        self.before = cpu_seconds()
+        return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        report = yield
+        now = cpu_seconds()
+        seconds, self.before, allowed = now - self.before, now, allowed_seconds(item)
+        report.user_properties.append((PROPERTY, seconds))
+        if report.when == "call" and report.passed and seconds > allowed:
+            report.outcome = "failed"
+            report.longrepr = (
+                f"{seconds:.1f} CPU seconds, {allowed:g} allowed. Make the test cheaper, move it to a part of `make "
+                'test-all` with @pytest.mark.full("part"), or allow more with @pytest.mark.budget(seconds, "reason").'
+            )
+        return report
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        seconds = dict(report.user_properties).get(PROPERTY, 0.0)
+        assert isinstance(seconds, float)
+        self.by_file[report.nodeid.partition("::")[0]] += seconds
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+        """Total and costliest files. By now xdist's workers have ended, so their time counts as that of children."""
+        if hasattr(config, "workerinput") or not self.by_file:
+            return
+        total = cpu_seconds()
+        files = sorted(self.by_file.items(), key=lambda row: -row[1])
+        rows = [(seconds, name) for name, seconds in files[:SHOWN_FILES]]
+        rows.append((sum(seconds for _, seconds in files[SHOWN_FILES:]), "other files"))
+        rows.append((total - sum(self.by_file.values()), "imports and collection"))
+        is_over = total > RUN_BUDGET and config.getoption("part") == DEFAULT
+        rows.append((total, "in all" + f", more than the {RUN_BUDGET:g} of the default run" * is_over))
+        terminalreporter.section("CPU seconds")
+        for seconds, name in rows:
+            terminalreporter.write_line(f"{seconds:8.1f}  {name}")
+
+
+def allowed_seconds(item: pytest.Item) -> float:
+    """CPU seconds that the test may take: those of its `budget` marker, or `BUDGET`."""
+    marker = item.get_closest_marker("budget")
+    if marker is None:
+        return BUDGET
+    seconds, reason = marker.args
+    assert reason, f"{item.nodeid}: a budget needs its reason"
+    return float(seconds)

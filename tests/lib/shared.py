@@ -1,0 +1,98 @@
+"""One capture of a module for many compilations: the capture is what costs (see `SharedCapture`)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from cachedit_fx.api import RECOMPILE_LIMIT
+from cachedit_fx.backend import compile_graph
+from cachedit_fx.bench.coverage import Subject, tensors
+from cachedit_fx.config.cache import DBCacheConfig
+from cachedit_fx.config.options import Options, parse_options
+from cachedit_fx.passes.base import Facts, Traced
+from cachedit_fx.runtime.compiled_call import CompiledCall
+from cachedit_fx.runtime.model_state import ModelState
+from cachedit_fx.runtime.stats import CacheStats
+
+
+class SharedCapture:
+    """Calls a module as `cachedit_fx.compile` has it called, under one set of options after another.
+
+        shared = SharedCapture(module)
+        shared.compile(Fn_compute_blocks=1)    # options as for `cachedit_fx.compile`
+        shared(*args)                          # captures, the first time
+        shared.compile(scope="loop")           # compiles a copy of the captured graph
+        shared(*args)
+
+    The module itself stays plain. `observe` is called with what the passes learn of each graph.
+    """
+
+    def __init__(self, module: nn.Module, observe: Callable[[Facts], None] | None = None) -> None:
+        self.module, self.observe = module, observe
+        self.graphs: list[tuple[fx.GraphModule, Sequence[Any]]] = []
+        """Each graph as dynamo captured it, and its inputs."""
+        self._compiled: list[Callable[..., Any]] = []
+        self._state = ModelState(Options(cache=None, inner_backend="eager"))
+        self._call = CompiledCall(module, self._backend, self._state, {"recompile_limit": RECOMPILE_LIMIT})
+
+    def compile(self, **options: Any) -> None:
+        """Go on under these options. A change of policy compiles nothing."""
+        parsed = parse_options({"inner_backend": "eager"} | options)
+        if self._compiled and parsed.structure() == self._state.options.structure():
+            self._state.set_options(parsed)
+        else:
+            self.compile_anew(**options)
+
+    def compile_anew(self, **options: Any) -> None:
+        """Go on under these options, as a module that was never called before."""
+        parsed = parse_options({"inner_backend": "eager"} | options)
+        self._state = self._call.state = ModelState(parsed)
+        self._state.traced, self._state.observe = Traced.of(self.module), self.observe
+        self._compiled = [self._compile(*graph) for graph in self.graphs]
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def summary(self) -> list[CacheStats]:
+        """Statistics of the latest generation."""
+        return self._state.latest.summary() if self._state.latest is not None else []
+
+    def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        number = len(self.graphs)
+        self.graphs.append((gm, example_inputs))
+        self._compiled.append(self._compile(gm, example_inputs))
+        return lambda *inputs: self._compiled[number](*inputs)
+
+    @torch.no_grad()
+    def _compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return compile_graph(copy_of(gm), example_inputs, self._state.options, self._state)
+
+
+def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
+    """Another graph module of the same graph, for the passes to change."""
+    another: Any = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    another.compile_subgraph_reason = getattr(gm, "compile_subgraph_reason", None)  # dynamo's word on a break
+    return another
+
+
+class SharedSubject(Subject):
+    """For the check of `cachedit coverage`, which captures a module anew for each structure otherwise."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.shared = SharedCapture(module, self.note)
+
+    def compile(self, cache: DBCacheConfig | None) -> None:
+        self.shared.compile(cache=cache)
+
+    def __call__(self, arguments: Mapping[str, Any]) -> list[torch.Tensor]:
+        return tensors(self.shared(**arguments))
+
+    def summary(self) -> list[CacheStats]:
+        return self.shared.summary()
