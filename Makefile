@@ -15,6 +15,9 @@ FUZZ_ARGS ?= --cases 500
 
 CANDIDATES := python3.11 python3 python3.12 python3.13
 VENV := .venv
+CONSTRAINTS := constraints.txt
+# What `make test-newest` tests with: the newest torch that is supported.
+NEWEST := torch==2.14.1
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input -qq
 
@@ -25,7 +28,7 @@ CREATED := $(VENV)/.stamp-created-$(WHERE)
 INSTALLED := $(VENV)/.stamp-installed
 INSTALLED_DEV := $(VENV)/.stamp-installed-dev
 
-.PHONY: help demo test test-all lint format typecheck pytest fuzz compiler clean distclean
+.PHONY: help demo test test-all test-newest lint format typecheck pytest faults fuzz compiler clean distclean
 
 help: ## this list
 	@echo "cachedit_fx: targets"
@@ -45,6 +48,12 @@ test: compiler lint typecheck pytest ## lint, type-check, and the tests that run
 
 test-all: compiler lint typecheck ## all tests, in parts that go on where they stopped (PART); writes docs/tested.md
 	$(PY) tests/parts.py $(addprefix --part ,$(PART)) -- $(PYTEST_ARGS)
+
+test-newest: ## the default tests with the newest torch, in .venv-newest (6 GB if only a CUDA build is to be had)
+	$(MAKE) VENV=.venv-newest CONSTRAINTS=.venv-newest.txt pytest
+
+.venv-newest.txt: constraints.txt Makefile
+	sed -E 's/^torch==.*/$(NEWEST)/' constraints.txt > $@
 
 lint: $(INSTALLED_DEV) ## ruff: rules and format
 	$(PY) -m ruff check .
@@ -68,6 +77,9 @@ typecheck: $(INSTALLED_DEV) ## mypy
 
 pytest: compiler $(INSTALLED_DEV) ## the default tests alone (PYTEST_ARGS)
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+faults: $(INSTALLED_DEV) ## apply each fault of tests/faults and see the default tests fail
+	$(PY) tests/faults/run.py
 
 fuzz: $(INSTALLED_DEV) ## random models, held to what must be true of every model (FUZZ_ARGS)
 	$(PY) tests/fuzz.py $(FUZZ_ARGS)
@@ -106,18 +118,18 @@ comma := ,
 # $(call install,WHAT): an editable install. setuptools goes in first, so that the build takes the pinned one and downloads no other.
 define install
 @echo "Installing $(1) into $(VENV), a minute or more"
-@$(PIP) install -c constraints.txt setuptools \
-    && $(PIP) install -c constraints.txt --no-build-isolation -e "$(1)" \
+@$(PIP) install -c $(CONSTRAINTS) setuptools \
+    && $(PIP) install -c $(CONSTRAINTS) --no-build-isolation -e "$(1)" \
     || { echo "error: the install failed (see above). Is the package index within reach? Run make again to go on;" >&2; \
          echo "       'make distclean' starts afresh." >&2; exit 1; }
 @$(PY) -c 'import torch; print("Installed: torch", torch.__version__)'
 endef
 
-$(INSTALLED): $(CREATED) pyproject.toml constraints.txt
+$(INSTALLED): $(CREATED) pyproject.toml $(CONSTRAINTS)
 	$(call install,.)
 	@touch $@
 
-$(INSTALLED_DEV): $(CREATED) pyproject.toml constraints.txt
+$(INSTALLED_DEV): $(CREATED) pyproject.toml $(CONSTRAINTS)
 	$(call install,.[dev$(comma)quantization])
 	@touch $@ $(INSTALLED)
 
@@ -125,5 +137,5 @@ clean: ## remove caches and builds
 	rm -rf build dist *.egg-info .mypy_cache $(MYPY_TREE) .pytest_cache .ruff_cache .hypothesis
 	find cachedit_fx kernels passes tests examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
-distclean: clean ## remove .venv too
-	rm -rf $(VENV)
+distclean: clean ## remove the environments too
+	rm -rf $(VENV) .venv-newest .venv-newest.txt

@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
-from lib import elsewhere
+from lib import elsewhere, elsewhere_streams
 from lib.elsewhere import MODELS, WIDTH
 from lib.helpers import capture, copied, detected
 from lib.marks import only_in
@@ -62,7 +62,7 @@ def block_flops(model, inputs, loops):
         seen[function].append(work.flops - before)
         return result
 
-    function = elsewhere.functional_block
+    function = elsewhere_streams.functional_block
     hooks = [
         hook
         for part in parts
@@ -72,7 +72,7 @@ def block_flops(model, inputs, loops):
             part.register_forward_hook(lambda module, *_: seen[module].append(work.flops - starts.pop())),
         )
     ]
-    with work, mock.patch.object(elsewhere, "functional_block", counted):
+    with work, mock.patch.object(elsewhere_streams, "functional_block", counted):
         run(model, inputs)
     for hook in hooks:
         hook.remove()
