@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,8 +30,6 @@ from cachedit_fx.passes.plan_regions import PlanRegions
 from cachedit_fx.runtime.graph import GRADIENTS, UncachedGraph, graph_of
 from cachedit_fx.runtime.model_state import ModelState
 from cachedit_fx.runtime.registry import StateFinder, anchors_of
-
-logger = logging.getLogger(__name__)
 
 
 def cachedit(
@@ -74,11 +71,7 @@ def compile_graph(
 
 
 def rewrite(gm: fx.GraphModule, options: Options, traced: Traced = NOTHING_KNOWN) -> Outcome:
-    """Run the passes on `gm`. Nothing is compiled.
-
-    Args:
-        traced: knowledge about the module that the graph is, or is a part of.
-    """
+    """Run the passes on `gm`, a graph of the module that `traced` tells of. Nothing is compiled."""
     return pass_manager(options, traced.with_numbers(numbers_in_frame())).run(gm)
 
 

@@ -33,7 +33,6 @@ from cachedit_fx.runtime.policies.dbprune import BELOW_DYNAMIC
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*inert threshold")
 EAGER: dict[str, Any] = {"inner_backend": "eager"}
-
 # ---------------------------------------------------------------------------------------------------------------------
 # options
 
