@@ -11,6 +11,7 @@ from importlib import import_module as _import_module
 from importlib.machinery import ModuleSpec as _ModuleSpec
 from importlib.util import module_from_spec as _module_from_spec
 from pathlib import Path as _Path
+from threading import RLock as _RLock
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ _MODULES = {
     "schedules.presets": ("presets",),
 }
 """Module -> the public names that it defines."""
+
+_import_lock = _RLock()
 
 __all__ = [
     "Action",
@@ -111,7 +114,8 @@ def __getattr__(name: str) -> Any:
     module = next((module for module, names in _MODULES.items() if name in names), None)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(_import_module(f"{__name__}.{module}"), name)
+    with _import_lock:  # modules that import each other must not be begun from two ends at once
+        value = getattr(_import_module(f"{__name__}.{module}"), name)
     globals()[name] = value
     return value
 

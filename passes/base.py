@@ -29,7 +29,7 @@ class FlatGraph:
     """Fact: the graph is as dynamo captured it, no block outlined. Every run of the manager starts with it.
 
     A rewrite of the flat graph requires and preserves this fact. The rewrite then runs before blocks are outlined, at
-    any place in the list.
+    any place in the list. It also preserves `normalize.Normalized`, unless it writes in place.
     """
 
 

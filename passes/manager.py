@@ -221,6 +221,12 @@ def order(passes: Sequence[Pass]) -> tuple[Pass, ...]:
         PassOrderError: if no order is possible, or if a fact would be dropped before a pass that requires it.
     """
     _check_providers(passes)
+    enders = [pass_.name for pass_ in passes if _ends_flat_graph(pass_)]
+    if len(enders) > 1:
+        raise PassOrderError(
+            f"only one pass may end FlatGraph, and these do: {', '.join(enders)}; a rewrite of the flat graph enters "
+            "FlatGraph in what it preserves"
+        )
     result: list[Pass] = []
     queue = list(passes)
     while queue:
@@ -247,17 +253,35 @@ def _check_providers(passes: Sequence[Pass]) -> None:
 
 
 def _check_lifetimes(ordered: Sequence[Pass]) -> None:
-    """Raise if a rewrite drops a fact that a later pass requires and that no analysis can restore."""
-    restorable = {pass_.provides for pass_ in ordered if isinstance(pass_, Analysis)}
+    """Raise if a rewrite drops a fact that a later pass requires and that no analysis can restore.
+
+    An analysis restores its fact only as long as the facts that it requires itself are there or can be restored.
+    """
+    analyses = {pass_.provides: pass_ for pass_ in ordered if isinstance(pass_, Analysis)}
     facts: set[type] = {FlatGraph}
     droppers: dict[type, str] = {}
+
+    def lost(kind: type) -> type | None:
+        """The dropped fact for want of which `kind` is not to be had; None if it is."""
+        if kind in facts:
+            return None
+        if kind not in analyses:
+            return kind
+        return next((fact for required in analyses[kind].requires if (fact := lost(required)) is not None), None)
+
     for pass_ in ordered:
         for kind in pass_.requires:
-            if kind not in facts | restorable:
+            fact = lost(kind)
+            if fact is not None:
+                needed = kind.__name__ if fact is kind else f"{kind.__name__}, hence {fact.__name__}"
                 raise PassOrderError(
-                    f"pass {pass_.name!r} requires {kind.__name__}, which pass {droppers[kind]!r} drops before it: "
-                    f"enter {kind.__name__} in what that pass preserves, if it is still true after it, or move the pass"
+                    f"pass {pass_.name!r} requires {needed}, which pass {droppers[fact]!r} drops before it: "
+                    f"enter {fact.__name__} in what that pass preserves, if it is still true after it, or move the pass"
                 )
+        last_chance = pass_.preserves if isinstance(pass_, Rewrite) and _ends_flat_graph(pass_) else ()
+        facts |= {kind for kind in (*pass_.requires, *pass_.uses, *last_chance) if lost(kind) is None}
+        if isinstance(pass_, Analysis):
+            facts.add(pass_.provides)
         if isinstance(pass_, Rewrite):
             droppers |= dict.fromkeys(facts - set(pass_.preserves), pass_.name)
             facts = (facts & set(pass_.preserves)) | set(pass_.provides)
@@ -276,5 +300,8 @@ def _waits(pass_: Pass, other: Pass) -> bool:
     reads = (*pass_.requires, *pass_.uses)
     if any(kind in reads for kind in _provisions_of(other)):
         return True
-    ends_flat_graph = isinstance(pass_, Rewrite) and FlatGraph in pass_.requires and FlatGraph not in pass_.preserves
-    return ends_flat_graph and FlatGraph in other.requires
+    return _ends_flat_graph(pass_) and FlatGraph in other.requires
+
+
+def _ends_flat_graph(pass_: Pass) -> bool:
+    return isinstance(pass_, Rewrite) and FlatGraph in pass_.requires and FlatGraph not in pass_.preserves

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 from cachedit_fx.config.cache import CONFIGS, Cut, DBCacheConfig, known_fields
 from cachedit_fx.config.calibrators import CalibratorConfig
 from cachedit_fx.config.rules import OptionError, Rule, check_fields, choice, optional, reject_unknown, setting
-from cachedit_fx.runtime.calibrators import CALIBRATORS, as_config
+from cachedit_fx.runtime.calibrators import CALIBRATORS, as_config, calibrator_of
 from cachedit_fx.runtime.policies.base import Policy, policy_of
 
 Scope: TypeAlias = Literal["model", "loop"]
@@ -214,6 +214,7 @@ class Options:
                 f"not scope={self.scope!r}, cache={self.cache!r}"
             )
         for policy, calibrator in self.loop_settings:
+            calibrator_of(calibrator)  # raises if there is none
             if calibrator is not None and calibrator.calibrator_cache_type == "output":
                 self._check_output_target(policy.structure())
 

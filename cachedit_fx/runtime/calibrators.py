@@ -23,7 +23,7 @@ from cachedit_fx.config.calibrators import (
     LagrangeCalibratorConfig,
     TaylorSeerCalibratorConfig,
 )
-from cachedit_fx.config.rules import reject_unknown
+from cachedit_fx.config.rules import OptionError, reject_unknown
 
 CORRECTED_RUN = 2
 """Highest number of computed steps after a gap with which the gap is still corrected. Each needs one more value."""
@@ -63,15 +63,32 @@ CALIBRATORS: dict[str, Calibrator] = {}
 
 
 def register_calibrator(name: str, calibrator: Calibrator) -> None:
-    """Enter a calibrator under the name that `options={"calibrator": name}` takes."""
+    """Enter a calibrator under the name that `options={"calibrator": name}` takes.
+
+    Raises:
+        ValueError: if a calibrator of another config class has the name.
+    """
+    owner = CALIBRATORS[name].config_class if name in CALIBRATORS else calibrator.config_class
+    config_class = calibrator.config_class
+    if (owner.__module__, owner.__qualname__) != (config_class.__module__, config_class.__qualname__):
+        raise ValueError(f"{name!r} is the name of the calibrator of {owner.__qualname__}: choose another name")
     CALIBRATORS[name] = calibrator
 
 
 def calibrator_of(config: CalibratorConfig | None) -> Calibrator:
-    """The calibrator of a config; `REPEAT` for None."""
+    """The calibrator of a config, of its class or the nearest base class that has one; `REPEAT` for None.
+
+    Raises:
+        OptionError: if there is none.
+    """
     if config is None:
         return REPEAT
-    return next(calibrator for calibrator in CALIBRATORS.values() if calibrator.config_class is type(config))
+    by_class = {calibrator.config_class: calibrator for calibrator in CALIBRATORS.values()}
+    calibrator = next((by_class[base] for base in type(config).__mro__ if base in by_class), None)
+    if calibrator is None:
+        names = ", ".join(CALIBRATORS)
+        raise OptionError(f"no calibrator is registered for {type(config).__name__}; there are {names}")
+    return calibrator
 
 
 def as_config(value: Any) -> Any:

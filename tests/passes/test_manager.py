@@ -145,6 +145,18 @@ class Forgets(Rewrite):
         return Rewritten(gm, 0)
 
 
+class Careless(CloneQueries):
+    """Preserves too little for the blocks to be detected again."""
+
+    name = "careless"
+    preserves: ClassVar[tuple[type, ...]] = (FlatGraph,)
+
+
+class Ends(CloneQueries):
+    name = "ends"
+    preserves: ClassVar[tuple[type, ...]] = (Normalized,)
+
+
 def made(*classes):
     return [cls() for cls in classes]
 
@@ -195,6 +207,8 @@ def test_a_rewrite_of_the_flat_graph_may_stand_anywhere_in_the_list(place):
         ((Chicken, Egg, Normalize), "wait for each other: chicken, egg"),
         ((Normalize, Forgets, DetectBlockLoops), "requires Normalized, which pass 'forgets' drops before it"),
         ((Normalize, Normalize), "'normalize' names two passes"),
+        ((*ALL, Careless), "requires Detection, hence Normalized, which pass 'careless' drops before it"),
+        ((*ALL, Ends), "only one pass may end FlatGraph, and these do: outline_blocks, ends"),
     ],
 )
 def test_what_cannot_be_ordered_is_refused_before_anything_runs(passes, message):

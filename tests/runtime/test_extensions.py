@@ -1,6 +1,8 @@
 """What a policy or a calibrator of one's own takes: one file each, and nothing else is touched."""
 
+import copy
 import importlib
+import pickle
 import re
 import shutil
 import subprocess
@@ -11,10 +13,22 @@ import pytest
 import torch
 from lib.toys import FALLING, as_tensor, denoise, make, noise
 
-from cachedit_fx import Action, OptionError, compile, explain, summary
+from cachedit_fx import (
+    Action,
+    CalibratorConfig,
+    DBCacheConfig,
+    Decision,
+    OptionError,
+    Reason,
+    TaylorSeerCalibratorConfig,
+    compile,
+    explain,
+    summary,
+)
 from cachedit_fx.config.cache import CONFIGS
-from cachedit_fx.runtime.calibrators import CALIBRATORS
-from cachedit_fx.runtime.policies.base import POLICIES
+from cachedit_fx.runtime.calibrators import CALIBRATORS, register_calibrator
+from cachedit_fx.runtime.policies.base import POLICIES, register
+from cachedit_fx.runtime.policies.dbprune import BELOW_DYNAMIC
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,9 +42,9 @@ def extensions():
         sys.modules.pop(name, None)
         importlib.import_module(name)
     yield
-    for table, copy in zip(tables, copies, strict=True):
+    for table, entries in zip(tables, copies, strict=True):
         table.clear()
-        table.update(copy)
+        table.update(entries)
 
 
 def steps_by_action(stats, action):
@@ -76,6 +90,71 @@ def test_their_settings_are_checked_as_all_others_are(extensions):
         compile(make(), period=2)
     with pytest.raises(OptionError, match="nearest known one is 'values'"):
         compile(make(), calibrator={"name": "mean", "value": 2})
+
+
+def test_a_subclass_of_a_config_is_decided_and_predicted_as_its_base():
+    class Cache(DBCacheConfig):
+        pass
+
+    class Calibrator(TaylorSeerCalibratorConfig):
+        pass
+
+    results = []
+    settings: dict = {"Fn_compute_blocks": 1, "max_warmup_steps": 2, "residual_diff_threshold": 0.2}
+    for cache, calibrator in (
+        (Cache(**settings), Calibrator()),
+        (DBCacheConfig(**settings), TaylorSeerCalibratorConfig()),
+    ):
+        model = make()
+        compile(model, inner_backend="eager", cache=cache, calibrator=calibrator)
+        results.append(denoise(model))
+    assert torch.equal(*results)
+
+
+def test_a_config_that_nobody_registered_is_refused_before_anything_runs():
+    with pytest.raises(OptionError, match="no calibrator is registered for CalibratorConfig; there are taylorseer"):
+        compile(make(), calibrator=CalibratorConfig())
+
+
+def test_names_are_taken_once(extensions):
+    policy, calibrator = POLICIES[CONFIGS["every_nth"]], CALIBRATORS["mean"]
+    register("every_nth")(policy)
+    register_calibrator("mean", calibrator)
+    with pytest.raises(ValueError, match="'dbcache' is the name of .*dbcache.DBCache: choose another name"):
+        register("dbcache")(policy)
+    with pytest.raises(ValueError, match="'foca' is the name of the calibrator of FoCaCalibratorConfig"):
+        register_calibrator("foca", calibrator)
+
+
+def test_reasons_stay_themselves_in_copies_and_pickles():
+    for reason in (Reason.WARMUP, BELOW_DYNAMIC):
+        decision = Decision(reason.action, reason, 0.5)
+        for copy_of in (copy.copy(decision), copy.deepcopy(decision), pickle.loads(pickle.dumps(decision))):
+            assert copy_of == decision and copy_of.reason is reason
+    assert repr(Reason.WARMUP) == "<Reason: 'warm-up'>"
+
+
+THREADS = """
+import threading
+import cachedit_fx
+names, errors = ["compile", "DBPruneConfig", "Options", "presets", "Reason", "session"] * 2, []
+def access(name):
+    barrier.wait()
+    try:
+        getattr(cachedit_fx, name)
+    except BaseException as error:
+        errors.append(error)
+barrier = threading.Barrier(len(names))
+threads = [threading.Thread(target=access, args=(name,)) for name in names]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+assert not errors, errors
+"""
+
+
+def test_threads_may_ask_for_public_names_at_once():
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", THREADS], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 WITHOUT = """

@@ -16,6 +16,7 @@ from enum import Enum
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from cachedit_fx.config.cache import CONFIGS, Cut, DBCacheConfig, Unit
+from cachedit_fx.config.rules import OptionError
 
 
 class Action(Enum):
@@ -25,16 +26,14 @@ class Action(Enum):
     REUSE = "reuse"
 
 
-@dataclass(frozen=True)
 class Reason:
     """The reason of a decision: a short label, the action that follows, and one line for people.
 
-    The reasons below are attributes of this class (`Reason.WARMUP`). A policy may make others.
+    The reasons below are attributes of this class (`Reason.WARMUP`). A policy may make others. Like the members of an
+    enumeration they are compared by identity, which copies and pickles keep.
     """
 
-    label: str
-    action: Action
-    explanation: str
+    _by_label: ClassVar[dict[str, Reason]] = {}
 
     WARMUP: ClassVar[Reason]
     MASK_COMPUTES: ClassVar[Reason]
@@ -50,10 +49,31 @@ class Reason:
     ABOVE_THRESHOLD: ClassVar[Reason]
     BELOW_THRESHOLD: ClassVar[Reason]
 
+    def __init__(self, label: str, action: Action, explanation: str) -> None:
+        self.label, self.action, self.explanation = label, action, explanation
+        self._by_label[label] = self
+
+    @classmethod
+    def of(cls, label: str, action: Action, explanation: str) -> Reason:
+        """The reason of this label, if there is one already; else a new one."""
+        return cls._by_label.get(label) or cls(label, action, explanation)
+
     @property
     def value(self) -> str:
         """The label, under the attribute name of an enumeration's members."""
         return self.label
+
+    def __repr__(self) -> str:
+        return f"<Reason: {self.label!r}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Reason.of, (self.label, self.action, self.explanation)
+
+    def __copy__(self) -> Reason:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Reason:
+        return self
 
 
 _COMPUTE, _REUSE = Action.COMPUTE, Action.REUSE
@@ -163,9 +183,16 @@ POLICIES: dict[type[DBCacheConfig], type[Policy[Any, Any]]] = {}
 
 
 def register(name: str) -> Callable[[type[Policy[Any, Any]]], type[Policy[Any, Any]]]:
-    """Enter a policy under the name that `options={"cache": name}` takes."""
+    """Enter a policy under the name that `options={"cache": name}` takes.
+
+    Raises:
+        ValueError: if another policy has the name.
+    """
 
     def enter(policy: type[Policy[Any, Any]]) -> type[Policy[Any, Any]]:
+        owner = POLICIES.get(CONFIGS[name]) if name in CONFIGS else None
+        if owner is not None and (owner.__module__, owner.__qualname__) != (policy.__module__, policy.__qualname__):
+            raise ValueError(f"{name!r} is the name of {owner.__module__}.{owner.__qualname__}: choose another name")
         CONFIGS[name] = policy.config_class
         POLICIES[policy.config_class] = policy
         return policy
@@ -174,8 +201,15 @@ def register(name: str) -> Callable[[type[Policy[Any, Any]]], type[Policy[Any, A
 
 
 def policy_of(config: DBCacheConfig) -> Policy[Any, Any]:
-    """The policy of a config."""
-    return POLICIES[type(config)](config)
+    """The policy of a config: that of its class, or of the nearest base class that has one.
+
+    Raises:
+        OptionError: if there is none.
+    """
+    policy = next((POLICIES[base] for base in type(config).__mro__ if base in POLICIES), None)
+    if policy is None:
+        raise OptionError(f"no policy is registered for {type(config).__name__}; there are {', '.join(CONFIGS)}")
+    return policy(config)
 
 
 def context_start(config: DBCacheConfig, step: int) -> int:
