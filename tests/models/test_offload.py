@@ -91,6 +91,7 @@ def test_hooks_within_the_model_break_it_into_frames(how):
     assert line and line in message
 
 
+@pytest.mark.budget(60, "captured with its hooks, and again without them")
 def test_enabled_anew_without_its_hooks_the_model_caches():
     """Dynamo does not look again at a frame that it gave up, so enabling anew is needed."""
     model, inputs = flux()

@@ -139,6 +139,7 @@ def test_a_model_that_is_cast_after_compiling():
 QUANTIZED = [Int8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig]
 
 
+@pytest.mark.budget(60, "inductor compiles the blocks of a quantized model")
 @pytest.mark.parametrize("kind", only_in("wrappings", QUANTIZED, but=[Int8WeightOnlyConfig]))
 def test_quantized_linears(kind):
     model, inputs = flux()
@@ -156,6 +157,7 @@ class Quantizable(Timeless):
         return (super().forward(hidden_states, encoder_hidden_states),)
 
 
+@pytest.mark.budget(60, "inductor compiles the blocks of a quantized model")
 @pytest.mark.parametrize("kind", only_in("wrappings", QUANTIZED, but=[Int8DynamicActivationInt8WeightConfig]))
 def test_quantized_linears_under_inductor(kind):
     """Cached output on identical inputs is the computed one, and that is what the same pieces give with no cache."""

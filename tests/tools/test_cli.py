@@ -4,10 +4,10 @@ import ast
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import torch
 from lib.command_line import invoke, plain
 
 import cachedit_fx
@@ -32,7 +32,7 @@ def test_help_and_version():
     top = invoke("--help")
     assert top.exit_code == 0 and 'backend="cachedit"' in top.output
     assert all(command in top.output for command in ("demo", "bench", "coverage", "kernels"))
-    assert torch.__version__ in invoke("--version").output
+    assert version("torch") in invoke("--version").output
     assert invoke().exit_code == 2 and "demo" in invoke().output
 
 
