@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # cache-dit's PSNR wraps around: a constant error of 16 scores as a perfect copy.
 #
-# Versions: cache_dit 1.5.3, numpy 2.4.6, opencv-python-headless 5.0.0.93, scikit-image 0.26.0, torch 2.13.0, Python 3.11.
+# Versions: cache_dit 1.5.3, numpy 2.4.6, opencv-python-headless 5.0.0.93, scikit-image 0.26.0, torch 2.13.0 (CPU),
+# diffusers 0.42.1, transformers 5.23.0, Python 3.11.
 #
-# Expected: `compute_psnr` on two 8-bit picture files gives the PSNR over the range 0 to 255. The package's two settings,
-# "custom" (the default) and "skimage", agree. A constant offset of 16 gives 20 log10(255 / 16) = 24.05 dB.
+# Expected: `compute_psnr` on two 8-bit picture files gives the PSNR over the range 0 to 255.
+# The package's two settings, "custom" (the default) and "skimage", agree.
+# A constant offset of 16 gives 20 log10(255 / 16) = 24.05 dB.
 #
 # Seen: the default subtracts and squares arrays of uint8. Both operations wrap modulo 256.
 # The square of 16 is 256, so an offset of 16 gives inf, the score of identical pictures.
@@ -16,8 +18,8 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/python" -m pip install -qq --no-compile cache_dit==1.5.3 torch==2.13.0 numpy==2.4.6 diffusers==0.42.1 \
-    transformers==5.23.0 opencv-python-headless==5.0.0.93 scikit-image==0.26.0
+"$folder/venv/bin/python" -m pip install -qq --no-compile cache_dit==1.5.3 torch==2.13.0 numpy==2.4.6 \
+    diffusers==0.42.1 transformers==5.23.0 opencv-python-headless==5.0.0.93 scikit-image==0.26.0
 
 cat > "$folder/check.py" <<'PY'
 import pathlib
@@ -31,7 +33,8 @@ from cache_dit.metrics.metrics import get_psnr_type, set_psnr_type
 folder = pathlib.Path(sys.argv[1])
 generator = np.random.default_rng(0)
 picture = generator.integers(0, 240, (64, 64, 3), dtype=np.uint8)
-pictures = {"picture": picture, "offset": picture + 16, "noise": generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)}
+noise = generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+pictures = {"picture": picture, "offset": picture + 16, "noise": noise}
 for name, pixels in pictures.items():
     cv2.imwrite(str(folder / f"{name}.png"), pixels)
 

@@ -38,7 +38,9 @@ def work(rank: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     first, second = (reduced(rank, holder, 1, ReduceOp.MAX).item() for holder in (0, 1))
     operations = (ReduceOp.MAX, ReduceOp.MIN, ReduceOp.SUM)
-    counts = [[int(reduced(rank, holder, 1000, operation).isnan().sum()) for operation in operations] for holder in (0, 1)]
+    counts = [
+        [int(reduced(rank, holder, 1000, operation).isnan().sum()) for operation in operations] for holder in (0, 1)
+    ]
     if rank == 0:
         print(f"scalar MAX: NaN on rank 0 gives {first}, NaN on rank 1 gives {second}; "
               "NaN left of 1000: MAX {}, MIN {}, SUM {}".format(*counts[0]))
