@@ -153,8 +153,8 @@ EXPLANATION = (
 
 def table(starts: Sequence[Start]) -> Table:
     """A line for each depth and way."""
-    headings = ("blocks", "compiled by", "cold", "- capture", "over repeated", "warm", "- capture", "sizes")
-    result = Table(headings, texts=(1,))
+    headings = ("blocks", "compiled by", "cold", "-\ncapture", "over\nrepeated", "warm", "-\ncapture", "sizes")
+    result = Table(headings, texts=(1, 7))
     by = {(start.way, start.blocks, start.warm): start for start in starts}
     for way, blocks in dict.fromkeys((start.way, start.blocks) for start in starts):
         cells = [str(blocks), way]

@@ -31,6 +31,7 @@ class Table:
     """Headings, and lines of as many cells."""
 
     headings: tuple[str, ...]
+    """A line break in a heading is one in a terminal, a space in Markdown."""
     texts: Collection[int] = (0,)
     """Columns of text, set to the left. The others hold figures, set to the right and never wrapped."""
     title: str = ""
@@ -81,7 +82,8 @@ def _marked(line: Line) -> Sequence[str]:
 
 
 def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+    plain = (cell.replace("|", "/").replace("\n", " ") for cell in cells)
+    return f"| {' | '.join(plain)} |"
 
 
 def terminal(table: Table) -> RichTable:

@@ -13,7 +13,7 @@ from cachedit_fx.report.tables import Heading, Table, page, terminal, titled_lis
 
 @pytest.fixture
 def table():
-    made = Table(("name", "text", "figure"), texts=(0, 1))
+    made = Table(("name", "text", "a\nfigure"), texts=(0, 1))
     made.add("a|b", "[red]x[/red]", "1")
     made.add("best", "✓", "22", stands_out=True)
     return made
@@ -29,7 +29,7 @@ def test_a_page_has_its_parts_in_order(table):
     text = page(Heading("Title"), "One.\nTwo.", "", table, [], ["a", "b"], *titled_list("None", []), Heading("Next", 2))
     assert text == (
         "# Title\n\nOne.\nTwo.\n\n"
-        "| name | text | figure |\n| --- | --- | ---: |\n| a/b | [red]x[/red] | 1 |\n| **best** | ✓ | 22 |\n\n"
+        "| name | text | a figure |\n| --- | --- | ---: |\n| a/b | [red]x[/red] | 1 |\n| **best** | ✓ | 22 |\n\n"
         "- a\n- b\n\n## Next\n"
     )
 

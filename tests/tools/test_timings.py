@@ -131,7 +131,10 @@ def cells(table):
 
 def test_the_table_of_start_up_takes_off_the_capture(starts):
     table = cold.table(starts)
-    named = {row[1]: dict(zip(table.headings, row, strict=True)) for row in cells(table)}
+    named = {
+        row[1]: dict(zip([heading.replace("\n", " ") for heading in table.headings], row, strict=True))
+        for row in cells(table)
+    }
     assert named[OURS]["cold"] == "14.0" and named[OURS]["over repeated"] == "0.50"
     assert [row[3] for row in cells(table)] == ["", "", "10.0"] and [row[6] for row in cells(table)] == ["", "", "2.0"]
     assert named[OURS]["sizes"] == "1.0, 2.0"
