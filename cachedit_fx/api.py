@@ -69,11 +69,17 @@ def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa
         return module
     state = ModelState(settings)
     state.traced = Traced.of(module)
-    listener = listen(module)
-    if listener is not None:
-        state.hint = listener.hint
     # Dynamo keeps a backend for good, and the state holds buffers: the module's call owns the state.
     state_ref = weakref.ref(state)
+
+    def end_generation() -> None:
+        state = state_ref()
+        if state is not None:
+            state.end_generation()
+
+    listener = listen(module, end_generation)
+    if listener is not None:
+        state.hint = listener.hint
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         state = state_ref()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cachedit_fx.runtime.clock import Timestep, clock
 from cachedit_fx.runtime.model_state import ModelState
 from cachedit_fx.runtime.region import RegionInfo, RegionKey
 from cachedit_fx.runtime.session import Session
@@ -39,8 +40,8 @@ class Uncached:
 class current_call:  # noqa: N801 - a context manager, and used like a function
     """Context manager for the session's current `Call`.
 
-    Creates a call if there is none and finishes it on exit, unless `finish` is False. A class, because
-    `@contextmanager` is too slow for a path that every step enters twice.
+    Creates a call if there is none. On exit a call that succeeded is committed, and counted if `finish` is True. A call
+    that raised is rolled back. A class, because `@contextmanager` is too slow for a path that every step enters twice.
 
     Args:
         state: the session is that of this state, in the present thread or `session(key)`.
@@ -61,10 +62,15 @@ class current_call:  # noqa: N801 - a context manager, and used like a function
         return self.call
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.is_own:
-            self.session.call = None
-            if kind is None and self.finish and self.call is not None:
-                self.call.finish(self.diagnose)
+        if not self.is_own or self.call is None:
+            return
+        self.session.call = None
+        if kind is not None:
+            self.call.roll_back()
+            return
+        self.call.commit()
+        if self.finish:
+            self.call.finish(self.diagnose)
 
 
 class Call:
@@ -73,11 +79,11 @@ class Call:
     Attributes:
         session: the session that the call belongs to.
         branch_name: the CFG branch, if the caller names it.
-        time: the timestep, or the caller's hint of it; None while neither is known.
+        tick: what the clock of the calling pipeline shows; None without a clock.
+        time: the timestep, or the caller's hint of it; a `Timestep` of None while neither is known.
         graphs: the number of our graphs that began in the call so far.
         chains: names of loops -> the number of chains with regions through these loops so far.
         position: generation, step and branch; None until a region asks for it.
-        now: the timestep as a number, once the position is known; None if there is no timestep.
         route: the call's way to its graphs, if shortcuts are learned.
     """
 
@@ -85,18 +91,56 @@ class Call:
         hint = session.state.hint()
         self.session = session
         self.branch_name = hint.branch
-        self.time = hint.time
+        self.tick = clock()
+        self.time = Timestep(hint.time)
+        self._has_time = hint.time is not None
         self.graphs = 0
         self.chains: dict[tuple[str, ...], int] = {}
         self.position: Position | None = None
-        self.now: float | None = None
         self.route: Route | None = None
         self._passed_by: Uncached | None = None
+        self._changes: list[Callable[[], None]] = []
+        self._restorations: list[Callable[[], None]] = []
+
+    def on_success(self, change: Callable[[], None]) -> None:
+        """Make a change of the session when the whole call has succeeded, after the changes passed before."""
+        self._changes.append(change)
+
+    def on_failure(self, restoration: Callable[[], None]) -> None:
+        """Take back a change of the session, made already, if the call fails: the latest change first."""
+        self._restorations.append(restoration)
+
+    def commit(self) -> None:
+        """The call has succeeded: make all changes. If one fails, nothing stored is used again."""
+        changes, self._changes = self._changes, []
+        try:
+            for change in changes:
+                change()
+        except BaseException:
+            self.roll_back()
+            self.session.forget()
+            raise
+        self._restorations = []
+        self.session.record_success()
+
+    def roll_back(self) -> None:
+        """The call has failed: leave the session as it was before the call, and count the failure."""
+        restorations, self._restorations, self._changes = self._restorations, [], []
+        for restoration in reversed(restorations):
+            restoration()
+        self.session.record_failure()
 
     def restart(self) -> None:
         """Let the graphs run again from the first one. The call's position is known already, and stays."""
         self.graphs = 0
         self.chains = {}
+        self._changes = []
+
+    def now(self) -> float | None:
+        """The call's place in time, in one unit for all calls of a generation; None if it is not known."""
+        if self.tick is not None and self.session.tracker.is_clocked(self.tick):
+            return self.session.schedule_time(self.tick)
+        return self.time()
 
     @property
     def uncached(self) -> Uncached | None:
@@ -130,5 +174,5 @@ class Call:
 
     def _count(self, timestep: torch.Tensor | float | None) -> None:
         self.graphs += 1
-        if self.time is None:
-            self.time = timestep
+        if not self._has_time and timestep is not None:
+            self.time, self._has_time = Timestep(timestep), True

@@ -1,13 +1,15 @@
-"""Learns from diffusers the CFG branch and the step of a call, if the pipeline passes them on.
+"""Learns from diffusers the CFG branch and the step of a call, if the pipeline passes them on, and a pipeline's end.
 
 Pipelines wrap each transformer call in `transformer.cache_context("cond")`. The context passes its name, and perhaps a
-step index or sigma, to every stateful hook registered on the module. The listener is a hook of this kind. It is entered
-into the registry's list without wrapping `forward`, so the module stays unpatched, and dynamo traces no code of it.
+step index or sigma, to every stateful hook registered on the module. At its end a pipeline resets these hooks. The
+listener is a hook of this kind. It is entered into the registry's list without wrapping `forward`, so the module stays
+unpatched, and dynamo traces no code of it.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +31,8 @@ class Hint:
     time: float | torch.Tensor | None = None
 
 
-def _make_listener() -> Any:
-    """A listener; None if diffusers' hooks cannot be imported."""
+def _make_listener(on_reset: Callable[[], None] = lambda: None) -> Any:
+    """A listener that calls `on_reset` at each reset; None if diffusers' hooks cannot be imported."""
     try:
         from diffusers.hooks.hooks import BaseState, ModelHook, StateManager
     except ImportError:
@@ -54,6 +56,7 @@ def _make_listener() -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.state_manager = ContextOfThread()
+            self.on_reset = on_reset
 
         def hint(self) -> Hint:
             """The caller's hint about the present call."""
@@ -64,6 +67,7 @@ def _make_listener() -> Any:
             return Hint(context.name, next((time for time in times if time is not None), None))
 
         def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
+            self.on_reset()
             return module
 
         def __reduce__(self) -> tuple[Any, ...]:
@@ -72,9 +76,13 @@ def _make_listener() -> Any:
     return Listener()
 
 
-def listen(module: torch.nn.Module) -> Any:
-    """Register a listener on `module` and return it; None if the module or diffusers has no hooks."""
-    listener = _make_listener() if hasattr(module, "cache_context") else None
+def listen(module: torch.nn.Module, on_reset: Callable[[], None]) -> Any:
+    """Register a listener on `module` and return it; None if the module or diffusers has no hooks.
+
+    Args:
+        on_reset: called when diffusers resets the module's hooks, as a pipeline does at its end.
+    """
+    listener = _make_listener(on_reset) if hasattr(module, "cache_context") else None
     if listener is None:
         return None
     from diffusers.hooks.hooks import HookRegistry

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -35,11 +35,16 @@ class BranchMemory:
     strides: list[tuple[int, ...]] = field(default_factory=list)
     """Strides of the computed results. Restored results have the same layout."""
 
-    def forget(self, start: int = 0) -> None:
-        """Begin a new context at step `start`: keep the buffers, not their contents."""
+    def forget(self, start: int = 0) -> Callable[[], None]:
+        """Begin a new context at step `start`: keep the buffers, not their contents. Returns what restores the context.
+
+        The context can be restored until the next `store`.
+        """
+        before = {"start": self.start, "signature": self.signature, "trail": self.trail}
         self.start = start
         self.signature = None
         self.trail = []
+        return lambda: vars(self).update(before)
 
     def stored_for(self, signature: Hashable) -> Stored:
         """Whether there are stored values for streams of this signature."""

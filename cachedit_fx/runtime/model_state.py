@@ -67,6 +67,13 @@ class ModelState:
         self.last_call = time.monotonic()
         return session
 
+    def end_generation(self) -> None:
+        """Let the next call of the present thread, or of the `session(key)` that it is in, start a generation."""
+        key = session_key.get()
+        session = getattr(self._here, "session", None) if key is None else self._by_key.get(key)
+        if session is not None:
+            session.tracker.refresh()
+
     def _named(self, key: Hashable) -> Session:
         with self._lock:
             session = self._by_key.get(key)

@@ -15,11 +15,12 @@ from cachedit_fx.config.calibrators import CalibratorConfig
 from cachedit_fx.config.options import LoopSettings
 from cachedit_fx.runtime.calibrators import Moment, coefficients, values_kept
 from cachedit_fx.runtime.call import Call
-from cachedit_fx.runtime.guard import Residual, on_host, read_back, read_differences
+from cachedit_fx.runtime.guard import Residual, read_differences
 from cachedit_fx.runtime.memory import BranchMemory
 from cachedit_fx.runtime.policies.base import Action, Decision, Situation, context_start
 from cachedit_fx.runtime.region import RegionInfo, RegionKey
 from cachedit_fx.runtime.stopwatch import Stopwatch
+from cachedit_fx.runtime.tracker import Evidence
 
 
 class Entry(NamedTuple):
@@ -84,7 +85,7 @@ class RegionCall:
         _, step, branch = self.call.position
         memory, start = self.session.memory(key, branch), context_start(policy.config, step)
         if memory.start != start:
-            memory.forget(start)
+            self.call.on_failure(memory.forget(start))
             differences = {}
         situation = Situation(step - start, memory.stored_for(signature), key.block)
 
@@ -118,31 +119,40 @@ class RegionCall:
         """
         assert self.call.position is not None
         _, step, branch = self.call.position
-        key, memory, residual, decision = entry.key, entry.memory, entry.residual, entry.decision
-        now = Moment(step, self.call.now, decision.action is Action.COMPUTE)
+        decision = entry.decision
+        now = Moment(step, self.call.now() if entry.settings.calibrator else None, decision.action is Action.COMPUTE)
         watch = Stopwatch(entry.device)
-        spare = residual.spare if residual is not None else None
         if decision.action is Action.REUSE:
             results = _restored(entry, now, bases, base_inputs)
         else:
-            if residual is not None:
-                memory.reference, spare = residual.keep(memory.reference)
             results = compute(*inputs)
-            if entry.settings.policy.reuses:
-                _store(entry, now, results, bases, base_inputs)
-        if spare is not None:
-            self.session.spares[key] = spare
+        watch.stop()
         self._advance(entry, branch)
-        stats = self.session.region_stats(key, entry.info)
-        stats.record(branch, step, decision, key.block)
-        self.session.watches.append((stats, decision.action, watch.stop()))
+
+        def record() -> None:
+            spare = entry.residual.spare if entry.residual is not None else None
+            if decision.action is Action.REUSE:
+                entry.memory.trail.insert(0, now)
+            else:
+                if entry.residual is not None:
+                    entry.memory.reference, spare = entry.residual.keep(entry.memory.reference)
+                if entry.settings.policy.reuses:
+                    _store(entry, now, results, bases, base_inputs)
+            if spare is not None:
+                self.session.spares[entry.key] = spare
+            stats = self.session.region_stats(entry.key, entry.info)
+            stats.record(branch, step, decision, entry.key.block)
+            self.session.watches.append((stats, decision.action, watch))
+
+        self.call.on_success(record)
         return results
 
     def _advance(self, entry: Entry, branch: int) -> None:
         """Let the policy advance its history by its decision."""
         chain, policy, start = entry.key.chain, entry.settings.policy, entry.memory.start
         history = self.session.history(chain, branch, start, policy)
-        self.session.set_history(chain, branch, start, policy.advance(history, entry.situation, entry.decision))
+        advanced = policy.advance(history, entry.situation, entry.decision)
+        self.call.on_failure(self.session.set_history(chain, branch, start, advanced))
 
     def _difference(
         self,
@@ -163,31 +173,31 @@ class RegionCall:
             assert memory.reference is not None and residual is not None
             (difference,), _ = read_differences(residual, [memory.reference])
         shared[key, step] = difference
+        self.call.on_failure(lambda: shared.__delitem__((key, step)))
         return difference
 
     def _locate(self, key: RegionKey, residual: Residual | None, signature: Hashable) -> dict[int, float]:
         """Find the call's position, once in a call. Returns branch -> difference, for differences read on the way.
 
-        A timestep on the device is read in one transfer with differences: one for each branch that the call may belong
-        to.
+        Without a pipeline's clock, a timestep on the device is read in one transfer with differences: one for each
+        branch that the call may belong to.
         """
         call, tracker = self.call, self.session.tracker
         if call.position is not None:
             return {}
-        time = call.time
         differences: dict[int, float] = {}
-        if isinstance(time, torch.Tensor):
-            time = time.amax() if time.numel() > 1 else time
-            references = {} if residual is None or on_host(time) else self._references(key, signature)
+        if not tracker.is_clocked(call.tick) and call.time.waits and call.time.unread is not None:
+            references = {} if residual is None else self._references(key, signature)
             if residual is not None and references:
-                values, (time,) = read_differences(residual, list(references.values()), time)
+                values, (number,) = read_differences(residual, list(references.values()), call.time.unread)
                 differences = dict(zip(references, values, strict=True))
-            else:
-                (time,) = read_back([time])
-        call.position, call.now = tracker.observe(time, call.branch_name, signature), time
+                call.time.set(number)
+        before = tracker.generation
+        call.on_failure(lambda: tracker.restore(before))
+        call.position = tracker.observe(Evidence(signature, call.branch_name, call.tick, call.time))
         if call.position.generation == self.session.generation:
             return differences
-        self.session.begin(call.position)
+        call.on_failure(self.session.begin(call.position.generation))
         if call.route is not None:
             call.route.generation_begins()
         return {}
@@ -210,9 +220,7 @@ def _restored(
     memory, calibrator = entry.memory, entry.settings.calibrator
     weights = coefficients(calibrator, memory.trail, now)
     shapes = [buffers[0].shape for buffers in memory.stored]
-    results = memory.restore(_bases(calibrator, bases, base_inputs, shapes), weights)
-    memory.trail.insert(0, now)
-    return results
+    return memory.restore(_bases(calibrator, bases, base_inputs, shapes), weights)
 
 
 def _store(

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextvars
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cachedit_fx.config.cache import DBCacheConfig
+from cachedit_fx.runtime.clock import Tick
+from cachedit_fx.runtime.guard import read_back
 from cachedit_fx.runtime.memory import BranchMemory
 from cachedit_fx.runtime.policies.base import Action, Policy
 from cachedit_fx.runtime.region import ChainKey, RegionKey
 from cachedit_fx.runtime.stats import CacheStats
 from cachedit_fx.runtime.stopwatch import Stopwatch
-from cachedit_fx.runtime.tracker import Position, Tracker
+from cachedit_fx.runtime.tracker import Tracker
 from cachedit_fx.runtime.warning import warn
 
 if TYPE_CHECKING:
@@ -49,6 +51,20 @@ def session(key: Hashable) -> Iterator[None]:
         session_key.reset(token)
 
 
+_OF_A_GENERATION = (
+    "generation",
+    "warned_of_inert",
+    "_histories",
+    "shortcuts",
+    "stats",
+    "watches",
+    "uncached",
+    "shared_differences",
+    "failed_calls",
+)
+"""Attributes of a session that every generation has anew."""
+
+
 class Session:
     """One stream of requests to one model: a tracker, and the present generation's memory and statistics."""
 
@@ -66,28 +82,64 @@ class Session:
         self.stats: dict[ChainKey, CacheStats] = {}
         self.configs: dict[ChainKey, DBCacheConfig] = {}
         self.uncached: Counter[str] = Counter()
+        self.failed_calls = 0
+        """Calls of the present generation that raised, and those since the last one that did not."""
+        self._failures = 0
+        """Calls that raised since the last one that did not."""
         self.watches: list[tuple[CacheStats, Action, Stopwatch]] = []
+        self._times: tuple[torch.Tensor, list[float]] | None = None
+        """A clock's schedule, and its elements as numbers."""
         self.call: Call | None = None
         """The present transformer call; None between calls."""
         self.warned_of_inert = False
         self.shared_differences: dict[tuple[RegionKey, int], float] = {}
 
-    def begin(self, position: Position) -> None:
-        """Take note of a call's position. If it starts a generation, forget the memory and the statistics."""
-        if position.generation == self.generation:
-            return
+    def begin(self, generation: int) -> Callable[[], None]:
+        """Begin a generation: forget the memory and the statistics. Returns what restores them."""
         self._warn_of_inert_thresholds()
         self._warn_of_long_masks()
+        before = {name: getattr(self, name) for name in _OF_A_GENERATION}
+        contexts = [memory.forget() for memory in self.memories.values()]
+
+        def restore() -> None:
+            vars(self).update(before)
+            for undo in contexts:
+                undo()
+
+        self.generation = generation
         self.warned_of_inert = False
-        self.generation = position.generation
-        for memory in self.memories.values():
-            memory.forget()
         self._histories = {}
         self.shortcuts = {}
         self.stats = {}
         self.watches = []
         self.uncached = Counter()
         self.shared_differences = {}
+        self.failed_calls = self._failures
+        return restore
+
+    def schedule_time(self, tick: Tick) -> float | None:
+        """The time of a clock's place, as a number. The schedule is read once in a generation."""
+        if tick.place is None:
+            return None
+        schedule, index = tick.place
+        if self._times is None or self._times[0] is not schedule:
+            self._times = schedule, read_back([schedule])
+        return self._times[1][index]
+
+    def forget(self) -> None:
+        """Use nothing stored again: the next call starts a generation."""
+        for memory in self.memories.values():
+            memory.forget()
+        self.tracker.refresh()
+
+    def record_failure(self) -> None:
+        """Count a call that raised."""
+        self.failed_calls += 1
+        self._failures += 1
+
+    def record_success(self) -> None:
+        """Take note that a call did not raise."""
+        self._failures = 0
 
     def refresh(self, config: DBCacheConfig | None) -> None:
         """Let the next call start a generation, under `config`."""
@@ -107,9 +159,19 @@ class Session:
         history_start, history = self._histories.get((chain, branch), (None, None))
         return history if history_start == start else policy.start()
 
-    def set_history(self, chain: ChainKey, branch: int, start: int, history: Any) -> None:
-        """Store a policy's history for its next decision."""
-        self._histories[chain, branch] = start, history
+    def set_history(self, chain: ChainKey, branch: int, start: int, history: Any) -> Callable[[], None]:
+        """Store a policy's history for its next decision. Returns what restores the one before."""
+        histories, key = self._histories, (chain, branch)
+        before = histories.get(key)
+        histories[key] = start, history
+
+        def restore() -> None:
+            if before is None:
+                del histories[key]
+            else:
+                histories[key] = before
+
+        return restore
 
     def region_stats(self, region: RegionKey, info: RegionInfo) -> CacheStats:
         """The statistics of a region. All regions of a chain whose blocks are pruned separately share one entry."""
@@ -140,11 +202,12 @@ class Session:
             stats.record_seconds(action, watch.seconds())
         self.watches = []
         for chain, stats in self.stats.items():
+            stats.failed_calls = self.failed_calls
             stats.bytes_held = sum(
                 memory.bytes_held for (region, _), memory in self.memories.items() if region.chain == chain
             )
-        if not self.stats and self.uncached:
-            return [CacheStats("uncached", 0, 0, 0, uncached_causes=self.uncached)]
+        if not self.stats and (self.uncached or self.failed_calls):
+            return [CacheStats("uncached", 0, 0, 0, uncached_causes=self.uncached, failed_calls=self.failed_calls)]
         return list(self.stats.values())
 
     def _warn_of_inert_thresholds(self) -> None:

@@ -99,8 +99,10 @@ class CacheStats:
     """Size of the values stored for reuse, all branches, in bytes."""
     uncached_causes: Counter[str] = field(default_factory=Counter)
     """Cause -> number of calls that ran uncached, without a decision of the policy."""
+    failed_calls: int = 0
+    """Calls of the generation that raised. They left no other trace."""
     compute_seconds: list[float] = field(default_factory=list)
-    """Measured times of computing the middle (with DBPrune, a block), storing included."""
+    """Measured times of computing the middle (with DBPrune, a block), without storing."""
     reuse_seconds: list[float] = field(default_factory=list)
     """Measured times of bypassing the middle (with DBPrune, a block)."""
     prunes_blocks: bool = False

@@ -1,28 +1,28 @@
-"""Finds the generation, denoising step and CFG branch of a transformer call, from the calls alone.
+"""Finds the generation, denoising step and CFG branch of a transformer call.
 
     observe(900.0), observe(900.0), observe(850.0), ... observe(950.0)
       step 0 br. 0    step 0 br. 1    step 1 br. 0        turned back: generation 1, step 0, branch 0
 
-Branches are distinguished by the first of three ways that applies:
+The best evidence decides, in this order:
 
-- The option `enable_separate_cfg`. True: calls alternate, branch 0 (conditional) first, or branch 1 first with
-  `cfg_compute_first`. False: every call is a step of branch 0.
-- The call's name (`transformer.cache_context("cond")`). Names are numbered as they appear in the generation. A repeated
-  name begins a new step, even at an equal timestep: in bfloat16 neighbouring timesteps can be equal. Another timestep
-  begins a new step too. A name repeated at the generation's first timestep begins a new generation.
-- The timestep. A repeated timestep is the step's next branch, up to four. Another timestep begins a new step, and its
-  first call is branch 0. A call without a timestep is a step.
+1. Explicit settings. `enable_separate_cfg=True`: calls alternate, branch 0 (conditional) first, or branch 1 first with
+   `cfg_compute_first`. False: every call is a step of branch 0. `num_inference_steps`: as many steps are a generation.
+2. The clock of the pipeline that calls (`runtime.clock`). Another schedule is another generation, and so is an index
+   that goes back. Another index is another step. Calls at one index are the step's branches: a call's branch is that of
+   its name, and of its number among the step's calls of that name.
+3. `refresh`, which diffusers calls at a pipeline's end, and users by `refresh_context`.
+4. Names (`transformer.cache_context("cond")`). They are numbered as they appear in the generation. A repeated name
+   begins a new step, even at an equal timestep: in bfloat16 neighbouring timesteps can be equal. Another timestep
+   begins a new step too. A name repeated at the generation's first timestep begins a new generation.
+5. The timestep. A repeated timestep is the step's next branch, up to four. Another timestep begins a new step, and its
+   first call is branch 0. A timestep that turns back begins a generation. The direction is that of the generation's
+   first two different timesteps.
+6. The shape, only if there is no timestep: a branch's other shape begins a generation.
 
-A new generation begins in these cases:
+A call without a timestep and a clock is a step. Branches may come and go from step to step (guidance intervals), and
+change their shapes (guidance that ends midway halves a batch).
 
-- The timestep turns back against its direction, which the generation's first two different timesteps set.
-- A branch's shape changes.
-- `refresh` was called, or `num_inference_steps` steps were made.
-- An unnamed timestep comes a fifth time.
-
-Branches may come and go from step to step (guidance intervals).
-
-Calls alone do not distinguish some cases:
+Without a clock, calls alone do not distinguish some cases:
 
 - A scheduler that evaluates a timestep twice (Heun, other second-order ones) looks like two branches: set
   `enable_separate_cfg=False`. A step is then a call, and `num_inference_steps` counts calls.
@@ -34,18 +34,19 @@ Calls alone do not distinguish some cases:
   `cache_context` solves this, or `enable_separate_cfg`.
 - A generation that goes on at the timestep at which the last one stopped (a base model, then its refiner) is taken for
   the same generation: call `refresh`.
-- A step without its first unnamed branch (the conditional call left out): the other call is taken for branch 0. If its
-  shape differs, a new generation begins. Names solve this.
+- A step without its first unnamed branch (the conditional call left out): the other call is taken for branch 0. Names
+  solve this.
 - Schedulers that go back in time on purpose (RePaint) begin a generation at each return.
 - With `enable_separate_cfg=True`, a step of one call swaps the branches from that step to the end of the generation.
 """
 
 import math
-from collections.abc import Hashable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from cachedit_fx.config.cache import DBCacheConfig
+from cachedit_fx.runtime.clock import Tick, Timestep
 
 MAX_UNNAMED_BRANCHES = 4
 """Highest number of branches distinguished by the timestep alone; some video models have four."""
@@ -59,8 +60,28 @@ class Position(NamedTuple):
     branch: int
 
 
-@dataclass
-class _Generation:
+@dataclass(frozen=True)
+class Evidence:
+    """Facts about one call that show its position.
+
+    Attributes:
+        shape: a key that must stay equal for stored values to fit; compared within a branch.
+        name: the caller's name for the branch, if any.
+        tick: of the pipeline's clock; None without a clock.
+        timestep: returns the number that the transformer takes, any unit; None if it is not known. It is called only
+            if no better evidence decides, since it may wait for a device.
+    """
+
+    shape: Hashable
+    name: str | None = None
+    tick: Tick | None = None
+    timestep: Callable[[], float | None] = Timestep(None)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The calls of one generation so far. A further call makes another object."""
+
     number: int
     calls: int = 0
     step: int = -1
@@ -68,98 +89,177 @@ class _Generation:
     """The latest known timestep."""
     rising: bool | None = None
     """Whether timesteps rise; None until there were two different ones."""
-    in_step: set[int] = field(default_factory=set)
-    """Branches that had a call in the present step."""
-    names: dict[str, int] = field(default_factory=dict)
-    """Name -> branch."""
+    first: Evidence | None = None
+    """The first call."""
+    tick: Tick | None = None
+    """The clock at the latest call."""
+    in_step: tuple[tuple[str | None, int], ...] = ()
+    """(name, branch) of the present step's calls."""
+    branches: dict[Hashable, int] = field(default_factory=dict)
+    """Name, or with a clock (name, number among the step's calls of that name) -> branch."""
     shapes: dict[int, Hashable] = field(default_factory=dict)
     """Branch -> shape, for every branch that had a call in the generation."""
 
     def turns_back(self, timestep: float | None) -> bool:
+        """Whether the timestep goes against the generation's direction."""
         if timestep is None or self.timestep is None or self.rising is None or timestep == self.timestep:
             return False
         return (timestep > self.timestep) is not self.rising
 
-    def add(self, step: int, branch: int, timestep: float | None, name: str | None, shape: Hashable) -> None:
-        if step != self.step:
-            self.in_step.clear()
-        self.calls += 1
-        self.step = step
-        self.in_step.add(branch)
-        self.shapes[branch] = shape
-        if name is not None:
-            self.names[name] = branch
-        if timestep is not None:
-            if self.timestep is not None and timestep != self.timestep:
-                self.rising = timestep > self.timestep
-            self.timestep = timestep
+    def with_call(self, evidence: Evidence, timestep: float | None, place: "Place") -> "Generation":
+        """The generation after a call at `place`."""
+        rising = self.rising
+        if timestep is not None and self.timestep is not None and timestep != self.timestep:
+            rising = timestep > self.timestep
+        in_step = self.in_step if place.step == self.step else ()
+        return Generation(
+            number=self.number,
+            calls=self.calls + 1,
+            step=place.step,
+            timestep=self.timestep if timestep is None else timestep,
+            rising=rising,
+            first=self.first or evidence,
+            tick=evidence.tick,
+            in_step=(*in_step, (evidence.name, place.branch)),
+            branches=self.branches if place.key is None else {**self.branches, place.key: place.branch},
+            shapes={**self.shapes, place.branch: evidence.shape},
+        )
+
+
+class Place(NamedTuple):
+    """Step and branch of a call, and the branch's key in `Generation.branches`, if it has one."""
+
+    step: int
+    branch: int
+    key: Hashable = None
 
 
 class Tracker:
-    """The positions of the calls of one model in one session. `config` may be replaced between calls."""
+    """The positions of the calls of one model in one session.
+
+    Attributes:
+        config: may be replaced between calls.
+        generation: the calls so far.
+    """
 
     def __init__(self, config: DBCacheConfig) -> None:
         self.config = config
-        self._now = _Generation(0)
+        self.generation = Generation(0)
+        self._stopped: Tick | None = None
+        """Of a clock that stood still while steps went on."""
 
-    def observe(self, timestep: float | None, branch: str | None, shape: Hashable) -> Position:
-        """Find the position of the next call.
-
-        Args:
-            timestep: as the transformer takes it, any unit; None or NaN if it is not known.
-            branch: the caller's name for the branch, if any.
-            shape: a key that must stay equal for stored values to fit; compared within a branch.
-        """
+    def observe(self, evidence: Evidence) -> Position:
+        """Find the position of the next call."""
+        if evidence.tick is not None and self._stands_still(evidence, evidence.tick):
+            self._stopped = evidence.tick
+            evidence = replace(evidence, tick=None)
+        timestep = None if self.is_clocked(evidence.tick) else evidence.timestep()
         if timestep is not None and math.isnan(timestep):
             timestep = None
-        step, index = self._locate(timestep, branch)
-        steps = self.config.num_inference_steps
-        if (
-            self._now.turns_back(timestep)
-            or self._now.shapes.get(index, shape) != shape
-            or (steps is not None and step >= steps)
-            or (index >= MAX_UNNAMED_BRANCHES and branch is None)
-            or self._starts_again(timestep, branch)
-        ):
+        place = self._place(evidence, timestep)
+        if self._begins_generation(evidence, timestep, place):
             self.refresh()
-            step, index = self._locate(timestep, branch)
-        self._now.add(step, index, timestep, branch, shape)
-        return Position(self._now.number, step, index)
+            place = self._place(evidence, timestep)
+        self.generation = self.generation.with_call(evidence, timestep, place)
+        return Position(self.generation.number, place.step, place.branch)
 
-    def _starts_again(self, timestep: float | None, name: str | None) -> bool:
-        """Whether a name is repeated at the first timestep. The calls before then were a generation of one step."""
-        now = self._now
-        if self.config.enable_separate_cfg is not None or name not in now.names:
-            return False
-        return now.step == 0 and timestep is not None and timestep == now.timestep
+    def is_clocked(self, tick: Tick | None) -> bool:
+        """Whether a clock tells the step of a call, so that its timestep need not be read."""
+        return tick is not None and tick.tells_steps and not (self._stopped and tick.same_schedule(self._stopped))
+
+    def restore(self, generation: Generation) -> None:
+        """Take back the calls since `generation` was the present one."""
+        self.generation = generation
 
     def refresh(self) -> None:
         """Let the next call start a new generation. Repeated calls of `refresh` in between have no effect."""
-        if self._now.calls:
-            self._now = _Generation(self._now.number + 1)
+        if self.generation.calls:
+            self.generation = Generation(self.generation.number + 1)
 
-    def candidates(self, branch: str | None = None) -> tuple[int, ...]:
+    def candidates(self, name: str | None = None) -> tuple[int, ...]:
         """Branches whose stored values the next call may need, before its timestep is known.
 
         Only branches that had a call in this generation count: the first call of a branch has nothing to compare with.
         """
-        now = self._now
-        if self.config.enable_separate_cfg is not None or branch is not None:
-            branches = {self._locate(None, branch)[1]}
+        now = self.generation
+        if self.config.enable_separate_cfg is not None or name is not None:
+            branches = {self._place(Evidence(None, name), None).branch}
         else:
             branches = {0, len(now.in_step)}
         return tuple(sorted(branches & now.shapes.keys()))
 
-    def _locate(self, timestep: float | None, name: str | None) -> tuple[int, int]:
+    def _place(self, evidence: Evidence, timestep: float | None) -> Place:
         """Step and branch of the next call, if it belongs to the present generation."""
-        now, separate = self._now, self.config.enable_separate_cfg
+        now, separate, name = self.generation, self.config.enable_separate_cfg, evidence.name
         if separate is not None:
             step, place = divmod(now.calls, 2 if separate else 1)
-            return step, 1 - place if separate and self.config.cfg_compute_first else place
+            return Place(step, 1 - place if separate and self.config.cfg_compute_first else place)
+        if self.is_clocked(evidence.tick):
+            in_step = now.in_step if _same_tick(now.tick, evidence.tick) else ()
+            key = name, sum(other == name for other, _ in in_step)
+            return Place(now.step if in_step else now.step + 1, now.branches.get(key, len(now.shapes)), key)
         another_time = timestep is None or timestep != now.timestep
         if name is None:
-            return (now.step + 1, 0) if another_time else (now.step, len(now.in_step))
-        branch = now.names.get(name, len(now.shapes))
+            return Place(now.step + 1, 0) if another_time else Place(now.step, len(now.in_step))
+        branch = now.branches.get(name, len(now.shapes))
         differs = another_time and timestep is not None and now.timestep is not None
-        same_step = now.in_step and branch not in now.in_step and not differs
-        return (now.step if same_step else now.step + 1), branch
+        is_new = all(branch != other for _, other in now.in_step)
+        return Place(now.step if now.in_step and is_new and not differs else now.step + 1, branch, name)
+
+    def _begins_generation(self, evidence: Evidence, timestep: float | None, place: Place) -> bool:
+        """Whether the next call, at `place` in the present generation, belongs to a new one instead."""
+        now, steps = self.generation, self.config.num_inference_steps
+        if not now.calls:
+            return False
+        if steps is not None and place.step >= steps:
+            return True
+        if _other_schedule(now.tick, evidence.tick):
+            return True
+        if self.is_clocked(evidence.tick):
+            return self._is_outside_first_step(evidence, place)
+        is_unnamed = evidence.name is None and self.config.enable_separate_cfg is None
+        return (
+            now.turns_back(timestep)
+            or (timestep is None and now.shapes.get(place.branch, evidence.shape) != evidence.shape)
+            or (is_unnamed and place.branch >= MAX_UNNAMED_BRANCHES)
+            or self._starts_again(timestep, evidence.name)
+        )
+
+    def _starts_again(self, timestep: float | None, name: str | None) -> bool:
+        """Whether a name is repeated at the first timestep. The calls before then were a generation of one step."""
+        now = self.generation
+        if self.config.enable_separate_cfg is not None or name not in now.branches:
+            return False
+        return now.step == 0 and timestep is not None and timestep == now.timestep
+
+    def _is_outside_first_step(self, evidence: Evidence, place: Place) -> bool:
+        """Whether an unnamed call in the clock's first step has another timestep than the call before it.
+
+        The call before it was none of the steps, but was made for its side effects.
+        """
+        now = self.generation
+        if place.step or not place.branch or evidence.name is not None or now.first is None:
+            return False
+        return evidence.timestep() != now.first.timestep()
+
+    def _stands_still(self, evidence: Evidence, tick: Tick) -> bool:
+        """Whether the clock shows one step for more calls of a name than a step has branches."""
+        now = self.generation
+        return (
+            self.config.enable_separate_cfg is None
+            and self.is_clocked(tick)
+            and _same_tick(now.tick, tick)
+            and sum(name == evidence.name for name, _ in now.in_step) >= MAX_UNNAMED_BRANCHES
+        )
+
+
+def _same_tick(one: Tick | None, two: Tick | None) -> bool:
+    """Whether a clock shows one step in two calls."""
+    return one is not None and two is not None and one.same_schedule(two) and one.indices == two.indices
+
+
+def _other_schedule(before: Tick | None, now: Tick | None) -> bool:
+    """Whether two consecutive ticks belong to two generations."""
+    if before is None or now is None:
+        return before is not now
+    return not now.same_schedule(before) or now.tells_steps != before.tells_steps or now.is_before(before)

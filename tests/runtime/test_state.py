@@ -9,7 +9,7 @@ from lib import models
 from lib.toys import FALLING, Timeless, denoise, make, noise
 
 from cachedit_fx import DBCacheConfig, Reason, enable_cache, refresh_context, summary
-from cachedit_fx.runtime import guard, region_call
+from cachedit_fx.runtime import clock, guard, session
 from cachedit_fx.runtime.calibrators import Moment
 from cachedit_fx.runtime.guard import read_back
 from cachedit_fx.runtime.memory import BranchMemory
@@ -127,7 +127,7 @@ class Readings:
             self.sizes.append(len(values))
             return read_back(values)
 
-        for module in (guard, region_call):
+        for module in (guard, clock, session):
             monkeypatch.setattr(module, "read_back", counting)
 
     def take(self):
@@ -162,7 +162,7 @@ def test_one_read_back_a_call_and_the_same_decisions(model, monkeypatch, config,
         denoise(model, FALLING, texts)
     expected = [branch.decisions for branch in summary(model)[0].branches]
     refresh_context(model)
-    monkeypatch.setattr(region_call, "on_host", lambda tensor: False)
+    monkeypatch.setattr(clock, "on_host", lambda tensor: False)
     readings = Readings(monkeypatch)
     sizes: list[int] = []
 
@@ -182,7 +182,7 @@ def test_one_read_back_a_call_and_the_same_decisions(model, monkeypatch, config,
 
 
 def test_one_read_back_in_a_real_model(monkeypatch):
-    monkeypatch.setattr(region_call, "on_host", lambda tensor: False)
+    monkeypatch.setattr(clock, "on_host", lambda tensor: False)
     transformer, inputs = models.flux()
     enabled(model=transformer)
     readings = Readings(monkeypatch)
@@ -197,7 +197,7 @@ def test_one_read_back_in_a_real_model(monkeypatch):
 def test_a_number_for_a_timestep_is_known_without_reading(monkeypatch, convert):
     """Warm-up steps then read nothing; the others the difference alone. A dynamic number arrives on the host."""
     readings, model = Readings(monkeypatch), enabled(BASE.reset(max_warmup_steps=4))
-    monkeypatch.setattr(region_call, "on_host", lambda tensor: tensor.device.type == "cpu")
+    monkeypatch.setattr(clock, "on_host", lambda tensor: tensor.device.type == "cpu")
     denoise(model, [float(int(t)) for t in FALLING], convert=convert)
     assert max(readings.take()) == 1
 

@@ -8,13 +8,18 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cachedit_fx.config.cache import DBCacheConfig
-from cachedit_fx.runtime.tracker import Position, Tracker
+from cachedit_fx.runtime.clock import Timestep
+from cachedit_fx.runtime.tracker import Evidence, Position, Tracker
 
 SHAPE = (1, 64)
 SEPARATE = DBCacheConfig(enable_separate_cfg=True)
 FIRST = DBCacheConfig(enable_separate_cfg=True, cfg_compute_first=True, cfg_diff_compute_separate=False)
 FUSED = DBCacheConfig(enable_separate_cfg=False)
 AUTO = DBCacheConfig()
+
+
+def observe(tracker, timestep, name=None, shape=SHAPE, tick=None):
+    return tracker.observe(Evidence(shape, name, tick, Timestep(timestep)))
 
 
 def positions(config, calls):
@@ -25,7 +30,7 @@ def positions(config, calls):
             tracker.refresh()
             continue
         timestep, name, shape = (*(call if isinstance(call, tuple) else (call,)), None, None)[:3]
-        found.append("{}.{}.{}".format(*tracker.observe(timestep, name, shape or SHAPE)))
+        found.append("{}.{}.{}".format(*observe(tracker, timestep, name, shape or SHAPE)))
     return " ".join(found)
 
 
@@ -63,11 +68,12 @@ C, U = "cond", "uncond"
         (AUTO, [(None, C), (None, U), (None, C), (None, U)], "0.0.0 0.0.1 0.1.0 0.1.1"),
         (AUTO, [(9, "abcdef"[i % 6]) for i in range(7)], "0.0.0 0.0.1 0.0.2 0.0.3 0.0.4 0.0.5 1.0.0"),
         (AUTO, [9, (9, U), 8, (8, U)], "0.0.0 0.0.1 0.1.0 0.1.1"),
-        # shapes, within a branch
-        (AUTO, [(9, None, 1), (8, None, 1), (7, None, 2)], "0.0.0 0.1.0 1.0.0"),
+        # shapes: guidance that ends midway halves the batch; alone they tell only if no timestep does
+        (AUTO, [(9, None, 1), (8, None, 1), (7, None, 2)], "0.0.0 0.1.0 0.2.0"),
+        (AUTO, [(None, None, 1), (None, None, 1), (None, None, 2)], "0.0.0 0.1.0 1.0.0"),
         (AUTO, [(9, None, 1), (9, None, 2), (8, None, 1), (8, None, 2)], "0.0.0 0.0.1 0.1.0 0.1.1"),
         (AUTO, [(9, C, 1), (9, U, 2), (9, C, 3), (9, U, 2)], "0.0.0 0.0.1 1.0.0 1.0.1"),
-        (SEPARATE, [(9, C, 1), (9, U, 2), (8, C, 2), (8, U, 1)], "0.0.0 0.0.1 1.0.0 1.0.1"),
+        (SEPARATE, [(9, C, 1), (9, U, 2), (8, C, 2), (8, U, 1)], "0.0.0 0.0.1 0.1.0 0.1.1"),
         # explicit settings win over names, and those over detection
         (SEPARATE, [9, 9, 8, 8, 7], "0.0.0 0.0.1 0.1.0 0.1.1 0.2.0"),
         (SEPARATE, [None] * 3, "0.0.0 0.0.1 0.1.0"),
@@ -90,7 +96,7 @@ C, U = "cond", "uncond"
         (AUTO, [9, 9], "0.0.0 0.0.1"),
         (AUTO, [9, 8, 7, 6], "0.0.0 0.1.0 0.2.0 0.3.0"),
         (AUTO, [6, 9, 8], "0.0.0 0.1.0 1.0.0"),
-        (AUTO, [(9, None, 1), (9, None, 2), (8, None, 2)], "0.0.0 0.0.1 1.0.0"),
+        (AUTO, [(9, None, 1), (9, None, 2), (8, None, 2)], "0.0.0 0.0.1 0.1.0"),
         (SEPARATE, [9, 9, 8, 7, 7], "0.0.0 0.0.1 0.1.0 0.1.1 0.2.0"),
     ],
 )  # fmt: skip
@@ -100,11 +106,11 @@ def test_rules(config, calls, expected):
 
 def test_a_replaced_config_counts_from_the_next_call():
     tracker = Tracker(AUTO)
-    tracker.observe(9, None, SHAPE)
+    observe(tracker, 9)
     tracker.config = FUSED
-    assert tracker.observe(9, None, SHAPE) == Position(0, 1, 0)
+    assert observe(tracker, 9) == Position(0, 1, 0)
     tracker.config = FUSED.reset(num_inference_steps=2)
-    assert tracker.observe(8, None, SHAPE) == Position(1, 0, 0)
+    assert observe(tracker, 8) == Position(1, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +134,7 @@ def test_candidates(config, calls, name, expected):
     tracker = Tracker(config)
     for call in calls:
         timestep, branch = call if isinstance(call, tuple) else (call, None)
-        tracker.observe(timestep, branch, SHAPE)
+        observe(tracker, timestep, branch)
     assert tracker.candidates(name) == expected
     tracker.refresh()
     assert tracker.candidates(name) == ()
@@ -167,7 +173,7 @@ def follow(tracker, calls):
     seen: set[tuple[int, int]] = set()
     for timestep, name, shape, expected in calls:
         announced = tracker.candidates(name)
-        found = tracker.observe(timestep, name, shape)
+        found = observe(tracker, timestep, name, shape)
         assert found == expected
         if (found.generation, found.branch) in seen:
             assert found.branch in announced
@@ -211,7 +217,7 @@ def test_named_branches_need_no_timestep_if_told_when_to_start(generations):
         tracker.refresh()
         for step, used in enumerate(steps):
             for branch, name in enumerate(NAMES[:used]):
-                found = tracker.observe(None, name, SHAPE)
+                found = observe(tracker, None, name)
                 assert (found.generation, found.step) == (number, step)
                 assert found.branch == branch
 
@@ -224,7 +230,7 @@ def test_a_number_of_steps_is_enough(steps, generations, named):
         for step in range(steps):
             timestep += 1
             for branch, name in enumerate(NAMES[:2] if named else [None, None]):
-                assert tracker.observe(timestep, name, SHAPE) == Position(generation, step, branch)
+                assert observe(tracker, timestep, name) == Position(generation, step, branch)
 
 
 @given(servers(), servers())
@@ -234,4 +240,4 @@ def test_two_trackers_do_not_meet(one, two):
         for tracker, calls in zip(trackers, (one, two), strict=True):
             if index < len(calls):
                 *call, expected = calls[index]
-                assert tracker.observe(*call) == expected
+                assert observe(tracker, *call) == expected
