@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from cachedit_fx.backend import compile_graph, pass_manager
+from cachedit_fx.capture import is_wrapper, on_compile, unwrap_call
 from cachedit_fx.config.cache import DBCacheConfig
 from cachedit_fx.config.calibrators import CalibratorConfig
 from cachedit_fx.config.options import Options, ParamsModifier, parse_options
@@ -20,7 +21,16 @@ from cachedit_fx.passes.base import Traced
 from cachedit_fx.runtime.compiled_call import CompiledCall, Guards
 from cachedit_fx.runtime.listener import listen, stop_listening
 from cachedit_fx.runtime.model_state import ModelState
-from cachedit_fx.runtime.registry import register, state_of_module, states_of, unregister, unwrapped
+from cachedit_fx.runtime.registry import (
+    Registration,
+    put_all_back,
+    put_back,
+    register,
+    state_of_module,
+    states_of,
+    unregister,
+    unwrapped,
+)
 from cachedit_fx.runtime.stats import CacheStats
 from cachedit_fx.schedules.presets import preset as preset_settings
 
@@ -77,17 +87,22 @@ def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa
         if state is not None:
             state.end_generation()
 
-    listener = listen(module, end_generation)
+    listener = listen(module, end_generation, put_back)
     if listener is not None:
         state.hint = listener.hint
+    on_compile(put_all_back)
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         state = state_ref()
         assert state is not None
         return compile_graph(gm, example_inputs, state.options, state)
 
-    module._compiled_call_impl = CompiledCall(module, backend, state, torch_options, guards)
-    register(module, state)
+    def make_call(module: torch.nn.Module) -> CompiledCall:
+        state = state_ref()
+        assert state is not None
+        return CompiledCall(module, backend, state, torch_options, guards)
+
+    register(module, Registration(state, make_call))
     return module
 
 
@@ -165,13 +180,22 @@ def _modifiers_of(modules: Sequence[torch.nn.Module], modifiers: Any) -> list[An
 
 
 def disable_cache(pipe_or_module: Model) -> Model:
-    """Make a module or pipeline uncompiled again, and return it. A module that was never enabled stays as it is."""
+    """Make a module or pipeline uncompiled again, and return it. A module that was never enabled stays as it is.
+
+    An object that `torch.compile(module, backend="cachedit")` returned becomes a plain wrapper of its module. In a
+    pipeline the module itself takes its place. Objects of other backends stay as they are.
+    """
     for module in transformers_of(pipe_or_module):
-        module = unwrapped(module)
-        if state_of_module(module) is not None:
-            module._compiled_call_impl = None
-            stop_listening(module)
-            unregister(module)
+        inner = unwrapped(module)
+        if state_of_module(inner) is not None:
+            inner._compiled_call_impl = None
+            stop_listening(inner)
+            unregister(inner)
+        if is_wrapper(module):
+            unwrap_call(module)
+            for name, component in getattr(pipe_or_module, "components", {}).items():
+                if component is module:
+                    setattr(pipe_or_module, name, inner)
     return pipe_or_module
 
 
@@ -197,6 +221,7 @@ def refresh_context(
         OptionError: if the structure changes and the module is one that `torch.compile` returned.
     """
     for module in transformers_of(pipe_or_module):
+        put_back(unwrapped(module))
         states = [state for state in states_of(module) if state.config is not None]
         if not states:
             raise ValueError(
@@ -234,6 +259,7 @@ def summary(pipe_or_module: Any, details: bool = False) -> list[CacheStats]:
     """
     stats: list[CacheStats] = []
     for module in transformers_of(pipe_or_module):
+        put_back(unwrapped(module))
         for state in states_of(module):
             if state.latest is not None:
                 stats.extend(state.latest.summary())

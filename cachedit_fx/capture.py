@@ -50,6 +50,37 @@ def isolated_compile(function: Callable[..., Any], backend: Callable[..., Any], 
     return compiled
 
 
+def on_compile(callback: Callable[[], None]) -> None:
+    """Have `callback` called whenever dynamo begins to compile something. Passing it again has no effect."""
+    from torch._dynamo.callback import callback_handler
+
+    if all(getattr(other, "callback", None) is not callback for other in callback_handler.start_callbacks):
+
+        def start(_: Any) -> None:
+            callback()
+
+        start.callback = callback  # type: ignore[attr-defined]
+        callback_handler.register_start_callback(start)
+
+
+def is_wrapper(module: torch.nn.Module) -> bool:
+    """Whether `torch.compile` returned the module, with this package's backend."""
+    if "_orig_mod" not in module._modules or not hasattr(module, "dynamo_ctx"):
+        return False
+    context: Any = module.dynamo_ctx
+    backend: Any = context.callback
+    while hasattr(backend, "_torchdynamo_orig_backend"):
+        backend = backend._torchdynamo_orig_backend
+    backend = getattr(backend, "compiler_fn", backend)
+    return str(getattr(backend, "__module__", "")).startswith("cachedit_fx.")
+
+
+def unwrap_call(module: torch.nn.Module) -> None:
+    """Let an object that `torch.compile` returned call its module, uncompiled."""
+    inner: Any = module._orig_mod
+    module.forward = inner.__call__
+
+
 class _Whole(Exception):
     """Ends a capture that gave one whole graph, before anything runs."""
 

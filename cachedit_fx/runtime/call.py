@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 NOT_CAPTURED = "not captured"
 """The cause of an uncached call that reached none of our graphs."""
+LATE = "after the last step"
+"""The cause of an uncached call by a pipeline that has made its last step: the call is made for its side effects."""
 NO_LOOP = "no block loop"
 """The cause of an uncached call that reached some graphs of ours, but none that holds a loop of blocks."""
 
@@ -83,7 +85,9 @@ class Call:
         time: the timestep, or the caller's hint of it; a `Timestep` of None while neither is known.
         graphs: the number of our graphs that began in the call so far.
         chains: names of loops -> the number of chains with regions through these loops so far.
-        position: generation, step and branch; None until a region asks for it.
+        is_located: whether a region asked for the position.
+        position: generation, step and branch; None for a call after the last step of the pipeline's schedule, and until
+            `is_located`.
         route: the call's way to its graphs, if shortcuts are learned.
     """
 
@@ -96,6 +100,7 @@ class Call:
         self._has_time = hint.time is not None
         self.graphs = 0
         self.chains: dict[tuple[str, ...], int] = {}
+        self.is_located = False
         self.position: Position | None = None
         self.route: Route | None = None
         self._passed_by: Uncached | None = None

@@ -10,12 +10,15 @@ their own. Nothing is patched, and no tensor is read: everything is on the host.
 
 - `scheduler.step_index`, which `scheduler.step` advances. Until the first step it is the index to begin with.
 - `pipe._current_timestep`, if it is an element of `scheduler.timesteps`: its place in that tensor's memory.
+
+Of several schedulers (inversion has its own) those that made their last step are left out, unless all did.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -68,11 +71,13 @@ class Tick(NamedTuple):
         schedules: the timesteps of each of the pipeline's schedulers. Other tensors mean another generation.
         indices: the place of each scheduler in its timesteps; None if it is not known.
         steps: number of steps of the generation; None if it is not known.
+        is_over: whether all schedulers have made their last step.
     """
 
     schedules: tuple[torch.Tensor, ...]
     indices: tuple[int | None, ...]
     steps: int | None
+    is_over: bool = False
 
     @property
     def tells_steps(self) -> bool:
@@ -101,32 +106,32 @@ class Tick(NamedTuple):
 
 
 def clock() -> Tick | None:
-    """The tick of the pipeline that is calling; None if there is none, or if it is not inside its schedule."""
+    """The tick of the pipeline that is calling; None if there is none, or if it never set its timesteps."""
     pipeline = _calling_pipeline(sys._getframe(1))
-    if pipeline is None:
+    readings = [_reading(scheduler, pipeline) for scheduler in _schedulers(pipeline) if _is_set(scheduler)]
+    running = [reading for reading in readings if not reading.is_over] or readings
+    if not running:
         return None
-    readings = [
-        reading for reading in (_reading(scheduler, pipeline) for scheduler in _schedulers(pipeline)) if reading
-    ]
-    if not readings or any(index is not None and index >= len(timesteps) for timesteps, index, _ in readings):
-        return None
-    steps = readings[0][2] if len(readings) == 1 else None
-    return Tick(tuple(reading[0] for reading in readings), tuple(reading[1] for reading in readings), steps)
+    return Tick(
+        tuple(reading.timesteps for reading in running),
+        tuple(reading.index for reading in running),
+        running[0].steps if len(running) == 1 else None,
+        all(reading.is_over for reading in running),
+    )
 
 
 def _calling_pipeline(frame: FrameType | None) -> Any:
     """The nearest object on the stack that has a scheduler and called a method of its own; None if there is none."""
     for _ in range(MAX_DEPTH):
-        frame = frame.f_back if frame is not None else None
         if frame is None:
             return None
         names = frame.f_code.co_varnames[: frame.f_code.co_argcount]
-        if not names or names[0] != "self" or str(frame.f_globals.get("__name__")).startswith(_OUTSIDE):
-            continue
-        for name in ("self", "components"):
-            owner = frame.f_locals.get(name) if name in names else None
-            if owner is not None and any(True for _ in _schedulers(owner)):
-                return owner
+        if names[:1] == ("self",) and not str(frame.f_globals.get("__name__")).startswith(_OUTSIDE):
+            for name in ("self", "components"):
+                owner = frame.f_locals.get(name) if name in names else None
+                if any(True for _ in _schedulers(owner)):
+                    return owner
+        frame = frame.f_back
     return None
 
 
@@ -137,21 +142,35 @@ def _schedulers(owner: Any) -> Iterator[Any]:
             yield value
 
 
-def _reading(scheduler: Any, pipeline: Any) -> tuple[torch.Tensor, int | None, int | None] | None:
-    """Timesteps, place in them, number of steps; None before the first generation."""
+@dataclass(frozen=True)
+class _Reading:
+    """What one scheduler shows: its timesteps, the place in them, the number of steps from the first place on."""
+
+    timesteps: torch.Tensor
+    index: int | None
+    steps: int
+
+    @property
+    def is_over(self) -> bool:
+        return self.index is not None and self.index >= len(self.timesteps)
+
+
+def _is_set(scheduler: Any) -> bool:
+    """Whether a generation's timesteps were ever set."""
+    return getattr(scheduler, "num_inference_steps", None) is not None
+
+
+def _reading(scheduler: Any, pipeline: Any) -> _Reading:
     timesteps: torch.Tensor = scheduler.timesteps
-    if getattr(scheduler, "num_inference_steps", 0) is None:
-        return None
-    count = len(timesteps)
-    total = getattr(pipeline, "_num_timesteps", None)
+    count, total = len(timesteps), getattr(pipeline, "_num_timesteps", None)
     begin = getattr(scheduler, "begin_index", None)
     if begin is None:
         begin = count - total if isinstance(total, int) and 0 < total <= count else 0
     if hasattr(scheduler, "step_index"):
         index = begin if scheduler.step_index is None else int(scheduler.step_index)
-        return timesteps, index, count - begin
-    index = _place(getattr(pipeline, "_current_timestep", None), timesteps)
-    return timesteps, index, count - begin
+    else:
+        index = _place(getattr(pipeline, "_current_timestep", None), timesteps)
+    return _Reading(timesteps, index, count - begin)
 
 
 def _place(element: Any, timesteps: torch.Tensor) -> int | None:

@@ -9,6 +9,7 @@ unpatched, and dynamo traces no code of it.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +32,11 @@ class Hint:
     time: float | torch.Tensor | None = None
 
 
-def _make_listener(on_reset: Callable[[], None] = lambda: None) -> Any:
-    """A listener that calls `on_reset` at each reset; None if diffusers' hooks cannot be imported."""
+def _make_listener(on_reset: Callable[[], None] = lambda: None, on_context: Callable[[], None] = lambda: None) -> Any:
+    """A listener that calls `on_reset` at each reset, and `on_context` before each named call.
+
+    None if diffusers' hooks cannot be imported.
+    """
     try:
         from diffusers.hooks.hooks import BaseState, ModelHook, StateManager
     except ImportError:
@@ -47,6 +51,7 @@ def _make_listener(on_reset: Callable[[], None] = lambda: None) -> Any:
 
         def set_context(self, context: Any) -> None:
             self.local.context = context
+            on_context()
 
     class Listener(ModelHook):
         """Holds the latest context. Diffusers sets the context on every `StateManager` of a stateful hook."""
@@ -76,13 +81,21 @@ def _make_listener(on_reset: Callable[[], None] = lambda: None) -> Any:
     return Listener()
 
 
-def listen(module: torch.nn.Module, on_reset: Callable[[], None]) -> Any:
+def listen(module: torch.nn.Module, on_reset: Callable[[], None], on_context: Callable[[torch.nn.Module], None]) -> Any:
     """Register a listener on `module` and return it; None if the module or diffusers has no hooks.
 
     Args:
         on_reset: called when diffusers resets the module's hooks, as a pipeline does at its end.
+        on_context: called with the module when a pipeline enters or leaves `cache_context`.
     """
-    listener = _make_listener(on_reset) if hasattr(module, "cache_context") else None
+    reference = weakref.ref(module)
+
+    def enter() -> None:
+        module = reference()
+        if module is not None:
+            on_context(module)
+
+    listener = _make_listener(on_reset, enter) if hasattr(module, "cache_context") else None
     if listener is None:
         return None
     from diffusers.hooks.hooks import HookRegistry

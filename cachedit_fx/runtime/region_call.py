@@ -14,7 +14,7 @@ import torch
 from cachedit_fx.config.calibrators import CalibratorConfig
 from cachedit_fx.config.options import LoopSettings
 from cachedit_fx.runtime.calibrators import Moment, coefficients, values_kept
-from cachedit_fx.runtime.call import Call
+from cachedit_fx.runtime.call import LATE, Call
 from cachedit_fx.runtime.guard import Residual, read_differences
 from cachedit_fx.runtime.memory import BranchMemory
 from cachedit_fx.runtime.policies.base import Action, Decision, Situation, context_start
@@ -59,8 +59,8 @@ class RegionCall:
         reference: torch.Tensor | None,
         hidden: torch.Tensor | None,
         streams: Sequence[torch.Tensor],
-    ) -> Entry:
-        """Decide whether to compute region `number` or to reuse its stored values.
+    ) -> Entry | None:
+        """Decide whether to compute region `number` or to reuse its stored values. None: compute, and store nothing.
 
         Args:
             reference: base of the hidden states after the first F blocks (H_in in a plain chain), of any shape; None
@@ -81,7 +81,8 @@ class RegionCall:
             spare = self.session.spares.pop(key, None)
             residual = Residual.of(hidden, reference, spare, policy.config.downsample_factor)
         differences = self._locate(key, residual, signature)
-        assert self.call.position is not None
+        if self.call.position is None:
+            return None
         _, step, branch = self.call.position
         memory, start = self.session.memory(key, branch), context_start(policy.config, step)
         if memory.start != start:
@@ -102,7 +103,7 @@ class RegionCall:
 
     def run(
         self,
-        entry: Entry,
+        entry: Entry | None,
         compute: Callable[..., tuple[Any, ...]],
         inputs: Sequence[Any],
         bases: Callable[..., tuple[Any, ...]],
@@ -117,7 +118,8 @@ class RegionCall:
         Returns:
             The region's results, computed and stored, or restored from stored values and bases.
         """
-        assert self.call.position is not None
+        if entry is None or self.call.position is None:
+            return compute(*inputs)
         _, step, branch = self.call.position
         decision = entry.decision
         now = Moment(step, self.call.now() if entry.settings.calibrator else None, decision.action is Action.COMPUTE)
@@ -183,7 +185,7 @@ class RegionCall:
         branch that the call may belong to.
         """
         call, tracker = self.call, self.session.tracker
-        if call.position is not None:
+        if call.is_located:
             return {}
         differences: dict[int, float] = {}
         if not tracker.is_clocked(call.tick) and call.time.waits and call.time.unread is not None:
@@ -194,7 +196,11 @@ class RegionCall:
                 call.time.set(number)
         before = tracker.generation
         call.on_failure(lambda: tracker.restore(before))
+        call.is_located = True
         call.position = tracker.observe(Evidence(signature, call.branch_name, call.tick, call.time))
+        if call.position is None:
+            call.on_success(lambda: self.session.record_uncached(LATE))
+            return {}
         if call.position.generation == self.session.generation:
             return differences
         call.on_failure(self.session.begin(call.position.generation))

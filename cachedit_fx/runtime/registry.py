@@ -1,5 +1,8 @@
 """Finds a module's `ModelState` by the module, or by a call's weights. Holds the package's only module-level state.
 
+How to make the call of a module passed to `cachedit_fx.compile` is kept here too, so that the call can be put back when
+`torch.nn.Module.compile` has replaced it.
+
 One compiled graph serves every module of a class, and one module has many graphs (shapes, batch sizes, autocast). So a
 graph holds no state. At each call it finds the state by two *anchors*, weights that dynamo lifts to inputs: a weight of
 a block, and the graph's last weight. Two models may share their heads or their blocks, but hardly both. The state of a
@@ -11,8 +14,8 @@ from __future__ import annotations
 import re
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import fx
@@ -20,14 +23,26 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from cachedit_fx.config.options import Options
 from cachedit_fx.runtime.model_state import ModelState
+from cachedit_fx.runtime.warning import warn
+
+if TYPE_CHECKING:
+    from cachedit_fx.runtime.compiled_call import CompiledCall
 
 Anchors: TypeAlias = tuple[int, int]
 """Indices of the two graph inputs that identify a call's module."""
 
+
+class Registration(NamedTuple):
+    """A compiled module: its state, and what makes its compiled call. Neither holds the module."""
+
+    state: ModelState
+    make_call: Callable[[torch.nn.Module], CompiledCall]
+
+
 _lock = threading.Lock()
 _by_anchors: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Weight of a block -> last weight -> options -> state."""
-_by_module: weakref.WeakKeyDictionary[torch.nn.Module, ModelState] = weakref.WeakKeyDictionary()
+_by_module: weakref.WeakKeyDictionary[torch.nn.Module, Registration] = weakref.WeakKeyDictionary()
 
 
 class StateFinder:
@@ -84,10 +99,11 @@ def states_of_weights(weights: Iterable[torch.Tensor]) -> list[ModelState]:
     return list(dict.fromkeys(states))
 
 
-def register(module: torch.nn.Module, state: ModelState) -> None:
-    """Remember that `module` was compiled with `state`."""
+def register(module: torch.nn.Module, registration: Registration) -> None:
+    """Give the module its compiled call, and remember how to make it."""
     with _lock:
-        _by_module[module] = state
+        _by_module[module] = registration
+    module._compiled_call_impl = registration.make_call(module)
 
 
 def unregister(module: torch.nn.Module) -> None:
@@ -99,7 +115,29 @@ def unregister(module: torch.nn.Module) -> None:
 def state_of_module(module: torch.nn.Module) -> ModelState | None:
     """The state that `cachedit_fx.compile` made for the module, if it did."""
     with _lock:
-        return _by_module.get(module)
+        registration = _by_module.get(module)
+    return registration.state if registration is not None else None
+
+
+def put_back(module: torch.nn.Module) -> None:
+    """Give the module its cached call again if `module.compile()` has replaced it, and say so."""
+    with _lock:
+        registration = _by_module.get(module)
+    call = module._compiled_call_impl
+    if registration is not None and call is not None and getattr(call, "state", None) is not registration.state:
+        module._compiled_call_impl = registration.make_call(module)
+        warn(
+            f"{type(module).__name__}.compile() was called after the cache was enabled, and replaced the cached call; "
+            "the cached call is put back. It compiles the model too (option `inner_backend`), so leave compile() out"
+        )
+
+
+def put_all_back() -> None:
+    """`put_back` for every module: when torch compiles something, a replaced call may be the reason."""
+    with _lock:
+        modules = list(_by_module)
+    for module in modules:
+        put_back(module)
 
 
 def states_of(module: torch.nn.Module) -> list[ModelState]:

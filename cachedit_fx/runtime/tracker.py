@@ -99,6 +99,8 @@ class Generation:
     """Name, or with a clock (name, number among the step's calls of that name) -> branch."""
     shapes: dict[int, Hashable] = field(default_factory=dict)
     """Branch -> shape, for every branch that had a call in the generation."""
+    suspicion: int = 0
+    """Calls that the clock does not explain: after its last step, or before its first one."""
 
     def turns_back(self, timestep: float | None) -> bool:
         """Whether the timestep goes against the generation's direction."""
@@ -121,6 +123,7 @@ class Generation:
             first=self.first or evidence,
             tick=evidence.tick,
             in_step=(*in_step, (evidence.name, place.branch)),
+            suspicion=self.suspicion if place.step == 0 else 0,
             branches=self.branches if place.key is None else {**self.branches, place.key: place.branch},
             shapes={**self.shapes, place.branch: evidence.shape},
         )
@@ -148,24 +151,27 @@ class Tracker:
         self._stopped: Tick | None = None
         """Of a clock that stood still while steps went on."""
 
-    def observe(self, evidence: Evidence) -> Position:
-        """Find the position of the next call."""
-        if evidence.tick is not None and self._stands_still(evidence, evidence.tick):
-            self._stopped = evidence.tick
-            evidence = replace(evidence, tick=None)
+    def observe(self, evidence: Evidence) -> Position | None:
+        """Find the position of the next call; None if it comes after the last step of the clock's schedule."""
+        evidence = self._with_trusted_clock(evidence)
+        if evidence.tick is not None and evidence.tick.is_over:
+            self.generation = replace(self.generation, suspicion=self.generation.suspicion + 1)
+            return None
         timestep = None if self.is_clocked(evidence.tick) else evidence.timestep()
         if timestep is not None and math.isnan(timestep):
             timestep = None
         place = self._place(evidence, timestep)
         if self._begins_generation(evidence, timestep, place):
-            self.refresh()
+            stays = self.is_clocked(evidence.tick) and _same_tick(self.generation.tick, evidence.tick)
+            suspicion = self.generation.suspicion + 1 if stays else 0
+            self.generation = Generation(self.generation.number + 1, suspicion=suspicion)
             place = self._place(evidence, timestep)
         self.generation = self.generation.with_call(evidence, timestep, place)
         return Position(self.generation.number, place.step, place.branch)
 
     def is_clocked(self, tick: Tick | None) -> bool:
         """Whether a clock tells the step of a call, so that its timestep need not be read."""
-        return tick is not None and tick.tells_steps and not (self._stopped and tick.same_schedule(self._stopped))
+        return tick is not None and tick.tells_steps and not self._is_stopped(tick)
 
     def restore(self, generation: Generation) -> None:
         """Take back the calls since `generation` was the present one."""
@@ -242,15 +248,21 @@ class Tracker:
             return False
         return evidence.timestep() != now.first.timestep()
 
-    def _stands_still(self, evidence: Evidence, tick: Tick) -> bool:
-        """Whether the clock shows one step for more calls of a name than a step has branches."""
-        now = self.generation
-        return (
-            self.config.enable_separate_cfg is None
-            and self.is_clocked(tick)
-            and _same_tick(now.tick, tick)
-            and sum(name == evidence.name for name, _ in now.in_step) >= MAX_UNNAMED_BRANCHES
-        )
+    def _with_trusted_clock(self, evidence: Evidence) -> Evidence:
+        """The evidence without its tick, if the clock is known to stand still.
+
+        A clock stands still if it shows one step for more calls of a name than a step has branches.
+        """
+        now, tick = self.generation, evidence.tick
+        if tick is None or self.config.enable_separate_cfg is not None:
+            return evidence
+        repeats = sum(name == evidence.name for name, _ in now.in_step) if _same_tick(now.tick, tick) else 0
+        if max(repeats, now.suspicion) >= MAX_UNNAMED_BRANCHES:
+            self._stopped = tick
+        return replace(evidence, tick=None) if self._is_stopped(tick) else evidence
+
+    def _is_stopped(self, tick: Tick) -> bool:
+        return self._stopped is not None and tick.same_schedule(self._stopped)
 
 
 def _same_tick(one: Tick | None, two: Tick | None) -> bool:

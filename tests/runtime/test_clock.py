@@ -1,0 +1,252 @@
+"""Generations, steps and branches of calls by a pipeline, whose scheduler is the clock."""
+
+import threading
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepInverseScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
+from lib.toy_pipeline import (
+    TEXTS,
+    CallsOnceMore,
+    Cancelled,
+    HalvesTheBatch,
+    Inverts,
+    TellsTheTimestep,
+    ToyPipeline,
+    UsesACopy,
+)
+from lib.toys import make, noise
+
+from cachedit_fx import DBCacheConfig, LagrangeCalibratorConfig, Reason, enable_cache, refresh_context, summary
+from cachedit_fx.runtime import clock, guard, session
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*inert threshold")
+STEPS = 8
+ALWAYS = DBCacheConfig(1, max_warmup_steps=0, residual_diff_threshold=1e9)
+"""Reuses wherever anything is stored."""
+MASK = [int(digit) for digit in "11010101"]
+STATIC = DBCacheConfig(1, steps_computation_mask=MASK, steps_computation_policy="static")
+IMAGE, OTHER = noise(seed=1), noise(seed=5)
+
+
+@pytest.fixture(scope="module")
+def transformer():
+    return make()
+
+
+@pytest.fixture
+def pipeline(transformer):
+    """Makes pipelines around one compiled transformer, whose next call begins a generation."""
+
+    def build(kind=ToyPipeline, config=ALWAYS, calibrator=None, **arguments):
+        enable_cache(transformer, config, calibrator, inner_backend="eager")
+        refresh_context(transformer)
+        return kind(transformer, **arguments)
+
+    return build
+
+
+def fresh(pipe, *arguments, **keywords):
+    """The result, and the decisions, of a generation that nothing came before."""
+    refresh_context(pipe.transformer)
+    result = pipe(*arguments, **keywords)
+    refresh_context(pipe.transformer)
+    return result, decisions(pipe)
+
+
+def decisions(pipe):
+    return [branch.decisions for branch in summary(pipe.transformer)[0].branches]
+
+
+def patterns(pipe):
+    """For each branch the step's letters: c for computed, r for reused."""
+    return ["".join(decision.action.value[0] for decision in branch.values()) for branch in decisions(pipe)]
+
+
+def assert_fresh(pipe, before, *arguments, **keywords):
+    """After `before`, the generation is to the bit what it is when nothing came before."""
+    expected, decided = fresh(pipe, *arguments, **keywords)
+    before()
+    assert torch.equal(pipe(*arguments, **keywords), expected)
+    assert decisions(pipe) == decided
+
+
+@pytest.mark.keep_compiled
+@pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS], ids=["one branch", "two"])
+def test_a_picture_of_one_step_then_image_to_image(pipeline, texts):
+    pipe = pipeline(texts=texts)
+    assert_fresh(pipe, lambda: pipe(IMAGE, steps=1), OTHER, skip=2)
+    assert patterns(pipe) == ["crrrrr"] * len(texts)
+    assert_fresh(pipe, lambda: pipe(IMAGE, steps=1), OTHER)
+
+
+@pytest.mark.keep_compiled
+@pytest.mark.parametrize("step", range(3))
+@pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS], ids=["one branch", "two"])
+def test_a_cancelled_generation(pipeline, texts, step):
+    """Cancelled by a callback after a step, or between a step's two calls."""
+    pipe = pipeline(texts=texts)
+
+    def cancel(present):
+        if present == step:
+            raise Cancelled
+
+    def cancelled():
+        with pytest.raises(Cancelled):
+            pipe(IMAGE, callback=cancel)
+
+    assert_fresh(pipe, cancelled, OTHER)
+    assert len(patterns(pipe)) == len(texts)
+
+
+@pytest.mark.keep_compiled
+def test_guidance_that_ends_midway_restarts_nothing(pipeline):
+    pipe = pipeline(HalvesTheBatch, STATIC)
+    pipe(IMAGE)
+    (region,) = summary(pipe.transformer)
+    assert region.executed_steps == STEPS and region.branch(1).executed_steps == 0
+    assert region.reasons[4] is Reason.SHAPES_DIFFER
+    assert patterns(pipe) == ["ccrcccrc"]
+
+
+@pytest.mark.keep_compiled
+@pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS], ids=["one branch", "two"])
+def test_equal_timesteps_are_two_steps(pipeline, texts):
+    scheduler = DPMSolverMultistepScheduler(use_karras_sigmas=True)
+    scheduler.set_timesteps(80)
+    assert len(set(scheduler.timesteps.tolist())) < 80
+    pipe = pipeline(texts=texts, scheduler=scheduler)
+    pipe(IMAGE, steps=80)
+    assert patterns(pipe) == ["c" + "r" * 79] * len(texts)
+
+
+@pytest.mark.keep_compiled
+def test_both_evaluations_of_a_second_order_step_are_steps(pipeline):
+    pipe = pipeline(texts=TEXTS, scheduler=FlowMatchHeunDiscreteScheduler())
+    pipe(IMAGE, steps=4)
+    assert patterns(pipe) == ["crrrrrr"] * 2
+
+
+@pytest.mark.keep_compiled
+def test_denoising_after_an_inversion(pipeline):
+    pipe = pipeline(
+        Inverts, STATIC, inverse=DPMSolverMultistepInverseScheduler(), scheduler=DPMSolverMultistepScheduler()
+    )
+    assert_fresh(pipe, lambda: pipe.invert(IMAGE), OTHER)
+    assert patterns(pipe) == ["ccrcrcrc"]
+    pipe.invert(IMAGE)
+    assert patterns(pipe) == ["ccrcrcrc"]
+
+
+@pytest.mark.keep_compiled
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("config", [ALWAYS, STATIC], ids=["threshold", "static"])
+def test_a_call_for_side_effects_is_computed_and_no_step(pipeline, place, config):
+    pipe = pipeline(CallsOnceMore, config)
+    expected, decided = fresh(pipe, IMAGE)
+    setattr(pipe, place, True)
+    for _ in range(2):
+        assert torch.equal(pipe(IMAGE), expected)
+        assert decisions(pipe) == decided
+        assert summary(pipe.transformer)[0].uncached_causes == ({"after the last step": 1} if place == "after" else {})
+
+
+@pytest.mark.keep_compiled
+@pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS], ids=["one branch", "two"])
+def test_a_scheduler_that_stands_still_is_no_clock(pipeline, texts):
+    pipe = pipeline(UsesACopy, texts=texts)
+    pipe.scheduler.set_timesteps(STEPS)
+    for _ in range(3):
+        pipe(IMAGE)
+    assert patterns(pipe) == ["crrrrrrr"] * len(texts)
+
+
+@pytest.mark.keep_compiled
+@pytest.mark.parametrize("kind", [ToyPipeline, TellsTheTimestep])
+def test_a_scheduler_without_an_index(pipeline, kind):
+    pipe = pipeline(kind, STATIC, texts=TEXTS, scheduler=DDIMScheduler())
+    assert_fresh(pipe, lambda: pipe(IMAGE, steps=1), OTHER)
+    assert patterns(pipe) == ["ccrcrcrc"] * 2
+
+
+@pytest.mark.keep_compiled
+def test_pipelines_that_share_a_transformer(pipeline):
+    """Calls of two pipelines by turns, each with a scheduler of its own: each has its generation."""
+    one = pipeline(texts=TEXTS)
+    two = ToyPipeline(one.transformer, TEXTS)
+    assert_fresh(one, lambda: two(OTHER, steps=3), IMAGE)
+    assert_fresh(two, lambda: one(IMAGE), OTHER, steps=3)
+
+
+@pytest.mark.keep_compiled
+def test_pipelines_in_two_threads(pipeline):
+    one = pipeline(texts=TEXTS)
+    pipes = [one, ToyPipeline(one.transformer, TEXTS)]
+    images = [IMAGE, OTHER]
+    expected = [fresh(pipe, image)[0] for pipe, image in zip(pipes, images, strict=True)]
+    results = [IMAGE, OTHER]
+    turns = threading.Barrier(2)
+
+    def run(number):
+        results[number] = pipes[number](images[number], callback=lambda step: turns.wait(60) and None)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
+
+
+@pytest.mark.keep_compiled
+@pytest.mark.parametrize(
+    ("config", "calibrator", "reads"),
+    [
+        (STATIC, None, [0] * STEPS),
+        (STATIC, LagrangeCalibratorConfig(), [1] + [0] * (STEPS - 1)),
+        (ALWAYS, None, [0] + [1] * (STEPS - 1)),
+    ],
+    ids=["static", "static and a calibrator", "threshold"],
+)
+def test_read_backs_of_a_step(pipeline, monkeypatch, config, calibrator, reads):
+    """A calibrator reads the schedule once in a generation."""
+    pipe = pipeline(config=config, calibrator=calibrator)
+    pipe(IMAGE)
+    counts = [0]
+    read_back = guard.read_back
+
+    def counting(values):
+        counts[-1] += 1
+        return read_back(values)
+
+    for module in (guard, clock, session):
+        monkeypatch.setattr(module, "read_back", counting)
+    monkeypatch.setattr(clock, "on_host", lambda tensor: False)
+    pipe(IMAGE, callback=lambda step: counts.append(0))
+    assert counts[:-1] == reads
+
+
+def test_the_number_of_steps():
+    class Pipe:
+        def __init__(self):
+            self.scheduler = FlowMatchEulerDiscreteScheduler()
+
+        def tick(self):
+            return clock.clock()
+
+    pipe = Pipe()
+    assert pipe.tick() is None
+    pipe.scheduler.set_timesteps(20)
+    assert pipe.tick().steps == 20 and pipe.tick().indices == (0,)
+    pipe.scheduler.set_begin_index(5)
+    assert pipe.tick().steps == 15 and pipe.tick().indices == (5,)
+    for timestep in pipe.scheduler.timesteps[5:]:
+        assert pipe.tick().schedules[0] is pipe.scheduler.timesteps
+        pipe.scheduler.step(noise(), timestep, noise())
+    assert pipe.tick().is_over
