@@ -98,6 +98,11 @@ class Tick(NamedTuple):
         )
 
     @property
+    def is_last(self) -> bool:
+        """Whether the clock shows the last step of its schedule."""
+        return self.place is not None and self.place[1] == len(self.place[0]) - 1
+
+    @property
     def place(self) -> tuple[torch.Tensor, int] | None:
         """The timesteps and the place in them, if there is one scheduler."""
         if len(self.schedules) != 1 or self.indices[0] is None:

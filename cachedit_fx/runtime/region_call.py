@@ -201,6 +201,7 @@ class RegionCall:
         if call.position is None:
             call.on_success(lambda: self.session.record_uncached(LATE))
             return {}
+        call.on_success(lambda: setattr(self.session, "tick", call.tick))
         if call.position.generation == self.session.generation:
             return differences
         call.on_failure(self.session.begin(call.position.generation))

@@ -61,6 +61,7 @@ _OF_A_GENERATION = (
     "uncached",
     "shared_differences",
     "failed_calls",
+    "tick",
 )
 """Attributes of a session that every generation has anew."""
 
@@ -91,13 +92,16 @@ class Session:
         """A clock's schedule, and its elements as numbers."""
         self.call: Call | None = None
         """The present transformer call; None between calls."""
+        self.tick: Tick | None = None
+        """The clock at the generation's latest call."""
         self.warned_of_inert = False
         self.shared_differences: dict[tuple[RegionKey, int], float] = {}
 
     def begin(self, generation: int) -> Callable[[], None]:
         """Begin a generation: forget the memory and the statistics. Returns what restores them."""
         self._warn_of_inert_thresholds()
-        self._warn_of_long_masks()
+        if self.tick is None or self.tick.is_last:
+            self._warn_of_long_masks()
         before = {name: getattr(self, name) for name in _OF_A_GENERATION}
         contexts = [memory.forget() for memory in self.memories.values()]
 
@@ -115,6 +119,7 @@ class Session:
         self.uncached = Counter()
         self.shared_differences = {}
         self.failed_calls = self._failures
+        self.tick = None
         return restore
 
     def schedule_time(self, tick: Tick) -> float | None:
@@ -198,6 +203,8 @@ class Session:
         If no region ever ran, uncached calls are in one entry without blocks.
         """
         self._warn_of_inert_thresholds()
+        if self.is_over:
+            self._warn_of_long_masks()
         for stats, action, watch in self.watches:
             stats.record_seconds(action, watch.seconds())
         self.watches = []
@@ -220,8 +227,16 @@ class Session:
                 self.warned_of_inert = True
                 warn(f"{stats.name}: {message}; no step was cached")
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the present generation is known to have ended: by its clock, a pipeline's end, or `refresh`."""
+        return not self.tracker.generation.calls or (self.tick is not None and self.tick.is_last)
+
     def _warn_of_long_masks(self) -> None:
-        """Warn at the end of a generation that stopped before its mask did. A generation of one step is a warm-up."""
+        """Warn of a generation that ended before its mask did. A generation of one step is a warm-up.
+
+        A generation that was cancelled is left out if a clock shows it.
+        """
         for chain, stats in self.stats.items():
             mask = self.configs[chain].steps_computation_mask
             if mask is not None and 1 < stats.executed_steps < len(mask):

@@ -1,6 +1,7 @@
 """Generations, steps and branches of calls by a pipeline, whose scheduler is the clock."""
 
 import threading
+import warnings
 
 import pytest
 import torch
@@ -23,7 +24,15 @@ from lib.toy_pipeline import (
 )
 from lib.toys import make, noise
 
-from cachedit_fx import DBCacheConfig, LagrangeCalibratorConfig, Reason, enable_cache, refresh_context, summary
+from cachedit_fx import (
+    CacheWarning,
+    DBCacheConfig,
+    LagrangeCalibratorConfig,
+    Reason,
+    enable_cache,
+    refresh_context,
+    summary,
+)
 from cachedit_fx.runtime import clock, guard, session
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*inert threshold")
@@ -230,6 +239,33 @@ def test_read_backs_of_a_step(pipeline, monkeypatch, config, calibrator, reads):
     monkeypatch.setattr(clock, "on_host", lambda tensor: False)
     pipe(IMAGE, callback=lambda step: counts.append(0))
     assert counts[:-1] == reads
+
+
+@pytest.mark.keep_compiled
+def test_a_mask_for_more_steps_is_named_after_the_generation(pipeline):
+    pipe = pipeline(config=STATIC)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe(IMAGE, steps=5, callback=lambda step: step < 4 and summary(pipe.transformer))
+    with pytest.warns(CacheWarning, match="has 8 digits, and a generation had 5 steps"):
+        summary(pipe.transformer)
+
+
+@pytest.mark.keep_compiled
+def test_a_cancelled_generation_says_nothing_of_the_mask(pipeline):
+    pipe = pipeline(config=STATIC.reset(steps_computation_mask=[*MASK, 1, 1]))
+
+    def cancel(step):
+        if step == 3:
+            raise Cancelled
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            with pytest.raises(Cancelled):
+                pipe(IMAGE, steps=10, callback=cancel)
+            summary(pipe.transformer)
+        pipe(IMAGE, steps=10)
 
 
 def test_the_number_of_steps():

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tools import cli_page, options_page, passes_page
+from tools import cli_page, clock_page, options_page, passes_page
 
 ROOT = Path(__file__).resolve().parents[2]
 
 PAGES: dict[str, Callable[[], str]] = {
     "docs/cli.md": cli_page.page,
+    "docs/clock.md": clock_page.page,
     "docs/options.md": options_page.page,
     "passes/README.md": passes_page.page,
 }
