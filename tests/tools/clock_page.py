@@ -79,7 +79,7 @@ def page() -> str:
             count += 1
     version = importlib.metadata.version("diffusers")
     lines = [
-        f"The {count} pipelines of diffusers {version} with a transformer and a loop, by default schedulers. Most reset",
+        f"The {count} pipelines of diffusers {version} that loop over a transformer, by default schedulers. Most reset",
         "diffusers' hooks at their end too (`maybe_free_model_hooks`), if their transformer has `cache_context`.",
         "",
         "| step from | branch from | pipelines |",
