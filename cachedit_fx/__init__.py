@@ -15,7 +15,7 @@ from threading import RLock as _RLock
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cachedit_fx.api import compile, disable_cache, enable_cache, refresh_context, summary
+    from cachedit_fx.api import compile, disable_cache, enable_cache, end_session, refresh_context, summary
     from cachedit_fx.config.cache import DBCacheConfig
     from cachedit_fx.config.calibrators import (
         CalibratorConfig,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from cachedit_fx.schedules.presets import presets
 
 _MODULES = {
-    "api": ("compile", "disable_cache", "enable_cache", "refresh_context", "summary"),
+    "api": ("compile", "disable_cache", "enable_cache", "end_session", "refresh_context", "summary"),
     "config.cache": ("DBCacheConfig",),
     "config.calibrators": (
         "CalibratorConfig",
@@ -78,6 +78,7 @@ __all__ = [
     "compile",
     "disable_cache",
     "enable_cache",
+    "end_session",
     "explain",
     "presets",
     "refresh_context",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import fields, replace
 from typing import Any, TypeVar, get_args
 
@@ -250,19 +250,29 @@ def refresh_context(
     return pipe_or_module
 
 
-def summary(pipe_or_module: Any, details: bool = False) -> list[CacheStats]:
+def summary(pipe_or_module: Any, details: bool = False, *, all_sessions: bool = False) -> list[CacheStats]:
     """Statistics of the latest generation, one entry for each region. With DBPrune a chain of blocks has one entry.
+
+    They are those of the present session: of the thread, or of the `session(key)` block. A thread that never called the
+    model, such as one that collects metrics, sees the session used last; `CacheStats.session` names it.
 
     Args:
         pipe_or_module: a pipeline, a module, or the object that `torch.compile` returned.
         details: print the statistics as tables too.
+        all_sessions: the latest generation of every session.
     """
     stats: list[CacheStats] = []
     for module in transformers_of(pipe_or_module):
         put_back(unwrapped(module))
         for state in states_of(module):
-            if state.latest is not None:
-                stats.extend(state.latest.summary())
+            present = state.session_to_report()
+            entries = [
+                entry
+                for session in (state.sessions() if all_sessions else [present] if present else [])
+                for entry in session.summary()
+            ]
+            held = sum(session.bytes_held for session in state.sessions())
+            stats += [replace(entry, bytes_of_all_sessions=held) for entry in entries]
     if details:
         from rich import print as rich_print
 
@@ -270,6 +280,13 @@ def summary(pipe_or_module: Any, details: bool = False) -> list[CacheStats]:
 
         rich_print(render(stats, details=True) if stats else "no statistics: nothing has run with the cache")
     return stats
+
+
+def end_session(pipe_or_module: Any, key: Hashable) -> None:
+    """Free what the session named `key` stores; an unknown session is ignored."""
+    for module in transformers_of(pipe_or_module):
+        for state in states_of(module):
+            state.end_session(key)
 
 
 def transformers_of(pipe_or_module: Any) -> list[torch.nn.Module]:

@@ -18,7 +18,7 @@ from torch import fx
 from cachedit_fx.capture import numbers_in_frame
 from cachedit_fx.config.options import Options, parse_options
 from cachedit_fx.lowering import compile_whole, lower
-from cachedit_fx.passes.base import NOTHING_KNOWN, Pass, Traced
+from cachedit_fx.passes.base import NOTHING_KNOWN, Facts, Pass, Traced
 from cachedit_fx.passes.detect_block_loops import DetectBlockLoops
 from cachedit_fx.passes.find_timestep import FindTimestep
 from cachedit_fx.passes.gather_inputs import GatherInputs
@@ -62,7 +62,8 @@ def compile_graph(
     """
     finder = StateFinder(options, state, anchors_of(gm, example_inputs))
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
-        return UncachedGraph(compile_whole(gm, example_inputs, options), finder, GRADIENTS)
+        timestep = FindTimestep(options.timestep, numbers_in_frame()).run(gm, Facts())
+        return UncachedGraph(compile_whole(gm, example_inputs, options), finder, GRADIENTS, timestep)
     outcome = rewrite(gm, options, state.traced if state is not None else NOTHING_KNOWN)
     if state is not None and state.observe is not None:
         state.observe(outcome.facts)

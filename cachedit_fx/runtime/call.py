@@ -18,13 +18,15 @@ from cachedit_fx.runtime.clock import Timestep, clock
 from cachedit_fx.runtime.model_state import ModelState
 from cachedit_fx.runtime.region import RegionInfo, RegionKey
 from cachedit_fx.runtime.session import Session
-from cachedit_fx.runtime.tracker import Position
+from cachedit_fx.runtime.tracker import Evidence, Position
 
 if TYPE_CHECKING:
     from cachedit_fx.runtime.shortcut import Route
 
 NOT_CAPTURED = "not captured"
 """The cause of an uncached call that reached none of our graphs."""
+STRAY = "no session"
+"""The cause of an uncached call in a thread without a `session(key)`, while other threads have one."""
 LATE = "after the last step"
 """The cause of an uncached call by a pipeline that has made its last step: the call is made for its side effects."""
 NO_LOOP = "no block loop"
@@ -118,22 +120,24 @@ class Call:
     def commit(self) -> None:
         """The call has succeeded: make all changes. If one fails, nothing stored is used again."""
         changes, self._changes = self._changes, []
-        try:
-            for change in changes:
-                change()
-        except BaseException:
-            self.roll_back()
-            self.session.forget()
-            raise
-        self._restorations = []
-        self.session.record_success()
+        with self.session.lock:
+            try:
+                for change in changes:
+                    change()
+            except BaseException:
+                self.roll_back()
+                self.session.forget()
+                raise
+            self._restorations = []
+            self.session.record_success()
 
     def roll_back(self) -> None:
         """The call has failed: leave the session as it was before the call, and count the failure."""
         restorations, self._restorations, self._changes = self._restorations, [], []
-        for restoration in reversed(restorations):
-            restoration()
-        self.session.record_failure()
+        with self.session.lock:
+            for restoration in reversed(restorations):
+                restoration()
+            self.session.record_failure()
 
     def restart(self) -> None:
         """Let the graphs run again from the first one. The call's position is known already, and stays."""
@@ -143,7 +147,7 @@ class Call:
 
     def now(self) -> float | None:
         """The call's place in time, in one unit for all calls of a generation; None if it is not known."""
-        if self.tick is not None and self.session.tracker.is_clocked(self.tick):
+        if self.session.tracker.is_clocked(self.tick):
             return self.session.schedule_time(self.tick)
         return self.time()
 
@@ -161,8 +165,20 @@ class Call:
         """
         uncached = self.uncached
         if uncached is not None:
-            self.session.record_uncached(uncached.cause)
+            with self.session.lock:
+                self._place_uncached()
+                self.session.record_uncached(uncached.cause)
             self.session.state.warn_once(uncached.explanation, (lambda: diagnose(self)) if diagnose else None)
+
+    def _place_uncached(self) -> None:
+        """Let an uncached call begin a generation too, if that is known without waiting for a device."""
+        tracker = self.session.tracker
+        if self.is_located or (not tracker.is_clocked(self.tick) and (self.time.waits or self.time() is None)):
+            return
+        position = tracker.observe(Evidence(None, self.branch_name, self.tick, self.time))
+        if position is not None and position.generation != self.session.generation:
+            self.session.begin(position.generation)
+        self.session.tick = self.tick
 
     def enter(self, regions: Sequence[RegionInfo], timestep: torch.Tensor | float | None) -> list[RegionKey]:
         """A graph with regions begins. Returns the regions' keys."""

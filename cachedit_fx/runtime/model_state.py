@@ -18,7 +18,7 @@ from collections.abc import Callable, Hashable
 from cachedit_fx.config.options import Options
 from cachedit_fx.passes.base import NOTHING_KNOWN, Facts
 from cachedit_fx.runtime.listener import Hint
-from cachedit_fx.runtime.session import Session, session_key
+from cachedit_fx.runtime.session import Session, SessionBlock, session_block
 from cachedit_fx.runtime.warning import warn
 
 logger = logging.getLogger(__name__)
@@ -58,39 +58,72 @@ class ModelState:
 
     def session(self) -> Session:
         """The session of the present thread, or of the `session(key)` that it is in."""
-        key = session_key.get()
-        session = getattr(self._here, "session", None) if key is None else self._named(key)
-        if session is None:
-            with self._lock:
-                session = self._here.session = self._by_thread[threading.current_thread()] = Session(self)
+        block = session_block.get()
+        session = self._of_thread() if block is None else self._of_block(block)
         self.latest = session
         self.last_call = time.monotonic()
         return session
 
-    def end_generation(self) -> None:
-        """Let the next call of the present thread, or of the `session(key)` that it is in, start a generation."""
-        key = session_key.get()
-        session = getattr(self._here, "session", None) if key is None else self._by_key.get(key)
-        if session is not None:
-            session.tracker.refresh()
+    def present_session(self) -> Session | None:
+        """The session that `session` returns, if it exists already."""
+        block = session_block.get()
+        return getattr(self._here, "session", None) if block is None else self._by_key.get(block.key)
 
-    def _named(self, key: Hashable) -> Session:
+    def session_to_report(self) -> Session | None:
+        """The present session. For a thread that never called the model and is in no session, the one used last."""
+        return self.present_session() or (None if session_block.get() else self.latest)
+
+    def sessions(self) -> list[Session]:
+        """Every session there is, in the order of their first calls: the threads', then the named ones."""
+        with self._lock:
+            return [*self._by_thread.values(), *self._by_key.values()]
+
+    def end_generation(self) -> None:
+        """A pipeline has ended: the session's next call starts a generation. A named session frees its values."""
+        session = self.present_session()
+        if session is None:
+            return
+        if session_block.get() is not None:
+            session.free()
+        session.tracker.refresh()
+
+    def end_session(self, key: Hashable) -> None:
+        """Free a named session; an unknown one is ignored."""
+        with self._lock:
+            session = self._by_key.pop(key, None)
+        if session is not None:
+            session.free()
+
+    def _of_thread(self) -> Session:
+        session: Session | None = getattr(self._here, "session", None)
+        if session is None:
+            thread = threading.current_thread()
+            session = Session(self, f"thread {thread.name}", is_stray=SessionBlock.open_blocks > 0)
+            with self._lock:
+                self._here.session = self._by_thread[thread] = session
+        elif session.is_stray and not SessionBlock.open_blocks:
+            session.is_stray = False
+        return session
+
+    def _of_block(self, block: SessionBlock) -> Session:
+        key = block.key
+        block.states.add(self)
         with self._lock:
             session = self._by_key.get(key)
             if session is None:
-                session = self._by_key[key] = Session(self)
+                session = self._by_key[key] = Session(self, f"session {key!r}")
             self._by_key.move_to_end(key)
-            if len(self._by_key) > MAX_SESSIONS:
-                oldest, _ = self._by_key.popitem(last=False)
-                logger.info("session %r dropped: more than %d are kept", oldest, MAX_SESSIONS)
+            dropped = self._by_key.popitem(last=False) if len(self._by_key) > MAX_SESSIONS else None
+        if dropped is not None:
+            logger.info("session %r dropped: more than %d are kept", dropped[0], MAX_SESSIONS)
+            dropped[1].free()
         return session
 
     def set_options(self, options: Options) -> None:
         """Replace the options by others of equal structure. In every session the next call starts a new generation."""
         self.options, self.config = options, options.cache
-        with self._lock:
-            for session in (*self._by_thread.values(), *self._by_key.values()):
-                session.refresh(options.cache)
+        for session in self.sessions():
+            session.refresh(options.cache)
 
     def warn_once(self, message: str, better: Callable[[], str | None] | None = None) -> None:
         """Warn, but only once for each message. If `better` returns a text, the warning has that text instead.

@@ -14,7 +14,7 @@ import torch
 from cachedit_fx.config.calibrators import CalibratorConfig
 from cachedit_fx.config.options import LoopSettings
 from cachedit_fx.runtime.calibrators import Moment, coefficients, values_kept
-from cachedit_fx.runtime.call import LATE, Call
+from cachedit_fx.runtime.call import LATE, STRAY, Call
 from cachedit_fx.runtime.guard import Residual, read_differences
 from cachedit_fx.runtime.memory import BranchMemory
 from cachedit_fx.runtime.policies.base import Action, Decision, Situation, context_start
@@ -69,6 +69,9 @@ class RegionCall:
                 block's input, without a reference.
             streams: the values that enter the region. Stored values must fit their shapes.
         """
+        if self.session.is_stray:
+            self._pass_stray()
+            return None
         key, settings = self.keys[number], self.settings[number]
         policy = settings.policy
         tensors = [stream for stream in streams if isinstance(stream, torch.Tensor)]
@@ -100,6 +103,17 @@ class RegionCall:
             self.session.state.warn_once(warning)
         device = tensors[0].device if tensors else None
         return Entry(self.regions[number], key, settings, situation, decision, memory, residual, signature, device)
+
+    def _pass_stray(self) -> None:
+        """Count a call that may belong to any session, and explain it once."""
+        if self.call.is_located:
+            return
+        self.call.is_located = True
+        self.call.on_success(lambda: self.session.record_uncached(STRAY))
+        self.session.state.warn_once(
+            "no caching: this thread's call is in no session(...), while another thread's is. Open the block in the "
+            "thread that calls the model: asyncio.to_thread takes it along, run_in_executor does not"
+        )
 
     def run(
         self,

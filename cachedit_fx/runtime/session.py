@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextvars
+import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -27,28 +29,61 @@ if TYPE_CHECKING:
     from cachedit_fx.runtime.region import RegionInfo
     from cachedit_fx.runtime.shortcut import Shortcut
 
-session_key: contextvars.ContextVar[Hashable] = contextvars.ContextVar("cachedit_fx_session", default=None)
+
+class SessionBlock:
+    """One `with session(key)` block that is open.
+
+    Attributes:
+        key: the session's name.
+        states: the models that were called inside.
+    """
+
+    open_blocks: ClassVar[int] = 0
+    """Blocks that are open, in all threads."""
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, key: Hashable) -> None:
+        self.key = key
+        self.states: weakref.WeakSet[ModelState] = weakref.WeakSet()
+
+    @classmethod
+    def count(cls, change: int) -> None:
+        with cls._lock:
+            cls.open_blocks += change
+
+
+session_block: contextvars.ContextVar[SessionBlock | None] = contextvars.ContextVar("cachedit_fx_session", default=None)
 
 
 @contextmanager
-def session(key: Hashable) -> Iterator[None]:
+def session(key: Hashable, *, ends: bool = False) -> Iterator[None]:
     """Context manager that keeps interleaved generations apart: calls inside belong to the session named `key`.
 
-    It is for a server that steps several requests alternately. Without it every thread has a separate session.
+    It is for a server that steps several requests alternately, in one thread or in several. Without it every thread has
+    a separate session. The block must be open in the thread that calls the model: `asyncio.to_thread` takes it along,
+    `loop.run_in_executor` does not.
 
     Args:
         key: any hashable object but None; a request's id is a good one.
+        ends: whether the block holds a whole request: its stored values are freed at the block's end. Otherwise they
+            are freed when a pipeline of diffusers returns, and by `cachedit_fx.end_session`.
 
     Raises:
         ValueError: if the key is None.
     """
     if key is None:
         raise ValueError("session(None): the key must be a hashable object other than None, such as a request id")
-    token = session_key.set(key)
+    block = SessionBlock(key)
+    token = session_block.set(block)
+    SessionBlock.count(1)
     try:
         yield
     finally:
-        session_key.reset(token)
+        SessionBlock.count(-1)
+        session_block.reset(token)
+        if ends:
+            for state in block.states:
+                state.end_session(key)
 
 
 _OF_A_GENERATION = (
@@ -67,10 +102,18 @@ _OF_A_GENERATION = (
 
 
 class Session:
-    """One stream of requests to one model: a tracker, and the present generation's memory and statistics."""
+    """One stream of requests to one model: a tracker, and the present generation's memory and statistics.
 
-    def __init__(self, state: ModelState) -> None:
-        self.state = state
+    Args:
+        state: the model's.
+        name: for statistics: the session's key, or the thread's name.
+        is_stray: whether it belongs to a thread without a `session(key)`, while other threads have one.
+    """
+
+    def __init__(self, state: ModelState, name: str = "", is_stray: bool = False) -> None:
+        self.state, self.name, self.is_stray = state, name, is_stray
+        self.lock = threading.RLock()
+        """Held while memory and statistics change, and while they are read."""
         self.tracker = Tracker(state.config or DBCacheConfig())
         self.generation = -1
         self.memories: dict[tuple[RegionKey, int], BranchMemory] = {}
@@ -137,6 +180,24 @@ class Session:
             memory.forget()
         self.tracker.refresh()
 
+    def free(self) -> None:
+        """Free the stored values. The statistics stay."""
+        with self.lock:
+            self._measure_bytes()
+            self.memories, self.spares, self._histories, self.shortcuts = {}, {}, {}, {}
+            self.tracker.refresh()
+
+    @property
+    def bytes_held(self) -> int:
+        """Size of all stored values, in bytes."""
+        return sum(memory.bytes_held for memory in self.memories.copy().values())
+
+    def _measure_bytes(self) -> None:
+        memories = self.memories.copy()
+        for chain, stats in self.stats.items():
+            held = [memory.bytes_held for (region, _), memory in memories.items() if region.chain == chain]
+            stats.bytes_held = sum(held) if held else stats.bytes_held
+
     def record_failure(self) -> None:
         """Count a call that raised."""
         self.failed_calls += 1
@@ -200,22 +261,23 @@ class Session:
     def summary(self) -> list[CacheStats]:
         """The present generation's statistics: one entry for each region, or with DBPrune for each chain.
 
-        If no region ever ran, uncached calls are in one entry without blocks.
+        They are copies, which later calls do not change. If no region ran in the generation, uncached and failed calls
+        are in one entry without blocks.
         """
-        self._warn_of_inert_thresholds()
-        if self.is_over:
-            self._warn_of_long_masks()
-        for stats, action, watch in self.watches:
-            stats.record_seconds(action, watch.seconds())
-        self.watches = []
-        for chain, stats in self.stats.items():
-            stats.failed_calls = self.failed_calls
-            stats.bytes_held = sum(
-                memory.bytes_held for (region, _), memory in self.memories.items() if region.chain == chain
-            )
-        if not self.stats and (self.uncached or self.failed_calls):
-            return [CacheStats("uncached", 0, 0, 0, uncached_causes=self.uncached, failed_calls=self.failed_calls)]
-        return list(self.stats.values())
+        with self.lock:
+            self._warn_of_inert_thresholds()
+            if self.is_over:
+                self._warn_of_long_masks()
+            watches, self.watches = self.watches, []
+            for stats, action, watch in watches:
+                stats.record_seconds(action, watch.seconds())
+            self._measure_bytes()
+            entries = [stats.copy() for stats in self.stats.values()]
+            if not entries and (self.uncached or self.failed_calls):
+                entries = [CacheStats("uncached", 0, 0, 0, uncached_causes=Counter(self.uncached))]
+            for stats in entries:
+                stats.session, stats.failed_calls = self.name, self.failed_calls
+        return entries
 
     def _warn_of_inert_thresholds(self) -> None:
         """Warn once in a generation: at its end, or when its statistics are read."""

@@ -4,11 +4,13 @@ Nothing is counted twice: each branch stores the decisions, and every number is 
 steps of the generation, from 0. Differences that are not finite are counted, but never enter a list of differences.
 """
 
+from __future__ import annotations
+
 import math
 import statistics
 from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cachedit_fx.config.cache import DBCacheConfig
 from cachedit_fx.runtime.policies.base import Action, Decision, Reason
@@ -36,6 +38,10 @@ class BranchStats:
 
     parts: dict[int, dict[int | None, Decision]] = field(default_factory=dict)
     """Step -> block -> decision with DBPrune. Otherwise step -> None -> the decision about the middle as a whole."""
+
+    def copy(self) -> BranchStats:
+        """The present state, which later calls do not change."""
+        return BranchStats({step: dict(decisions) for step, decisions in self.parts.items()})
 
     @property
     def decisions(self) -> dict[int, Decision]:
@@ -101,12 +107,29 @@ class CacheStats:
     """Cause -> number of calls that ran uncached, without a decision of the policy."""
     failed_calls: int = 0
     """Calls of the generation that raised. They left no other trace."""
+    session: str = ""
+    """Whose generation it is: the key of a `session(key)`, or the name of a thread."""
+    bytes_of_all_sessions: int = 0
+    """Size of the values that the model's sessions store for reuse, all together, in bytes."""
     compute_seconds: list[float] = field(default_factory=list)
     """Measured times of computing the middle (with DBPrune, a block), without storing."""
     reuse_seconds: list[float] = field(default_factory=list)
     """Measured times of bypassing the middle (with DBPrune, a block)."""
     prunes_blocks: bool = False
     """Whether the policy decides about every block of the middle separately (DBPrune)."""
+
+    def copy(self) -> CacheStats:
+        """The present state, which later calls do not change."""
+        branches = [
+            BranchStats({step: dict(parts) for step, parts in branch.parts.items()}) for branch in self.branches
+        ]
+        return replace(
+            self,
+            branches=branches,
+            uncached_causes=Counter(self.uncached_causes),
+            compute_seconds=list(self.compute_seconds),
+            reuse_seconds=list(self.reuse_seconds),
+        )
 
     def record(self, branch: int, step: int, decision: Decision, block: int | None = None) -> None:
         """Record a decision about the middle, or about one block of it."""
@@ -267,6 +290,8 @@ class CacheStats:
             yield f", measured {self.measured_seconds_saved:.3g} s"
         if self.bytes_held:
             yield f"; {self.bytes_held / 2**20:.3g} MiB held"
+        if self.failed_calls:
+            yield f"; {self.failed_calls} calls failed"
         if self.non_finite:
             yield f"; differences not finite: {self.non_finite}"
         for cause, calls in self.uncached_causes.items():

@@ -43,7 +43,7 @@ Without a clock, calls alone do not distinguish some cases:
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from cachedit_fx.config.cache import DBCacheConfig
 from cachedit_fx.runtime.clock import Tick, Timestep
@@ -169,7 +169,7 @@ class Tracker:
         self.generation = self.generation.with_call(evidence, timestep, place)
         return Position(self.generation.number, place.step, place.branch)
 
-    def is_clocked(self, tick: Tick | None) -> bool:
+    def is_clocked(self, tick: Tick | None) -> TypeGuard[Tick]:
         """Whether a clock tells the step of a call, so that its timestep need not be read."""
         return tick is not None and tick.tells_steps and not self._is_stopped(tick)
 

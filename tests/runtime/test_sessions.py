@@ -1,15 +1,26 @@
 """Generations that must not meet: threads, named sessions, models, and what becomes of them."""
 
+import asyncio
 import gc
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from lib.toys import FALLING, denoise, make, noise
 
-from cachedit_fx import DBCacheConfig, disable_cache, enable_cache, refresh_context, session, summary
+from cachedit_fx import (
+    CacheWarning,
+    DBCacheConfig,
+    disable_cache,
+    enable_cache,
+    end_session,
+    refresh_context,
+    session,
+    summary,
+)
 from cachedit_fx.backend import cachedit
 from cachedit_fx.runtime import model_state
 from cachedit_fx.runtime.registry import state_of_module, states_of
@@ -191,10 +202,13 @@ def test_two_threads_with_two_models(by_name, alone):
         fast = enabled(seed)
         expected[name] = denoise(fast, start=REQUESTS[name]), decisions(summary(fast))
     fast = {name: prepare(seed) for seed, name in enumerate(names)}  # these compile inside the threads
-    results = run_in_threads({name: lambda name=name: denoise(fast[name], start=REQUESTS[name]) for name in names})
+
+    def job(name):
+        return lambda: (denoise(fast[name], start=REQUESTS[name]), decisions(summary(fast[name])))
+
+    results = run_in_threads({name: job(name) for name in names})
     for name in names:
-        assert torch.equal(results[name], expected[name][0])
-        assert decisions(summary(fast[name])) == expected[name][1]
+        assert torch.equal(results[name][0], expected[name][0]) and results[name][1] == expected[name][1]
 
 
 def test_a_session_is_gone_with_its_thread(model):
@@ -224,3 +238,138 @@ def test_state_is_gone_with_its_model(how):
     for _ in range(2):  # the module is a cycle, and its cache another one that the registry lets go of then
         gc.collect()
     assert [reference() for reference in kept] == [None, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# memory, statistics, threads
+
+
+def test_a_session_is_freed_at_its_end(model):
+    held = {}
+    for how in ("ends", "end_session", "reset"):
+        with session(how, ends=how == "ends"):
+            denoise(model)
+            held[how] = summary(model)[0].bytes_held
+            if how == "reset":
+                cache_of(model).end_generation()
+                assert summary(model)[0].bytes_held == held[how] and summary(model)[0].cached_steps
+                assert cache_of(model).session().bytes_held == 0
+        if how == "end_session":
+            assert cache_of(model)._by_key[how].bytes_held == held[how]
+            end_session(model, how)
+            end_session(model, "unknown")
+        assert how == "reset" or how not in cache_of(model)._by_key
+    assert min(held.values()) == max(held.values()) > 0
+
+
+def test_bytes_of_all_sessions(model, alone):
+    denoise(model)
+    before = summary(model)[0].bytes_of_all_sessions
+    with session("one more"):
+        denoise(model)
+        (region,) = summary(model)
+    assert region.bytes_of_all_sessions == before + region.bytes_held
+    end_session(model, "one more")
+    assert summary(model)[0].bytes_of_all_sessions == before
+
+
+def test_statistics_are_those_of_the_session_that_asks(model):
+    denoise(model, FALLING[:3])
+    with session("long"):
+        denoise(model, FALLING[:7])
+        assert (summary(model)[0].executed_steps, summary(model)[0].session) == (7, "session 'long'")
+    assert (summary(model)[0].executed_steps, summary(model)[0].session) == (3, "thread MainThread")
+    with session("unknown"):
+        assert summary(model) == []
+    reports = {region.session: region.executed_steps for region in summary(model, all_sessions=True)}
+    assert reports["session 'long'"] == 7 and reports["thread MainThread"] == 3
+    (seen,) = run_in_threads({"reader": lambda: summary(model)})["reader"]
+    assert seen.session == "session 'long'"  # the one used last
+    end_session(model, "long")
+
+
+def test_statistics_are_copies(model):
+    denoise(model, FALLING[:3])
+    (before,) = summary(model)
+    euler(model, noise(), FALLING[3])
+    assert before.executed_steps == 3 and summary(model)[0].executed_steps == 4
+
+
+def test_statistics_while_another_thread_denoises(model):
+    done = threading.Event()
+
+    def denoises():
+        try:
+            for number in range(30):
+                with session(number % 5):
+                    denoise(model, start=noise(batch=1 + number % 2))
+        finally:
+            done.set()
+
+    def reads():
+        readings = 0
+        while not done.is_set():
+            for region in summary(model, all_sessions=True):
+                assert len(region.cached_steps) <= region.executed_steps and str(region)
+            readings += 1
+        return readings
+
+    assert run_in_threads({"denoises": denoises, "reads": reads})["reads"] > 10
+    for key in range(5):
+        end_session(model, key)
+
+
+def test_an_uncached_generation_after_a_cached_one(model):
+    """Under gradients nothing is cached: those calls are a generation of their own."""
+    denoise(model)
+    for _ in range(2):
+        for timestep in FALLING[:4]:
+            model(noise(), torch.tensor([timestep]), TEXT)
+        (region,) = summary(model)
+        assert (region.name, region.uncached_calls, region.cached_steps) == ("uncached", 4, [])
+    denoise(model)
+    assert summary(model)[0].uncached_calls == 0
+
+
+def test_the_steps_of_a_generation_may_run_in_several_threads(model, alone):
+    def step(hidden, timestep):
+        with session("request"):
+            return euler(model, hidden, timestep)
+
+    with ThreadPoolExecutor(3) as pool:
+        hidden = REQUESTS["a"]
+        for timestep in FALLING:
+            (hidden,) = pool.map(step, [hidden], [timestep])
+    assert torch.equal(hidden, alone["a"][0])
+    end_session(model, "request")
+
+
+def test_asyncio_takes_the_session_along(model, alone):
+    async def request(name):
+        hidden = REQUESTS[name]
+        with session(name, ends=True):
+            for timestep in FALLING:
+                hidden = await asyncio.to_thread(euler, model, hidden, timestep)
+        return hidden
+
+    async def server():
+        return await asyncio.gather(*map(request, "ab"))
+
+    results = asyncio.run(server())
+    assert all(torch.equal(result, alone[name][0]) for result, name in zip(results, "ab", strict=True))
+
+
+def test_a_thread_without_a_session_while_others_have_one_computes(model):
+    """`run_in_executor` leaves the session behind: the call might be anyone's."""
+
+    async def request():
+        with session("left behind"):
+            loop = asyncio.get_running_loop()
+            hidden = REQUESTS["a"]
+            for timestep in FALLING:
+                hidden = await loop.run_in_executor(None, euler, model, hidden, timestep)
+        return hidden
+
+    plain = make()
+    with pytest.warns(CacheWarning, match="asyncio.to_thread"):
+        assert torch.equal(asyncio.run(request()), denoise(plain, start=REQUESTS["a"], texts=[TEXT]))
