@@ -13,6 +13,7 @@ import logging
 import os
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import threading
@@ -144,28 +145,42 @@ def _load() -> ctypes.CDLL | None:
     name = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), *map(str.encode, command)])).hexdigest()[:32]
     try:
         compiled = _folder() / f"{name}.so"
-        if not compiled.exists():
+        if not os.path.lexists(compiled):
             _compile(command, compiled)
+        _check_private(compiled)
         return ctypes.CDLL(str(compiled))
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or error
-        logger.warning("%s does not compile; on the CPU, torch's ops take the place of its loops: %s", SOURCE, said)
+        logger.warning("no loops from %s: on the CPU, torch's ops take their place: %s", SOURCE, said)
         return None
 
 
 def _folder() -> Path:
-    """Where compiled loops are kept: in inductor's folder if the user named one, else in one of the user's own, since
-    whoever can write there can have anything run.
+    """Where compiled loops are kept: in inductor's folder if there is one, else in one of the user's own.
 
     Raises:
-        OSError: if there can be no such folder.
+        OSError: if there can be no such folder, or if others may write to it.
     """
     chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     folder = Path(chosen) / "cachedit_fx" if chosen else Path(tempfile.gettempdir()) / f"cachedit_fx_{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not chosen and folder.stat().st_uid != os.getuid():
-        raise PermissionError(f"{folder} is another user's")
+    _check_private(folder)
     return folder
+
+
+def _check_private(path: Path) -> None:
+    """Raise unless the path is no link, this user's, and for nobody else to write: its code would run in our process.
+
+    Raises:
+        PermissionError: with the reason.
+    """
+    status = path.lstat()
+    if stat.S_ISLNK(status.st_mode):
+        raise PermissionError(f"{path} is a symbolic link; remove it")
+    if status.st_uid != os.getuid():
+        raise PermissionError(f"{path} belongs to user {status.st_uid}; remove it")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"others may write to {path}: chmod go-w, if you trust what is in it, or remove it")
 
 
 def _compile(command: Sequence[str], target: Path) -> None:
@@ -179,6 +194,7 @@ def _compile(command: Sequence[str], target: Path) -> None:
             text=True,
             timeout=LONGEST_COMPILATION,
         )
+        made.chmod(0o700)
         made.replace(target)
 
 

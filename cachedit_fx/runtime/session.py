@@ -21,7 +21,6 @@ from cachedit_fx.runtime.region import ChainKey, RegionKey
 from cachedit_fx.runtime.stats import CacheStats
 from cachedit_fx.runtime.stopwatch import Stopwatch
 from cachedit_fx.runtime.tracker import Tracker
-from cachedit_fx.runtime.warning import warn
 
 if TYPE_CHECKING:
     from cachedit_fx.runtime.call import Call
@@ -88,7 +87,6 @@ def session(key: Hashable, *, ends: bool = False) -> Iterator[None]:
 
 _OF_A_GENERATION = (
     "generation",
-    "warned_of_inert",
     "_histories",
     "shortcuts",
     "stats",
@@ -137,7 +135,6 @@ class Session:
         """The present transformer call; None between calls."""
         self.tick: Tick | None = None
         """The clock at the generation's latest call."""
-        self.warned_of_inert = False
         self.shared_differences: dict[tuple[RegionKey, int], float] = {}
 
     def begin(self, generation: int) -> Callable[[], None]:
@@ -154,7 +151,6 @@ class Session:
                 undo()
 
         self.generation = generation
-        self.warned_of_inert = False
         self._histories = {}
         self.shortcuts = {}
         self.stats = {}
@@ -280,14 +276,15 @@ class Session:
         return entries
 
     def _warn_of_inert_thresholds(self) -> None:
-        """Warn once in a generation: at its end, or when its statistics are read."""
-        if self.state.config is None or self.warned_of_inert:
+        """Warn once for each threshold: at a generation's end, or when its statistics are read."""
+        if self.state.config is None:
             return
         for chain, stats in self.stats.items():
-            message = stats.inert_threshold_message(self.configs[chain])
+            config = self.configs[chain]
+            message = stats.inert_threshold_message(config)
             if message:
-                self.warned_of_inert = True
-                warn(f"{stats.name}: {message}; no step was cached")
+                threshold = f"{stats.name}: inert threshold {config.residual_diff_threshold}"
+                self.state.warn_once(threshold, f"{stats.name}: {message}; no step was cached".__str__)
 
     @property
     def is_over(self) -> bool:

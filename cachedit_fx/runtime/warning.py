@@ -6,8 +6,8 @@ import sys
 import warnings
 from types import FrameType
 
-_INSIDE = ("cachedit_fx.", "torch.", "contextlib")
-"""Modules between the user's call and us."""
+_INSIDE = ("cachedit_fx.", "torch.", "diffusers.", "accelerate.", "peft.", "transformers.", "contextlib.", "functools.")
+"""Packages between the user's call and us."""
 
 
 class CacheWarning(UserWarning):
@@ -15,7 +15,7 @@ class CacheWarning(UserWarning):
 
 
 def warn(message: str) -> None:
-    """Warn as `CacheWarning`, at the nearest frame that is neither this package's nor torch's."""
+    """Warn as `CacheWarning`, at the user's line: the nearest frame outside this package and those that call models."""
     level = 1
     frame: FrameType | None = sys._getframe()
     while frame is not None and _is_inside(frame):

@@ -66,25 +66,58 @@ def test_compiled_once_and_kept(empty_folder, monkeypatch):
     assert len(kept()) == 2
 
 
-@pytest.mark.parametrize(("compiler", "said"), [("false", "does not compile"), ("/no/such/compiler", "No such file")])
+@pytest.mark.parametrize(("compiler", "said"), [("false", "no loops"), ("/no/such/compiler", "No such file")])
 def test_a_compiler_that_does_not_work_is_told(empty_folder, monkeypatch, caplog, compiler, said):
     monkeypatch.setenv("CXX", compiler)
     with caplog.at_level(logging.WARNING):
         assert cpu._load.__wrapped__() is None
-    assert said in caplog.text and "torch's ops take the place" in caplog.text
+    assert said in caplog.text and "torch's ops take their place" in caplog.text
     assert not list((empty_folder / "cachedit_fx").iterdir())
 
 
-def test_a_folder_of_another_user_is_not_used(tmp_path, monkeypatch, caplog):
-    """Whoever can write there could have anything run."""
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+@pytest.mark.parametrize("chosen", [True, False], ids=["inductor's folder", "a folder of its own"])
+@pytest.mark.parametrize("what", ["folder", "file"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda path: path.chmod(path.stat().st_mode | 0o020), "others may write"),
+        (lambda path: path.chmod(path.stat().st_mode | 0o002), "others may write"),
+        (lambda path: path.rename(f"{path}.moved") and path.symlink_to(f"{path}.moved"), "symbolic link"),
+    ],
+    ids=["group", "everyone", "link"],
+)
+def test_code_that_others_may_have_written_is_not_loaded(tmp_path, monkeypatch, caplog, chosen, what, change, said):
+    """Whoever can write there could have anything run in our process."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert cpu._folder().stat().st_mode & 0o777 == 0o700
-    owner = os.getuid()
-    (tmp_path / f"cachedit_fx_{owner + 1}").mkdir()
-    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    if chosen:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    else:
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setattr(
+        cpu, "_compile", lambda command, target: target.write_bytes(b"no library") and target.chmod(0o700)
+    )
+    folder = cpu._folder()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert cpu._load.__wrapped__() is None and said not in caplog.text  # the file was looked at, and is no library
+    (file,) = folder.iterdir()
+    change(folder if what == "folder" else file)
     assert cpu._load.__wrapped__() is None
-    assert "another user's" in caplog.text
+    assert said in caplog.text and "torch's ops take their place" in caplog.text
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_a_folder_of_another_user_is_not_used(tmp_path, monkeypatch, caplog, chosen):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    if chosen:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    else:
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    owner = os.getuid()
+    cpu._folder()
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    (tmp_path / f"cachedit_fx_{owner + 1}").mkdir()
+    assert cpu._load.__wrapped__() is None
+    assert f"belongs to user {owner}" in caplog.text
 
 
 def test_a_source_that_is_refused_shows_what_the_compiler_said(empty_folder, monkeypatch, caplog):
