@@ -14,13 +14,14 @@ from torch import fx
 from cachedit_fx.backend import compile_graph, pass_manager
 from cachedit_fx.capture import is_wrapper, on_compile, unwrap_call
 from cachedit_fx.config.cache import DBCacheConfig
-from cachedit_fx.config.calibrators import CalibratorConfig
+from cachedit_fx.config.calibrators import CalibratorConfig, LagrangeCalibratorConfig
 from cachedit_fx.config.options import Options, ParamsModifier, parse_options
 from cachedit_fx.config.rules import OptionError
 from cachedit_fx.passes.base import Traced
 from cachedit_fx.runtime.compiled_call import CompiledCall, Guards
 from cachedit_fx.runtime.listener import listen, stop_listening
 from cachedit_fx.runtime.model_state import ModelState
+from cachedit_fx.runtime.policies.preset import PresetConfig
 from cachedit_fx.runtime.registry import (
     Registration,
     put_all_back,
@@ -32,7 +33,6 @@ from cachedit_fx.runtime.registry import (
     unwrapped,
 )
 from cachedit_fx.runtime.stats import CacheStats
-from cachedit_fx.schedules.presets import preset as preset_settings
 
 Model = TypeVar("Model")
 
@@ -134,8 +134,9 @@ def enable_cache(
         cache_config: when to reuse: a `DBCacheConfig` or `DBPruneConfig`. `DBCacheConfig()` if left out.
         calibrator_config: how the results of a bypassed region are predicted. If left out, the values stored last are
             used again.
-        preset: a name of `cachedit_fx.presets`, in place of both configs. Needs `steps`.
-        steps: denoising steps of the coming generations, for `preset`.
+        preset: a name of `cachedit_fx.presets`, in place of both configs.
+        steps: denoising steps of the coming generations, for `preset` in a loop of your own. A pipeline's scheduler
+            tells them.
         **options: as for `cachedit_fx.compile`. For a pipeline of several transformers `params_modifiers` is a list:
             one entry, or a list of entries, for each transformer.
 
@@ -144,13 +145,13 @@ def enable_cache(
             `torch.compile` returned.
         TypeError: if there is no transformer.
     """
-    if (preset is None) != (steps is None):
-        raise OptionError("preset and steps go together: enable_cache(pipe, preset='fast', steps=28)")
-    if preset is not None and steps is not None:
+    if steps is not None and preset is None:
+        raise OptionError("steps goes with preset: enable_cache(pipe, preset='fast', steps=28)")
+    if preset is not None:
         if cache_config is not None or calibrator_config is not None:
             raise OptionError("preset stands for cache_config and calibrator_config: leave those out, or preset")
-        settings = preset_settings(preset, steps)
-        cache_config, calibrator_config = settings["cache_config"], settings["calibrator_config"]
+        cache_config = PresetConfig(preset=preset, num_inference_steps=steps)
+        calibrator_config = LagrangeCalibratorConfig()
     for name, config in (("cache", cache_config), ("calibrator", calibrator_config)):
         if config is not None and name in options:
             raise OptionError(f"{name} and {name}_config are two names for one thing: pass one of them")

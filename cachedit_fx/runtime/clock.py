@@ -72,12 +72,16 @@ class Tick(NamedTuple):
         indices: the place of each scheduler in its timesteps; None if it is not known.
         steps: number of steps of the generation; None if it is not known.
         is_over: whether all schedulers have made their last step.
+        guidance: the scale of classifier-free guidance that the pipeline would use; None if it is not known.
+        doubles_batch: whether the pipeline says that it guides. With one call a step, it doubles the batch.
     """
 
     schedules: tuple[torch.Tensor, ...]
     indices: tuple[int | None, ...]
     steps: int | None
     is_over: bool = False
+    guidance: float | None = None
+    doubles_batch: bool = False
 
     @property
     def tells_steps(self) -> bool:
@@ -112,32 +116,50 @@ class Tick(NamedTuple):
 
 def clock() -> Tick | None:
     """The tick of the pipeline that is calling; None if there is none, or if it never set its timesteps."""
-    pipeline = _calling_pipeline(sys._getframe(1))
+    pipeline, frame = _calling_pipeline(sys._getframe(1))
     readings = [_reading(scheduler, pipeline) for scheduler in _schedulers(pipeline) if _is_set(scheduler)]
     running = [reading for reading in readings if not reading.is_over] or readings
-    if not running:
+    if not running or frame is None:
         return None
     return Tick(
         tuple(reading.timesteps for reading in running),
         tuple(reading.index for reading in running),
         running[0].steps if len(running) == 1 else None,
         all(reading.is_over for reading in running),
+        *_guidance(pipeline, frame),
     )
 
 
-def _calling_pipeline(frame: FrameType | None) -> Any:
-    """The nearest object on the stack that has a scheduler and called a method of its own; None if there is none."""
+def _calling_pipeline(frame: FrameType | None) -> tuple[Any, FrameType | None]:
+    """The nearest object on the stack that has a scheduler and called a method of its own, and the method's frame."""
     for _ in range(MAX_DEPTH):
         if frame is None:
-            return None
+            break
         names = frame.f_code.co_varnames[: frame.f_code.co_argcount]
         if names[:1] == ("self",) and not str(frame.f_globals.get("__name__")).startswith(_OUTSIDE):
             for name in ("self", "components"):
                 owner = frame.f_locals.get(name) if name in names else None
                 if any(True for _ in _schedulers(owner)):
-                    return owner
+                    return owner, frame
         frame = frame.f_back
-    return None
+    return None, None
+
+
+def _guidance(pipeline: Any, frame: FrameType) -> tuple[float | None, bool]:
+    """The scale of guidance, and whether the pipeline says that it guides.
+
+    `true_cfg_scale` comes first: where a pipeline has it, `guidance_scale` is an input of the model.
+    """
+    variables = frame.f_locals
+    scales = (
+        variables.get("true_cfg_scale"),
+        getattr(pipeline, "guidance_scale", None),
+        variables.get("guidance_scale"),
+        getattr(getattr(pipeline, "guider", None), "guidance_scale", None),
+    )
+    scale = next((float(value) for value in scales if isinstance(value, (int, float))), None)
+    says = getattr(pipeline, "do_classifier_free_guidance", None)
+    return scale, bool(variables.get("do_classifier_free_guidance") if says is None else says)
 
 
 def _schedulers(owner: Any) -> Iterator[Any]:

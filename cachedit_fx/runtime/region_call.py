@@ -72,8 +72,7 @@ class RegionCall:
         if self.session.is_stray:
             self._pass_stray()
             return None
-        key, settings = self.keys[number], self.settings[number]
-        policy = settings.policy
+        key, policy = self.keys[number], self.settings[number].policy
         tensors = [stream for stream in streams if isinstance(stream, torch.Tensor)]
         signature = (
             *[(tensor.shape, tensor.dtype) for tensor in tensors],
@@ -87,6 +86,8 @@ class RegionCall:
         if self.call.position is None:
             return None
         _, step, branch = self.call.position
+        settings = self.session.settings(self.regions[number].loop, step, self.call.tick)
+        policy = settings.policy
         memory, start = self.session.memory(key, branch), context_start(policy.config, step)
         if memory.start != start:
             self.call.on_failure(memory.forget(start))
@@ -156,7 +157,7 @@ class RegionCall:
                     _store(entry, now, results, bases, base_inputs)
             if spare is not None:
                 self.session.spares[entry.key] = spare
-            stats = self.session.region_stats(entry.key, entry.info)
+            stats = self.session.region_stats(entry.key, entry.info, entry.settings.policy.config)
             stats.record(branch, step, decision, entry.key.block)
             self.session.watches.append((stats, decision.action, watch))
 

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from cachedit_fx.config.cache import DBCacheConfig
+from cachedit_fx.config.options import LoopSettings
 from cachedit_fx.runtime.clock import Tick
 from cachedit_fx.runtime.guard import read_back
 from cachedit_fx.runtime.memory import BranchMemory
-from cachedit_fx.runtime.policies.base import Action, Policy
+from cachedit_fx.runtime.policies.base import Action, GenerationFacts, Policy, policy_of
 from cachedit_fx.runtime.region import ChainKey, RegionKey
 from cachedit_fx.runtime.stats import CacheStats
 from cachedit_fx.runtime.stopwatch import Stopwatch
@@ -95,6 +96,7 @@ _OF_A_GENERATION = (
     "shared_differences",
     "failed_calls",
     "tick",
+    "_chosen",
 )
 """Attributes of a session that every generation has anew."""
 
@@ -135,6 +137,8 @@ class Session:
         """The present transformer call; None between calls."""
         self.tick: Tick | None = None
         """The clock at the generation's latest call."""
+        self._chosen: dict[int | None, LoopSettings] = {}
+        """Loop -> its settings in the present generation, once they are chosen."""
         self.shared_differences: dict[tuple[RegionKey, int], float] = {}
 
     def begin(self, generation: int) -> Callable[[], None]:
@@ -159,7 +163,28 @@ class Session:
         self.shared_differences = {}
         self.failed_calls = self._failures
         self.tick = None
+        self._chosen = {}
         return restore
+
+    def settings(self, loop: int | None, step: int, tick: Tick | None) -> LoopSettings:
+        """The settings of a loop, or of the whole chain, at a step. A policy may choose others at the second step."""
+        settings = self._chosen.get(loop)
+        if settings is None:
+            settings = self.state.options.settings_of(loop)
+            if step == 0:
+                return settings
+            chosen = settings.policy.choose(self._facts(settings.policy.config, tick))
+            if chosen is not None:
+                settings = LoopSettings(policy_of(chosen[0]), chosen[1])
+            self._chosen[loop] = settings
+        return settings
+
+    def _facts(self, config: DBCacheConfig, tick: Tick | None) -> GenerationFacts:
+        """What is known of the present generation."""
+        steps = config.num_inference_steps or (tick.steps if tick is not None else None)
+        is_guided = len(self.tracker.generation.shapes) > 1 or (tick is not None and tick.doubles_batch)
+        scale = tick.guidance if tick is not None else None
+        return GenerationFacts(steps, scale if is_guided else 1.0)
 
     def schedule_time(self, tick: Tick) -> float | None:
         """The time of a clock's place, as a number. The schedule is read once in a generation."""
@@ -235,11 +260,11 @@ class Session:
 
         return restore
 
-    def region_stats(self, region: RegionKey, info: RegionInfo) -> CacheStats:
+    def region_stats(self, region: RegionKey, info: RegionInfo, config: DBCacheConfig) -> CacheStats:
         """The statistics of a region. All regions of a chain whose blocks are pruned separately share one entry."""
         chain, block = region
+        self.configs[chain] = config
         if chain not in self.stats:
-            self.configs[chain] = self.state.options.settings_of(info.loop).policy.config
             self.stats[chain] = CacheStats(
                 name=f"{'region' if block is None else 'chain'}_{len(self.stats)}",
                 num_blocks=info.num_blocks,

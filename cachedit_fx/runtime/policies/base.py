@@ -16,6 +16,7 @@ from enum import Enum
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from cachedit_fx.config.cache import CONFIGS, Cut, DBCacheConfig, Unit
+from cachedit_fx.config.calibrators import CalibratorConfig
 from cachedit_fx.config.rules import OptionError
 
 
@@ -120,6 +121,15 @@ class Situation(NamedTuple):
     """The index of the region's block; None for the middle as a whole."""
 
 
+class GenerationFacts(NamedTuple):
+    """What is known of a generation from its second step on."""
+
+    steps: int | None
+    """Number of steps; None if it is not known."""
+    guidance: float | None
+    """The scale of classifier-free guidance: 1 without guidance, None if the scale is not known."""
+
+
 Measure = Callable[[], float]
 """Returns the relative L1 difference. On a GPU the call waits for the device, so there is at most one."""
 
@@ -160,6 +170,13 @@ class Policy(ABC, Generic[ConfigT, HistoryT]):
     @abstractmethod
     def advance(self, history: HistoryT, situation: Situation, decision: Decision) -> HistoryT:
         """The history after `decision` was carried out."""
+
+    def choose(self, facts: GenerationFacts) -> tuple[DBCacheConfig, CalibratorConfig | None] | None:
+        """Config and calibrator for the rest of a generation, chosen once at its second step.
+
+        None keeps the present ones. The config chosen must have the structure of the present one.
+        """
+        return None
 
     @property
     def measures(self) -> bool:
