@@ -17,6 +17,7 @@ from cachedit_fx.config.cache import DBCacheConfig
 from cachedit_fx.config.calibrators import CalibratorConfig, LagrangeCalibratorConfig
 from cachedit_fx.config.options import Options, ParamsModifier, parse_options
 from cachedit_fx.config.rules import OptionError
+from cachedit_fx.kernels.cpu import compiler
 from cachedit_fx.passes.base import Traced
 from cachedit_fx.runtime.compiled_call import CompiledCall, Guards
 from cachedit_fx.runtime.listener import listen, stop_listening
@@ -33,6 +34,7 @@ from cachedit_fx.runtime.registry import (
     unwrapped,
 )
 from cachedit_fx.runtime.stats import CacheStats
+from cachedit_fx.runtime.warning import warn
 
 Model = TypeVar("Model")
 
@@ -68,6 +70,7 @@ def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa
         raise OptionError(f"guards={guards!r}: expected {' or '.join(map(repr, get_args(Guards)))}")
     settings = parse_options(options)
     _check_against(module, settings)
+    _warn_without_compiler(settings)
     state, compiled = state_of_module(module), module._compiled_call_impl
     previous = compiled if isinstance(compiled, CompiledCall) else None
     previous_options = previous.torch_options if previous else {}
@@ -118,6 +121,15 @@ def _check_against(module: torch.nn.Module, options: Options) -> None:
         )
 
 
+def _warn_without_compiler(options: Options) -> None:
+    """Warn before the first call if inductor will find no C++ compiler, which it needs for CPUs and GPUs."""
+    if options.inner_backend == "inductor" and compiler() is None:
+        warn(
+            "inner_backend='inductor' needs a C++ compiler, and none was found: the first call will fail. Install one "
+            "(on Debian: apt-get install g++ python3-dev), set CXX, or pass inner_backend='eager'"
+        )
+
+
 def enable_cache(
     pipe_or_module: Model,
     cache_config: DBCacheConfig | None = None,
@@ -147,6 +159,8 @@ def enable_cache(
     """
     if steps is not None and preset is None:
         raise OptionError("steps goes with preset: enable_cache(pipe, preset='fast', steps=28)")
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise OptionError(f"steps={steps!r} is not allowed: it must be a number of denoising steps, such as 28")
     if preset is not None:
         if cache_config is not None or calibrator_config is not None:
             raise OptionError("preset stands for cache_config and calibrator_config: leave those out, or preset")

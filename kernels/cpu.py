@@ -134,14 +134,21 @@ def library() -> ctypes.CDLL | None:
         return _load()
 
 
+def compiler() -> list[str] | None:
+    """The words that start the C++ compiler; None if there is none. The variable CXX comes first."""
+    words = shlex.split(os.environ.get("CXX", ""))
+    found = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+    return words or ([found] if found else None)
+
+
 @functools.cache
 def _load() -> ctypes.CDLL | None:
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    words = compiler()
+    if words is None:
         logger.info("no C++ compiler: on the CPU, torch's ops take the place of the fused loops")
         return None
     instructions = INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())
-    command = [*shlex.split(compiler), *FLAGS, *instructions]
+    command = [*words, *FLAGS, *instructions]
     name = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), *map(str.encode, command)])).hexdigest()[:32]
     try:
         compiled = _folder() / f"{name}.so"

@@ -249,12 +249,12 @@ class CacheStats:
 
     @property
     def expected_seconds_saved(self) -> float | None:
-        """The time of computing the bypassed blocks, in seconds. From a median, so that compiling does not count."""
+        """An estimate: bypasses times the median time of computing, in seconds. The median leaves out compiling."""
         return self._reused * statistics.median(self.compute_seconds) if self.compute_seconds else None
 
     @property
     def measured_seconds_saved(self) -> float | None:
-        """`expected_seconds_saved` less the time of the bypasses. None if either was not measured."""
+        """An estimate: bypasses times the difference of both median times. None if either was not measured."""
         if not self.compute_seconds or not self.reuse_seconds:
             return None
         return self._reused * (statistics.median(self.compute_seconds) - statistics.median(self.reuse_seconds))
@@ -285,9 +285,9 @@ class CacheStats:
 
     def _remarks(self) -> Iterable[str]:
         if self.expected_seconds_saved is not None:
-            yield f"; expected to save {self.expected_seconds_saved:.3g} s"
+            yield f"; by median times {self.expected_seconds_saved:.3g} s left out"
         if self.measured_seconds_saved is not None:
-            yield f", measured {self.measured_seconds_saved:.3g} s"
+            yield f", {self.measured_seconds_saved:.3g} s saved"
         if self.bytes_held:
             yield f"; {self.bytes_held / 2**20:.3g} MiB held"
         if self.failed_calls:

@@ -300,7 +300,7 @@ def test_summary_prints_steps_reasons_and_differences(capsys):
     denoise(model)
     (region,) = summary(model, details=True)
     printed = " ".join(capsys.readouterr().out.split())  # wherever the lines break
-    for word in ("warm-up", "below", "region_0", f"{region.residual_diffs[3]:.4f}", "expected to save", "measured"):
+    for word in ("warm-up", "below", "region_0", f"{region.residual_diffs[3]:.4f}", "left out", "saved"):
         assert word in printed
     assert summary(model) and capsys.readouterr().out == ""
 

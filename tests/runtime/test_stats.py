@@ -168,6 +168,6 @@ def test_one_line():
     made.record_uncached("autocast")
     made.compute_seconds, made.reuse_seconds = [0.5], [0.25]
     assert str(made) == (
-        "blocks: 1 of 3 steps cached, work 80%; expected to save 0.5 s, measured 0.25 s; 3 MiB held; "
+        "blocks: 1 of 3 steps cached, work 80%; by median times 0.5 s left out, 0.25 s saved; 3 MiB held; "
         "differences not finite: 1; uncached calls: 1 (autocast)"
     )
