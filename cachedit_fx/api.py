@@ -14,7 +14,7 @@ from torch import fx
 from cachedit_fx.backend import compile_graph, pass_manager
 from cachedit_fx.capture import is_wrapper, on_compile, unwrap_call
 from cachedit_fx.config.cache import DBCacheConfig
-from cachedit_fx.config.calibrators import CalibratorConfig, LagrangeCalibratorConfig
+from cachedit_fx.config.calibrators import CalibratorConfig
 from cachedit_fx.config.options import Options, ParamsModifier, parse_options
 from cachedit_fx.config.rules import OptionError
 from cachedit_fx.kernels.cpu import compiler
@@ -164,8 +164,7 @@ def enable_cache(
     if preset is not None:
         if cache_config is not None or calibrator_config is not None:
             raise OptionError("preset stands for cache_config and calibrator_config: leave those out, or preset")
-        cache_config = PresetConfig(preset=preset, num_inference_steps=steps)
-        calibrator_config = LagrangeCalibratorConfig()
+        cache_config = PresetConfig(preset=preset, steps=steps)
     for name, config in (("cache", cache_config), ("calibrator", calibrator_config)):
         if config is not None and name in options:
             raise OptionError(f"{name} and {name}_config are two names for one thing: pass one of them")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias, get_args
 
+from cachedit_fx.config.calibrators import CalibratorConfig
 from cachedit_fx.config.rules import (
     FLAG,
     LIMIT,
@@ -49,6 +50,9 @@ class DBCacheConfig:
 
     unit: ClassVar[Unit] = "region"
     """The difference measured: with "region" that of the first F blocks' residual, with "block" that of each input."""
+
+    calibrator: ClassVar[CalibratorConfig | None] = None
+    """The calibrator that the policy brings with it; None leaves it to the option `calibrator`."""
 
     Fn_compute_blocks: int = setting(8, integer(0, "a number of blocks"))
     """F, the first blocks, computed at every step. Their residual is compared between steps. 0 needs a static mask."""

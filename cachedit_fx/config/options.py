@@ -187,9 +187,11 @@ class Options:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         cache, passes, modifiers, loops = (values[name] for name in ("cache", "passes", "params_modifiers", "loops"))
         inner = values["inner_options"]
+        cache = CONFIGS[cache]() if isinstance(cache, str) and cache in CONFIGS else cache
+        own = cache.calibrator if isinstance(cache, DBCacheConfig) else None
         return {
-            "cache": CONFIGS[cache]() if isinstance(cache, str) and cache in CONFIGS else cache,
-            "calibrator": as_config(values["calibrator"]),
+            "cache": cache,
+            "calibrator": as_config(own if values["calibrator"] is None else values["calibrator"]),
             "params_modifiers": tuple(modifiers) if isinstance(modifiers, list) else modifiers,
             "scope": ("loop" if modifiers else "model") if values["scope"] is None else values["scope"],
             "inner_options": dict(inner or {}) if inner is None or isinstance(inner, Mapping) else inner,
@@ -215,6 +217,10 @@ class Options:
             )
         for policy, calibrator in self.loop_settings:
             calibrator_of(calibrator)  # raises if there is none
+            own = policy.config.calibrator
+            if own is not None and calibrator != own:
+                name = next(name for name, config in CONFIGS.items() if config is type(policy.config))
+                raise OptionError(f"cache={name!r} brings its own calibrator: leave out calibrator={calibrator!r}")
             if calibrator is not None and calibrator.calibrator_cache_type == "output":
                 self._check_output_target(policy.structure())
 

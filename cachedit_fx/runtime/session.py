@@ -173,18 +173,17 @@ class Session:
             settings = self.state.options.settings_of(loop)
             if step == 0:
                 return settings
-            chosen = settings.policy.choose(self._facts(settings.policy.config, tick))
+            chosen = settings.policy.choose(self._facts(tick))
             if chosen is not None:
                 settings = LoopSettings(policy_of(chosen[0]), chosen[1])
             self._chosen[loop] = settings
         return settings
 
-    def _facts(self, config: DBCacheConfig, tick: Tick | None) -> GenerationFacts:
+    def _facts(self, tick: Tick | None) -> GenerationFacts:
         """What is known of the present generation."""
-        steps = config.num_inference_steps or (tick.steps if tick is not None else None)
         is_guided = len(self.tracker.generation.shapes) > 1 or (tick is not None and tick.doubles_batch)
         scale = tick.guidance if tick is not None else None
-        return GenerationFacts(steps, scale if is_guided else 1.0)
+        return GenerationFacts(tick.steps if tick is not None else None, scale if is_guided else 1.0)
 
     def schedule_time(self, tick: Tick) -> float | None:
         """The time of a clock's place, as a number. The schedule is read once in a generation."""

@@ -164,7 +164,7 @@ from lib.toys import denoise, make
 model = make()
 cachedit_fx.compile(model, inner_backend="eager", Fn_compute_blocks=1, max_warmup_steps=1, residual_diff_threshold=1e9)
 denoise(model)
-assert list(CONFIGS) == ["dbcache"], CONFIGS
+assert list(CONFIGS) == ["dbcache", "preset"], CONFIGS
 assert cachedit_fx.summary(model)[0].cached_steps == list(range(1, 10))
 try:
     cachedit_fx.compile(make(), cache="dbprune")
@@ -190,4 +190,4 @@ def test_dbprune_is_one_file(tmp_path):
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    assert "cache='dbprune' is not allowed: it must be one of 'dbcache'" in run.stdout
+    assert "cache='dbprune' is not allowed: it must be one of 'dbcache', 'preset'" in run.stdout

@@ -3,7 +3,8 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lib.toys import denoise, make
+from lib.toy_pipeline import ToyPipeline
+from lib.toys import denoise, make, noise
 
 import cachedit_fx
 from cachedit_fx import LagrangeCalibratorConfig, OptionError
@@ -71,8 +72,10 @@ def test_a_preset_by_name_is_its_settings():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"preset": "fast"}, "go together"),
-        ({"steps": 28}, "go together"),
+        ({"steps": 28}, "steps goes with preset"),
+        ({"preset": "fast", "steps": "28"}, "steps='28' is not allowed: it must be a number of denoising steps"),
+        ({"preset": "fast", "steps": True}, "steps=True is not allowed"),
+        ({"preset": "fast", "steps": 0}, "steps=0 is not allowed"),
         ({"preset": "fasd", "steps": 28}, "did you mean 'fast'"),
         ({"preset": "fast", "steps": 28, "calibrator_config": LagrangeCalibratorConfig()}, "leave those out"),
     ],
@@ -80,6 +83,36 @@ def test_a_preset_by_name_is_its_settings():
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(OptionError, match=message):
         cachedit_fx.enable_cache(make(), **settings)
+
+
+def test_a_preset_alone_takes_the_number_of_steps_from_the_pipeline():
+    transformer = cachedit_fx.enable_cache(make(), preset="balanced", inner_backend="eager")
+    pipe = ToyPipeline(transformer)
+    for steps, skip in ((12, 0), (20, 0), (20, 6)):
+        result = pipe(noise(), steps=steps, skip=skip)
+        (region,) = cachedit_fx.summary(pipe)
+        assert region.executed_steps == steps - skip
+        told = cachedit_fx.enable_cache(make(), preset="balanced", steps=steps - skip, inner_backend="eager")
+        assert ToyPipeline(told)(noise(), steps=steps, skip=skip).equal(result)
+        assert region.reasons == cachedit_fx.summary(told)[0].reasons and region.cached_steps
+
+
+def test_a_preset_is_a_policy_by_name_too():
+    model = cachedit_fx.compile(make(), cache="preset", preset="careful", steps=10, inner_backend="eager")
+    by_hand = cachedit_fx.enable_cache(make(), preset="careful", steps=10, inner_backend="eager")
+    assert denoise(model).equal(denoise(by_hand)) and cachedit_fx.summary(model)[0].cached_steps
+    with pytest.raises(OptionError, match="cache='preset' brings its own calibrator"):
+        cachedit_fx.compile(make(), cache="preset", calibrator="taylorseer")
+
+
+def test_a_preset_alone_without_a_pipeline_computes_and_says_so():
+    model = cachedit_fx.enable_cache(make(), preset="balanced", inner_backend="eager")
+    with pytest.warns(cachedit_fx.CacheWarning, match="pass steps=") as caught:
+        for _ in range(2):
+            denoise(model)
+    assert len(caught) == 1
+    (region,) = cachedit_fx.summary(model)
+    assert region.cached_steps == [] and denoise(model).equal(denoise(make()))
 
 
 def test_another_number_of_steps_than_the_preset_s_is_told():

@@ -125,7 +125,7 @@ class GenerationFacts(NamedTuple):
     """What is known of a generation from its second step on."""
 
     steps: int | None
-    """Number of steps; None if it is not known."""
+    """Number of steps, by the calling pipeline's scheduler; None if it is not known."""
     guidance: float | None
     """The scale of classifier-free guidance: 1 without guidance, None if the scale is not known."""
 

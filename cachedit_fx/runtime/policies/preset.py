@@ -3,8 +3,8 @@
     step 0            computed. Its calls show the CFG branches.
     steps 1, 2, ...   by the mask and calibrator that `schedules.presets.preset(name, steps, guidance)` gives
 
-The number of steps is that of the calling pipeline's scheduler, or the setting `num_inference_steps`. If neither is
-known every step is computed, with a warning.
+The number of steps is the setting `steps`, or that of the calling pipeline's scheduler. If neither is known every step
+is computed, with a warning.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from cachedit_fx.config.cache import DBCacheConfig
-from cachedit_fx.config.calibrators import CalibratorConfig
-from cachedit_fx.config.rules import choice, integer, setting
+from cachedit_fx.config.calibrators import CalibratorConfig, LagrangeCalibratorConfig
+from cachedit_fx.config.rules import choice, integer, optional, setting
 from cachedit_fx.runtime.policies.base import Action, Decision, GenerationFacts, Measure, Reason, Situation, register
 from cachedit_fx.runtime.policies.dbcache import DBCache, History
 from cachedit_fx.schedules.presets import SHARES, preset
@@ -27,10 +27,14 @@ STEPS_UNKNOWN = Reason("steps unknown", Action.COMPUTE, "the preset has no mask 
 class PresetConfig(DBCacheConfig):
     """A preset by name. The number of steps is found when a generation begins."""
 
+    calibrator: ClassVar[CalibratorConfig | None] = LagrangeCalibratorConfig()
+
     Fn_compute_blocks: int = setting(0, integer(0, "a number of blocks"))
     """F, as for DBCache. Presets predict the model's output, so that nothing else is computed."""
     preset: str = setting("balanced", choice(*SHARES))
     """A name of `cachedit_fx.presets`."""
+    steps: int | None = setting(None, optional(integer(1, "a number of steps")))
+    """Denoising steps of a generation. None = as the calling pipeline's scheduler tells."""
 
     @property
     def static(self) -> bool:
@@ -50,9 +54,11 @@ class Preset(DBCache):
         return True
 
     def choose(self, facts: GenerationFacts) -> tuple[DBCacheConfig, CalibratorConfig | None] | None:
-        if facts.steps is None:
+        config = self.config
+        steps = config.num_inference_steps or config.steps or facts.steps
+        if steps is None:
             return None
-        settings = preset(self.config.preset, facts.steps, facts.guidance)
+        settings = preset(config.preset, steps)
         return settings["cache_config"], settings["calibrator_config"]
 
     def decide(self, situation: Situation, history: History, measure: Measure) -> Decision:
