@@ -38,7 +38,7 @@ from cachedit_fx.config.rules import OptionError
 
 from .base import Analysis, Facts, FlatGraph
 from .block_loops import Block, BlockLoop, Detection
-from .graph_aliases import dependents, mutated_input, root_of
+from .graph_aliases import dependents, write_spans
 from .graph_cost import numel
 from .graph_values import (
     body_nodes,
@@ -50,6 +50,8 @@ from .graph_values import (
     same_kind,
     tensor_of,
 )
+from .normalize import Normalized
+from .side_effects import SideEffects, hoisted_nodes
 from .trace_bases import BaseTracer, Continuation
 
 
@@ -139,6 +141,7 @@ class PlanRegions(Analysis[RegionReport]):
 
     name: ClassVar[str] = "plan_regions"
     requires: ClassVar[tuple[type, ...]] = (FlatGraph, Detection)
+    uses: ClassVar[tuple[type, ...]] = (Normalized,)
     provides: ClassVar[type] = RegionReport
 
     def __init__(self, cuts: Sequence[Cut], scope: Scope = "model", to_output: bool = False) -> None:
@@ -153,6 +156,9 @@ class PlanRegions(Analysis[RegionReport]):
                 f"params_modifiers has {len(self.loop_cuts)} entries, and the chain {len(whole)} block loops: "
                 f"{', '.join(loop.name for loop, _ in whole)}"
             )
+        impurities = facts[Normalized].impurities if Normalized in facts else ()
+        if impurities:
+            return RegionReport((), impurities)
         nodes = body_nodes(gm.graph)
         regions: list[RegionPlan] = []
         refusals: list[str] = []
@@ -209,7 +215,7 @@ def _plan(
     end = blocks[len(blocks) - last - 1].end
     if block is not None:
         start, end = blocks[block].start, blocks[block].end
-    _refuse_side_effects(title, nodes, start, end)
+    _refuse_open_spans(title, nodes, start, end)
 
     block_inputs = _block_inputs(chain)
     position = positions_of(nodes)
@@ -217,7 +223,7 @@ def _plan(
     sources = {v for v in carried_values if v is not None and position.get(v, -1) < start}
     inside = nodes[start:end]
     carriers = dependents(sources, inside)
-    hoisted = _hoisted(inside, carriers)
+    hoisted = hoisted_nodes(inside, carriers)
     body = [node for node in inside if node not in hoisted]
     ins, outs = live_ins(body), live_outs(body)
 
@@ -230,6 +236,7 @@ def _plan(
         hidden_out, reference = _comparison(title, chain, nodes, first)
     else:
         hidden_out, reference = _hidden_before(chain, block), None
+    _refuse_side_effects(title, nodes, (start, end), hoisted, outs, continued, blocks[0].start, reference)
     return RegionPlan(
         name=name,
         loops=tuple(loop.name for loop in loops),
@@ -255,12 +262,14 @@ def _plan_to_output(
 ) -> RegionPlan:
     title, blocks = _title_and_blocks(chain, first, 0)
     start = blocks[first - 1].end if first else 0
-    _refuse_side_effects(title, nodes, start, len(nodes))
+    _refuse_open_spans(title, nodes, start, len(nodes))
     inside = nodes[start:]
     outs = live_outs(inside)
     _refuse_odd_results(title, outs)
     ins = live_ins(inside)
     hidden_out, reference = _comparison(title, chain, nodes, first)
+    continued = (False,) * len(outs)
+    _refuse_side_effects(title, nodes, (start, len(nodes)), set(), outs, continued, blocks[0].start, reference)
     return RegionPlan(
         name=name,
         loops=tuple(loop.name for loop, _ in chain),
@@ -272,7 +281,7 @@ def _plan_to_output(
         live_ins=ins,
         live_outs=outs,
         streams=tuple(value for value in ins if tensor_of(value) is not None and not is_weight(value)),
-        continued=(False,) * len(outs),
+        continued=continued,
         bases=BaseTracer({}, {}, start).finish(),
         hoisted=(),
         hidden_out=hidden_out,
@@ -328,34 +337,33 @@ def _refuse_odd_results(title: str, outs: Sequence[fx.Node]) -> None:
         raise RegionRefused(f"{title}: {odd.name}, which leaves the region, is no tensor and cannot be stored")
 
 
-def _refuse_side_effects(title: str, nodes: Sequence[fx.Node], start: int, end: int) -> None:
-    """Raise if the region writes to memory from outside, or if a context spans its border."""
-    inside = set(nodes[start:end])
-    for node in nodes[start:end]:
-        target = mutated_input(node)
-        if target is not None and root_of(target) not in inside:
-            raise RegionRefused(
-                f"{title}: {node.name} writes in place to {root_of(target).name}, made outside the region"
-            )
+def _refuse_side_effects(
+    title: str,
+    nodes: Sequence[fx.Node],
+    place: tuple[int, int],
+    hoisted: set[fx.Node],
+    outs: Sequence[fx.Node],
+    continued: Sequence[bool],
+    head: int,
+    reference: Continuation | None,
+) -> None:
+    """Raise if a bypass of the nodes at `place` would lose a write."""
+    compared = reference.inputs if reference is not None else ()
+    reason = next(SideEffects(nodes).lost(*place, hoisted, outs, continued, head, compared), None)
+    if reason is not None:
+        raise RegionRefused(f"{title}: {reason}")
+
+
+def _refuse_open_spans(title: str, nodes: Sequence[fx.Node], start: int, end: int) -> None:
+    """Raise if a context, or several names of memory that is written to, span the region's border."""
     for low, high in open_contexts(nodes):
         if low < start <= high or low < end <= high:
             raise RegionRefused(
                 f"{title}: {nodes[low].name} opens a context (autocast, grad mode) that spans its border"
             )
-
-
-def _hoisted(inside: Sequence[fx.Node], carriers: set[fx.Node]) -> set[fx.Node]:
-    """Live-outs that depend on no carried value (are no `carriers`), and the nodes that they need."""
-    within = set(inside)
-    pending = [node for node in live_outs(inside) if node not in carriers]
-    nodes: set[fx.Node] = set()
-    while pending:
-        node = pending.pop()
-        if node in nodes:
-            continue
-        nodes.add(node)
-        pending.extend(source for source in node.all_input_nodes if source in within)
-    return nodes
+    for low, high in write_spans(nodes):
+        if low < start <= high or low < end <= high:
+            raise RegionRefused(f"{title}: {nodes[high].name} writes in place to memory that crosses its border")
 
 
 def _hidden_after(chain: Sequence[tuple[BlockLoop, int]], first: int) -> fx.Node | None:
