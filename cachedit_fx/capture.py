@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._C._dynamo.guards import compute_overlapping_tensors
 from torch._dynamo.exc import TorchDynamoException
+
+from cachedit_fx.passes.graph_aliases import memory_of, written_by
 
 
 def ends_at_break(gm: fx.GraphModule) -> bool:
@@ -19,16 +22,75 @@ def ends_at_break(gm: fx.GraphModule) -> bool:
     return reason is not None and bool(reason.graph_break)
 
 
-def numbers_in_frame() -> dict[str, float]:
-    """Arguments of the traced frame that are Python numbers. Dynamo makes them constants of its first graph."""
+def _output_graph() -> Any:
+    """Dynamo's record of the capture under way; None outside a capture."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
-        frame = InstructionTranslator.current_tx().output.root_tx.f_locals
+        return InstructionTranslator.current_tx().output
     except (AttributeError, AssertionError):
+        return None
+
+
+def numbers_in_frame() -> dict[str, float]:
+    """Arguments of the traced frame that are Python numbers. Dynamo makes them constants of its first graph."""
+    output = _output_graph()
+    if output is None or output.root_tx is None:
         return {}
+    frame = output.root_tx.f_locals
     arguments = dict(frame) | (frame["kwargs"] if isinstance(frame.get("kwargs"), dict) else {})
     return {k: float(v) for k, v in arguments.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+
+
+def kept_results(gm: fx.GraphModule) -> frozenset[int]:
+    """Indices of the graph's results that dynamo puts into attributes and containers from outside the frame."""
+    output = _output_graph()
+    if output is None:
+        return frozenset()
+    from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew, VariableTracker
+
+    effects = output.side_effects
+    new = AttributeMutationNew, ValueMutationNew
+    pending = [var for var in effects._get_modified_vars() if not isinstance(var.mutation_type, new)]
+    visited: set[int] = set()
+    names: set[str] = set()
+
+    def visit(var: Any) -> None:
+        if id(var) not in visited:
+            visited.add(id(var))
+            pending.extend(effects.store_attr_mutations.get(var, {}).values())
+        if var.is_tensor():
+            names.add(var.as_proxy().node.name)
+
+    while pending:
+        VariableTracker.visit(visit, pending.pop())
+    (results,) = next(node for node in reversed(gm.graph.nodes) if node.op == "output").args
+    return frozenset(index for index, value in enumerate(results) if getattr(value, "name", None) in names)
+
+
+def guard_overlaps(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    """Let dynamo capture anew for inputs that share memory otherwise, if the graph writes to an input in place.
+
+    A graph that writes to an input is right only for inputs that share memory as those of the capture do.
+    """
+    context = torch._guards.TracingContext.try_get()
+    places = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    memory = {each for node in places for each in memory_of(node)}
+    writes = any(not memory.isdisjoint(memory_of(target)) for node in gm.graph.nodes for target in written_by(node))
+    if context is None or not writes:
+        return
+    tensors: list[torch.Tensor] = []
+    sources: list[Any] = []
+    for node, value in zip(places, example_inputs, strict=True):
+        source = getattr(node.meta.get("grapharg"), "source", None)
+        if type(value) is torch.Tensor and value.layout is torch.strided and source is not None:
+            tensors.append(value)
+            sources.append(source)
+    overlapping = compute_overlapping_tensors(tensors, symbolic=False)
+    groups: tuple[list[Any], list[Any]] = ([], [])
+    for index, source in enumerate(sources):
+        groups[index not in overlapping].append(source)
+    context.guards_context.aotautograd_guards.append(torch._guards.StorageOverlap(*groups))
 
 
 def capturing() -> AbstractContextManager[None]:

@@ -209,8 +209,9 @@ def _is_inplace_view(target: Any) -> bool:
 
 def is_assignment(node: fx.Node) -> bool:
     """Whether the node is `x.data = y`. It changes which memory x names, and writes to none."""
-    has_value = len(node.args) == 2 and all(isinstance(argument, fx.Node) for argument in node.args)
-    return has_value and not node.kwargs and target_name(node) == "set_" and tensor_of(node.args[1]) is not None
+    if target_name(node) != "set_" or node.kwargs or len(node.args) != 2:
+        return False
+    return all(isinstance(argument, fx.Node) and tensor_of(argument) is not None for argument in node.args)
 
 
 def _overloads(target: Any) -> list[torch._ops.OpOverload]:
@@ -247,7 +248,9 @@ def arguments_of(node: fx.Node) -> dict[str, Any]:
     parameters = _parameters(function_of(node.target))
     arguments = {name: default for name, default in parameters.items() if default is not inspect.Parameter.empty}
     values = dict(zip(parameters, node.args, strict=False)) | dict(node.kwargs)
-    return {name: values.get(name, arguments.get(name)) for name in [*parameters, *values] if name in values | arguments}
+    return {
+        name: values.get(name, arguments.get(name)) for name in [*parameters, *values] if name in values | arguments
+    }
 
 
 def _written_by_higher_order(node: fx.Node) -> list[Any]:
@@ -258,9 +261,10 @@ def _written_by_higher_order(node: fx.Node) -> list[Any]:
 
         tensors: Any = kwargs["kwargs"]
         values = {name: value_of(each) if isinstance(each, fx.Node) else each for name, each in tensors.items()}
-        indices: Any = kwargs["kernel_idx"], kwargs["constant_args_idx"]
-        names = get_mutated_tensors(*indices, values, kwargs.get("tma_descriptor_metadata", {}))
-        return [tensors[name] for name in names]
+        kernel: dict[str, Any] = {
+            name: kwargs.get(name, {}) for name in ("kernel_idx", "constant_args_idx", "tma_descriptor_metadata")
+        }
+        return [tensors[name] for name in get_mutated_tensors(kwargs=values, **kernel)]
     owner = node.graph.owning_module
     bodies = [each for each in node.all_input_nodes if each.op == "get_attr"]
     operands = [each for each in _nodes_in((node.args, node.kwargs)) if each.op != "get_attr"]
@@ -321,8 +325,8 @@ def write_spans(nodes: Sequence[fx.Node]) -> list[tuple[int, int]]:
             for name in names[memory]
             if name < write and tensor_of(name) is not None and any(not user < write for user in name.users)
         }
-        made = sorted(position[name] for name in in_use if name in position)
-        crossing = made if len(made) < len(in_use) else made[1:]
+        positions = sorted(position[name] for name in in_use if name in position)
+        crossing = positions if len(positions) < len(in_use) else positions[1:]
         if crossing:
             spans.append((crossing[0], position[write]))
     return spans

@@ -198,7 +198,9 @@ class _Purifier:
             return False
         memory = _memory([root])
         fills = {other for other in self.writes if not memory.isdisjoint(_memory(written_by(other)))}
-        return not any(user < write and user not in fills and user not in names for name in names for user in name.users)
+        return not any(
+            user < write and user not in fills and user not in names for name in names for user in name.users
+        )
 
     # Changes
 
@@ -251,10 +253,10 @@ class _Purifier:
             if old in copies:
                 write.replace_input_with(old, copies[old])
         _use_from(write, copies)
+        views = set(copies.values()) - {copy}
         for name in reversed([*names, *copies.values()]):
-            if name in copies.values() or (name in copies and not written_by(name)):
-                if not name.users and name is not copy and not name._erased and not written_by(name):
-                    self.graph.erase_node(name)
+            if (name in copies or name in views) and not (name.users or name._erased or written_by(name)):
+                self.graph.erase_node(name)
         return copies
 
     def _divide(
@@ -317,9 +319,10 @@ def _target_of(write: fx.Node) -> fx.Node | None:
     value = tensor_of(write)
     for target in written_by(write):
         tensor = tensor_of(target)
-        if value is not None and tensor is not None and memory_of(target) == memory_of(write):
-            if tensor.shape == value.shape:
-                return target
+        if value is None or tensor is None or memory_of(target) != memory_of(write):
+            continue
+        if tensor.shape == value.shape:
+            return target
     return None
 
 

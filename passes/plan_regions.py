@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -38,7 +39,7 @@ from cachedit_fx.config.rules import OptionError
 
 from .base import Analysis, Facts, FlatGraph
 from .block_loops import Block, BlockLoop, Detection
-from .graph_aliases import dependents, write_spans
+from .graph_aliases import dependents, write_spans, written_by
 from .graph_cost import numel
 from .graph_values import (
     body_nodes,
@@ -134,6 +135,7 @@ class PlanRegions(Analysis[RegionReport]):
             are numbered over the chain, or in each loop with scope "loop".
         scope: "model" makes one region over the whole chain, "loop" one for each of its loops.
         to_output: whether the region runs to the end of the graph.
+        kept: indices of the graph's results that outlive the call in attributes and containers.
 
     Raises:
         OptionError: in `run`, if there are more cuts of loops than loops.
@@ -144,9 +146,15 @@ class PlanRegions(Analysis[RegionReport]):
     uses: ClassVar[tuple[type, ...]] = (Normalized,)
     provides: ClassVar[type] = RegionReport
 
-    def __init__(self, cuts: Sequence[Cut], scope: Scope = "model", to_output: bool = False) -> None:
+    def __init__(
+        self,
+        cuts: Sequence[Cut],
+        scope: Scope = "model",
+        to_output: bool = False,
+        kept: AbstractSet[int] = frozenset(),
+    ) -> None:
         self.cut, *self.loop_cuts = cuts or [Cut(0, 0)]
-        self.scope, self.to_output = scope, to_output
+        self.scope, self.to_output, self.kept = scope, to_output, kept
 
     def run(self, gm: fx.GraphModule, facts: Facts) -> RegionReport:
         detection = facts[Detection]
@@ -160,6 +168,7 @@ class PlanRegions(Analysis[RegionReport]):
         if impurities:
             return RegionReport((), impurities)
         nodes = body_nodes(gm.graph)
+        effects = SideEffects(gm.graph, self.kept)
         regions: list[RegionPlan] = []
         refusals: list[str] = []
         for index, chain in enumerate([whole] if self.scope == "model" else [[entry] for entry in whole]):
@@ -167,6 +176,9 @@ class PlanRegions(Analysis[RegionReport]):
             for block in _units(chain, cut):
                 try:
                     region = self._region(f"region_{len(regions)}", chain, nodes, cut, block)
+                    loss = next(effects.lost(region), None)
+                    if loss is not None:
+                        raise RegionRefused(f"{' + '.join(region.loops)}: {loss}")
                     regions.append(replace(region, loop=index if self.scope == "loop" else None))
                 except RegionRefused as refusal:
                     refusals.append(str(refusal))
@@ -236,7 +248,6 @@ def _plan(
         hidden_out, reference = _comparison(title, chain, nodes, first)
     else:
         hidden_out, reference = _hidden_before(chain, block), None
-    _refuse_side_effects(title, nodes, (start, end), hoisted, outs, continued, blocks[0].start, reference)
     return RegionPlan(
         name=name,
         loops=tuple(loop.name for loop in loops),
@@ -261,15 +272,15 @@ def _plan_to_output(
     name: str, chain: Sequence[tuple[BlockLoop, int]], nodes: Sequence[fx.Node], first: int
 ) -> RegionPlan:
     title, blocks = _title_and_blocks(chain, first, 0)
-    start = blocks[first - 1].end if first else 0
-    _refuse_open_spans(title, nodes, start, len(nodes))
-    inside = nodes[start:]
+    start, end = blocks[first - 1].end if first else 0, len(nodes)
+    while written_by(nodes[end - 1]) and not nodes[end - 1].users:  # writes to graph inputs come last
+        end -= 1
+    _refuse_open_spans(title, nodes, start, end)
+    inside = nodes[start:end]
     outs = live_outs(inside)
     _refuse_odd_results(title, outs)
     ins = live_ins(inside)
     hidden_out, reference = _comparison(title, chain, nodes, first)
-    continued = (False,) * len(outs)
-    _refuse_side_effects(title, nodes, (start, len(nodes)), set(), outs, continued, blocks[0].start, reference)
     return RegionPlan(
         name=name,
         loops=tuple(loop.name for loop, _ in chain),
@@ -277,11 +288,11 @@ def _plan_to_output(
         first=first,
         last=0,
         start=start,
-        end=len(nodes),
+        end=end,
         live_ins=ins,
         live_outs=outs,
         streams=tuple(value for value in ins if tensor_of(value) is not None and not is_weight(value)),
-        continued=continued,
+        continued=(False,) * len(outs),
         bases=BaseTracer({}, {}, start).finish(),
         hoisted=(),
         hidden_out=hidden_out,
@@ -335,23 +346,6 @@ def _refuse_odd_results(title: str, outs: Sequence[fx.Node]) -> None:
     odd = next((value for value in outs if tensor_of(value) is None), None)
     if odd is not None:
         raise RegionRefused(f"{title}: {odd.name}, which leaves the region, is no tensor and cannot be stored")
-
-
-def _refuse_side_effects(
-    title: str,
-    nodes: Sequence[fx.Node],
-    place: tuple[int, int],
-    hoisted: set[fx.Node],
-    outs: Sequence[fx.Node],
-    continued: Sequence[bool],
-    head: int,
-    reference: Continuation | None,
-) -> None:
-    """Raise if a bypass of the nodes at `place` would lose a write."""
-    compared = reference.inputs if reference is not None else ()
-    reason = next(SideEffects(nodes).lost(*place, hoisted, outs, continued, head, compared), None)
-    if reason is not None:
-        raise RegionRefused(f"{title}: {reason}")
 
 
 def _refuse_open_spans(title: str, nodes: Sequence[fx.Node], start: int, end: int) -> None:

@@ -13,12 +13,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import fx
 
 from .find_timestep import source_name
 from .graph_aliases import Memory, memory_of, names_by_memory, written_by
-from .graph_values import live_outs, positions_of
+from .graph_values import body_nodes, live_outs, positions_of
+
+if TYPE_CHECKING:
+    from .plan_regions import RegionPlan
 
 
 @dataclass(frozen=True)
@@ -54,63 +58,64 @@ class SideEffects:
     """The writes of one flat graph, and what they forbid.
 
     Args:
-        nodes: all body nodes.
+        graph: the flat graph.
+        kept: indices of the graph's results that outlive the call in attributes and containers.
     """
 
-    def __init__(self, nodes: Sequence[fx.Node]) -> None:
-        self._nodes = nodes
+    def __init__(self, graph: fx.Graph, kept: AbstractSet[int] = frozenset()) -> None:
+        nodes = body_nodes(graph)
         self._position = positions_of(nodes)
         self._writes = _writes(nodes)
-        self._names = names_by_memory(nodes[0].graph) if self._writes else {}
+        self._names = names_by_memory(graph) if self._writes else {}
+        output = next(node for node in reversed(graph.nodes) if node.op == "output")
+        self._kept = [value for index, value in enumerate(output.args[0]) if index in kept]
 
-    def lost(
-        self,
-        start: int,
-        end: int,
-        hoisted: AbstractSet[fx.Node],
-        results: Sequence[fx.Node],
-        continued: Sequence[bool],
-        head: int,
-        reference: Sequence[fx.Node],
-    ) -> Iterator[str]:
-        """Why the region of the nodes [start, end) cannot be bypassed, a clause each.
-
-        Args:
-            hoisted: nodes of the region that always run, before it.
-            results: its live-outs.
-            continued: for each result, whether it has a base.
-            head: the position of the first block.
-            reference: values from before the first block that H_F is compared with.
-        """
-        inside = [write for write in self._writes if start <= self._position[write.node] < end]
-        before = [write for write in self._writes if head <= self._position[write.node] < start]
-        after = [write for write in self._writes if self._position[write.node] >= end]
-        group = {node: node in hoisted for node in self._nodes[start:end]}
-        for write in inside:
-            for name in self._names_of(write.memory):
-                if self._position.get(name, -1) < end and group.get(name) is not group[write.node]:
-                    yield f"{write.node.name} writes in place to {source_name(name)}, made outside the region"
-            readers = {user for name in self._names_of(write.memory) for user in name.users if user < write.node}
-            if write.node in hoisted and any(group.get(user) is False for user in readers):
-                yield f"{write.node.name} writes in place to a value that the region reads before"
-        for write in before:
-            if any(not write.memory.isdisjoint(memory_of(node)) for node in reference):
+    def lost(self, region: RegionPlan) -> Iterator[str]:
+        """Why the region cannot be bypassed, a clause each."""
+        results = set(region.live_outs)
+        place = {write: self._position[write.node] for write in self._writes}
+        inside = [write for write in self._writes if region.start <= place[write] < region.end]
+        after = [write for write in self._writes if place[write] >= region.end]
+        yield from self._writes_across_the_border(region, inside)
+        for write in self._writes:
+            compared = region.reference.inputs if region.reference is not None else ()
+            if region.blocks[0].start <= place[write] < region.start and _share_memory(write, compared):
                 yield f"{write.node.name} writes in place to the hidden states before they are compared"
         for write in after:
-            for result in results:
-                if not write.memory.isdisjoint(memory_of(result)) and self._is_read_after(write):
-                    yield f"{write.node.name} writes in place to {result.name}, a result of the region"
-        fresh = frozenset(memory for write in inside for memory in write.memory)
+            if _share_memory(write, results) and self._is_read_after(write):
+                yield f"{write.node.name} writes in place to a result of the region"
         sound = {
             result
-            for result, has_base in zip(results, continued, strict=True)
-            if has_base and fresh.isdisjoint(memory_of(result)) and self._is_used_beside_writes(result, end)
+            for result, has_base in zip(region.live_outs, region.continued, strict=True)
+            if has_base
+            and not any(_share_memory(write, [result]) for write in inside)
+            and self._is_used_beside_writes(result, region.end)
         }
         for write in after:
             arguments = [name for name in self._names_of(write.memory) if name not in self._position]
-            stale = [value for value in _sources(write.node, set(results)) if value not in sound]
-            if arguments and stale:
+            if arguments and _sources(write.node.all_input_nodes, results) - sound:
                 yield f"its blocks write to {source_name(arguments[0])}, and a bypassed block would not"
+        if _sources(self._kept, results) - sound:
+            yield "its blocks keep values in attributes or containers, and a bypassed block would keep old ones"
+
+    def _writes_across_the_border(self, region: RegionPlan, inside: Sequence[Write]) -> Iterator[str]:
+        """Writes in the region to memory from outside; the hoisted nodes count as outside."""
+        hoisted = set(region.hoisted)
+
+        def side(node: fx.Node) -> str:
+            if node in hoisted:
+                return "hoisted"
+            position = self._position.get(node, -1)
+            return "before" if position < region.start else "inside" if position < region.end else "after"
+
+        for write in inside:
+            names = self._names_of(write.memory)
+            outside = [name for name in names if side(name) not in (side(write.node), "after")]
+            if outside:
+                yield f"{write.node.name} writes in place to {source_name(outside[0])}, made outside the region"
+            readers = {user for name in names for user in name.users if user < write.node}
+            if side(write.node) == "hoisted" and any(side(user) == "inside" for user in readers):
+                yield f"{write.node.name} writes in place to a value that the region reads before"
 
     def _names_of(self, memory: frozenset[Memory]) -> list[fx.Node]:
         return [name for each in memory for name in self._names[each]]
@@ -128,10 +133,14 @@ def _writes(nodes: Iterable[fx.Node]) -> list[Write]:
     return [Write(node, target, memory_of(target)) for node in nodes for target in written_by(node)]
 
 
-def _sources(node: fx.Node, among: AbstractSet[fx.Node]) -> set[fx.Node]:
-    """Those of `among` that `node` depends on, up to the nearest ones."""
+def _share_memory(write: Write, nodes: Iterable[fx.Node]) -> bool:
+    return any(not write.memory.isdisjoint(memory_of(node)) for node in nodes)
+
+
+def _sources(nodes: Iterable[fx.Node], among: AbstractSet[fx.Node]) -> set[fx.Node]:
+    """Those of `among` that `nodes` are, or depend on, up to the nearest ones."""
     values: set[fx.Node] = set()
-    pending, visited = list(node.all_input_nodes), {node}
+    pending, visited = list(nodes), set[fx.Node]()
     while pending:
         source = pending.pop()
         if source in visited:

@@ -142,7 +142,7 @@ def _lacks_loop(call: Call) -> bool:
 
 
 def _snapshot(arguments: Any) -> Callable[[], None]:
-    """Copy the state that a call may change: its inputs, buffers and the random generators. The result restores that state."""
+    """Copy the state that a call may change: inputs, buffers, random generators. The result restores that state."""
     copies = [(leaf, leaf.detach().clone()) for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
     generator = torch.get_rng_state()
     on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []

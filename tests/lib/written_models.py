@@ -103,7 +103,44 @@ def _foreach(x: Tensor, change: Tensor) -> None:
     torch._foreach_mul_([x], 0.5)
 
 
+def _assign_data(x: Tensor, change: Tensor) -> None:
+    x.data = x * 0.5 + change
+
+
+def _batch_norm(x: Tensor, change: Tensor) -> None:
+    rows = x.unflatten(-1, (-1, 1)).select(-1, 0)
+    while rows.dim() > 1:
+        rows = rows.select(0, 0)
+    F.batch_norm(change + torch.linspace(0, 1, 2 * len(rows)).view(2, -1), rows, rows.clone() ** 2, training=True)
+
+
+def _embed(x: Tensor, change: Tensor) -> None:
+    if x.dim() > 1 and x.is_contiguous():
+        F.embedding(torch.zeros(1, dtype=torch.long), x.view(-1, x.shape[-1]), max_norm=0.25)
+    else:
+        x.add_(change)
+
+
+def _twice(x: Tensor, change: Tensor) -> None:
+    head = x[..., :1]
+    x.mul_(0.75)
+    head += change
+    x[..., -1:].copy_(head * 2)
+
+
+def _chained(x: Tensor, change: Tensor) -> None:
+    y = x.add_(change).mul_(0.5)
+    y.data[..., :1] = change
+
+
 WRITES: dict[str, Write] = {
+    "data =": _assign_data,
+    "set_": lambda x, change: x.set_(x * 0.5 + change),  # type: ignore[call-overload]
+    "unsqueeze_": lambda x, change: x[..., :].unsqueeze_(0).add_(change),  # dynamo itself fails on an argument
+    "batch_norm": _batch_norm,
+    "embedding": _embed,
+    "twice": _twice,
+    "chained": _chained,
     "add_": lambda x, change: x.add_(change),
     "mul_add_": lambda x, change: x.mul_(0.5).add_(change, alpha=2),
     "copy_": lambda x, change: x.copy_(change),
@@ -131,9 +168,9 @@ WRITES: dict[str, Write] = {
 }
 """Name -> a write to the first argument, of a number that the second one holds."""
 
-Target = Literal["activation", "argument", "buffer", "stream"]
+Target = Literal["activation", "argument", "buffer", "stream", "shared arguments"]
 Place = Literal["before", "across", "in blocks", "after"]
-TARGETS: tuple[Target, ...] = ("activation", "argument", "buffer", "stream")
+TARGETS: tuple[Target, ...] = ("activation", "argument", "buffer", "stream", "shared arguments")
 PLACES: tuple[Place, ...] = ("before", "across", "in blocks", "after")
 
 
@@ -144,7 +181,7 @@ class Case:
     Attributes:
         aliases: ways to alias, each of the one before it.
         write: the way to write.
-        target: what is written to; "stream" are the hidden states.
+        target: what is written to; "stream" are the hidden states, "shared arguments" two that are views of a tensor.
         place: where from: before the blocks; in the last blocks through an alias from before them; in every block;
             after the blocks.
         depends: whether what is written depends on the hidden states.
@@ -209,13 +246,13 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(Block(case, index in writers) for index in range(BLOCKS))
         self.register_buffer("buffer", torch.linspace(-1, 1, 2 * TOKENS * WIDTH).view(2, TOKENS, WIDTH))
 
-    def forward(self, hidden_states: Tensor, timestep: Tensor, extra: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, hidden_states: Tensor, timestep: Tensor, extra: Tensor, another: Tensor) -> tuple[Tensor, ...]:
         case = self.case
         temb = (timestep / 1000)[:, None, None].sin()
         hidden = self.proj_in(hidden_states)
         values = {"activation": hidden * 0.5, "argument": extra, "buffer": self.buffer, "stream": hidden}
-        value = values[case.target]
-        alias = aliased(case, value)
+        value = values.get(case.target, extra)
+        alias = aliased(case, another if case.target == "shared arguments" else value)
         if case.place == "before":
             apply_write(case, alias, hidden)
         for block in self.blocks:
@@ -245,8 +282,10 @@ def build(case: Case) -> Model:
     return Model(case).eval()
 
 
-def arguments(step: int) -> dict[str, Any]:
+def arguments(case: Case, step: int) -> dict[str, Any]:
     """Fresh arguments of one step; those of steps of one number are equal."""
     generator = torch.Generator().manual_seed(step)
-    draw = [torch.randn(2, TOKENS, WIDTH, generator=generator) for _ in range(2)]
-    return {"hidden_states": draw[0], "timestep": torch.tensor([900.0 - 100 * step]), "extra": draw[1]}
+    hidden, extra, other = torch.randn(3, 2, TOKENS, WIDTH, generator=generator)
+    another = extra[:, 1:] if case.target == "shared arguments" else other
+    timestep = torch.tensor([900.0 - 100 * step])
+    return {"hidden_states": hidden.clone(), "timestep": timestep, "extra": extra, "another": another}
