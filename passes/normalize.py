@@ -246,7 +246,7 @@ class _Purifier:
                 target = _target_of(name)
                 if target is not None:
                     copies[name] = copies[target]
-                elif any(source in copies for source in name.all_input_nodes):
+                elif not written_by(name) and any(source in copies for source in name.all_input_nodes):
                     copies[name] = self.graph.node_copy(name, lambda value: copies.get(value, value))
                     copies[name].meta = _meta_at(write, name)
         for old in write.all_input_nodes:

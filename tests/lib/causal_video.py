@@ -28,6 +28,7 @@ class Block(nn.Module):
 
     k_cache: Tensor
     v_cache: Tensor
+    calls: Tensor
 
     def __init__(self, store: Store) -> None:
         super().__init__()
@@ -118,7 +119,7 @@ def rollout(model: Callable[..., Any], module: CausalVideo) -> list[list[Tensor]
         state = [tensor for cache in caches for tensor in cache.values()]
         state += [tensor for block in module.blocks for tensor in block.buffers()]
         if module.store == "attributes":
-            state += [tensor for block in module.blocks for tensor in (block.k_cache, block.v_cache)]
+            state += [tensor for block in module.blocks for tensor in (block.k_cache, block.v_cache)]  # type: ignore[misc]
         record.append([tensor.clone() for tensor in (result, *state)])
         return result
 

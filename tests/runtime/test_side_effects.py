@@ -1,5 +1,7 @@
 """What blocks write beside their results is right after every call, whatever the policy."""
 
+from typing import Any
+
 import pytest
 import torch
 from lib.causal_video import BLOCKS, CHUNKS, STORES, TIMESTEPS, build, empty_caches, plain_rollout, rollout
@@ -8,9 +10,14 @@ from torch import nn
 import cachedit_fx
 from cachedit_fx import CacheWarning
 
-REUSES = {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "residual_diff_threshold": 10.0, "max_warmup_steps": 0}
-STATIC = {"steps_computation_mask": [1, 0, 1, 0], "steps_computation_policy": "static"}
-POLICIES = {
+REUSES: dict[str, Any] = {
+    "Fn_compute_blocks": 1,
+    "Bn_compute_blocks": 0,
+    "residual_diff_threshold": 10.0,
+    "max_warmup_steps": 0,
+}
+STATIC: dict[str, Any] = {"steps_computation_mask": [1, 0, 1, 0], "steps_computation_policy": "static"}
+POLICIES: dict[str, dict[str, Any]] = {
     "DBCache": REUSES,
     "DBPrune": {"cache": cachedit_fx.DBPruneConfig(Fn_compute_blocks=1, residual_diff_threshold=10.0)},
     "TaylorSeer": REUSES | {"calibrator": cachedit_fx.TaylorSeerCalibratorConfig()},
@@ -54,6 +61,9 @@ def test_explain_says_why():
 class Counting(nn.Module):
     """Blocks that count their calls, and keep a projection of the text for later calls."""
 
+    calls: torch.Tensor
+    keys: torch.Tensor
+
     def __init__(self):
         super().__init__()
         self.linear, self.text = nn.Linear(8, 8), nn.Linear(8, 8)
@@ -88,16 +98,18 @@ def test_writes_that_depend_on_no_hidden_states_are_made_by_every_call(options):
     module = Counted().eval()
     model = compiled(module, **REUSES | options)
     for step in range(4):
-        text, stores = torch.randn(1, 2, 8), [{} for _ in range(BLOCKS)]
+        text = torch.randn(1, 2, 8)
+        stores: list[dict[str, torch.Tensor]] = [{} for _ in range(BLOCKS)]
         model(torch.randn(1, 3, 8), torch.tensor([1000.0 - step]), text, stores)
         for block, store in zip(module.blocks, stores, strict=True):
+            assert isinstance(block, Counting)
             assert block.calls == step + 1
             assert torch.equal(block.keys, block.text(text)) and torch.equal(store["text"], block.keys * 2)
     (stats,) = cachedit_fx.summary(model)
     assert stats.cached_steps == [1, 3] and stats.uncached_calls == 0
 
 
-def same(got, wanted):
+def same(got: list[list[torch.Tensor]], wanted: list[list[torch.Tensor]]) -> None:
     for call, (tensors, others) in enumerate(zip(got, wanted, strict=True)):
         for index, (a, b) in enumerate(zip(tensors, others, strict=True)):
             assert torch.equal(a, b), f"call {call}, tensor {index}: off by {(a - b).abs().max()}"
