@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from cachedit_fx.capture import guard_overlaps, kept_results, numbers_in_frame
+from cachedit_fx.capture import guard_storages, kept_results, numbers_in_frame
 from cachedit_fx.config.options import Options, parse_options
 from cachedit_fx.lowering import compile_whole, lower
 from cachedit_fx.passes.base import NOTHING_KNOWN, Pass, Traced
@@ -63,7 +63,7 @@ def compile_graph(
     finder = StateFinder(options, state, anchors_of(gm, example_inputs))
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
         return UncachedGraph(compile_whole(gm, example_inputs, options), finder, GRADIENTS)
-    guard_overlaps(gm, example_inputs)
+    guard_storages(gm, example_inputs)
     outcome = rewrite(gm, options, state.traced if state is not None else NOTHING_KNOWN)
     if state is not None and state.observe is not None:
         state.observe(outcome.facts)

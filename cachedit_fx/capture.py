@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._C._dynamo.guards import compute_overlapping_tensors
 from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.guards import _get_closure_vars
+from torch._guards import Guard
 
-from cachedit_fx.passes.graph_aliases import memory_of, written_by
+from cachedit_fx.passes.graph_aliases import is_assignment, memory_of, written_by
 
 
 def ends_at_break(gm: fx.GraphModule) -> bool:
@@ -68,29 +69,39 @@ def kept_results(gm: fx.GraphModule) -> frozenset[int]:
     return frozenset(index for index, value in enumerate(results) if getattr(value, "name", None) in names)
 
 
-def guard_overlaps(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
-    """Let dynamo capture anew for inputs that share memory otherwise, if the graph writes to an input in place.
+def guard_storages(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    """Let dynamo capture anew for inputs that share storages otherwise, if the graph writes to an input in place.
 
-    A graph that writes to an input is right only for inputs that share memory as those of the capture do.
+    A graph that writes to an input is right only for inputs that share storages as those of the capture do. Dynamo has
+    no guard for that.
     """
-    context = torch._guards.TracingContext.try_get()
-    places = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    memory = {each for node in places for each in memory_of(node)}
-    writes = any(not memory.isdisjoint(memory_of(target)) for node in gm.graph.nodes for target in written_by(node))
-    if context is None or not writes:
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    memory = {each for node in inputs for each in memory_of(node)}
+    output = _output_graph()
+    targets = [target for node in gm.graph.nodes if not is_assignment(node) for target in written_by(node)]
+    if output is None or all(memory.isdisjoint(memory_of(target)) for target in targets):
         return
-    tensors: list[torch.Tensor] = []
-    sources: list[Any] = []
-    for node, value in zip(places, example_inputs, strict=True):
-        source = getattr(node.meta.get("grapharg"), "source", None)
-        if type(value) is torch.Tensor and value.layout is torch.strided and source is not None:
-            tensors.append(value)
-            sources.append(source)
-    overlapping = compute_overlapping_tensors(tensors, symbolic=False)
-    groups: tuple[list[Any], list[Any]] = ([], [])
-    for index, source in enumerate(sources):
-        groups[index not in overlapping].append(source)
-    context.guards_context.aotautograd_guards.append(torch._guards.StorageOverlap(*groups))
+    sources = {
+        node.meta["grapharg"].source: value
+        for node, value in zip(inputs, example_inputs, strict=True)
+        if type(value) is torch.Tensor and value.layout is torch.strided and "grapharg" in node.meta
+    }
+    pattern = _shared_storages(*sources.values())
+
+    def install(builder: Any, guard: Any) -> None:
+        names = ", ".join(source.name for source in sources)
+        functions = _get_closure_vars() | {_shared_storages.__name__: _shared_storages}
+        code = [f"{_shared_storages.__name__}({names}) == {pattern!r}"]
+        builder.add_python_lambda_leaf_guard_to_root(code, code, closure_vars=functions)
+
+    if len(sources) > 1:
+        output.guards.add(Guard(next(iter(sources)), install))
+
+
+def _shared_storages(*tensors: torch.Tensor) -> tuple[int, ...]:
+    """For each tensor, the index of the first one that has its storage."""
+    storages = [tensor.untyped_storage()._cdata for tensor in tensors]
+    return tuple(map(storages.index, storages))
 
 
 def capturing() -> AbstractContextManager[None]:

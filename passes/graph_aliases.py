@@ -14,6 +14,7 @@ import inspect
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -147,15 +148,15 @@ def _written_arguments(node: fx.Node) -> list[Any]:
         return []  # and_, or_, not_: the underscore only keeps them apart from keywords
     if isinstance(target, torch._ops.HigherOrderOperator):
         return _written_by_higher_order(node)
-    names = _written_parameters(target)
+    operation = _operation(target)
+    names = _written_parameters(operation) if operation is not None else ()
     if names:
         arguments = arguments_of(node)
         written += [arguments.get(name) for name in names]
     elif name.endswith("_") and not name.startswith("_") and not name.endswith("__"):
         written += first
-    special = _conditional_parameters(target)
-    if special:
-        written += _written_on_condition(arguments_of(node), special)
+    if not _CONDITIONS.isdisjoint(_parameters(target)):
+        written += _written_on_condition(arguments_of(node))
     return written
 
 
@@ -165,13 +166,13 @@ def _nodes_in(value: Any) -> list[fx.Node]:
     return nodes
 
 
-def _written_on_condition(arguments: Mapping[str, Any], names: frozenset[str]) -> list[Any]:
+def _written_on_condition(arguments: Mapping[str, Any]) -> list[Any]:
     """Arguments that are written because of another argument's value: `inplace=True`, `training=True`, `max_norm=1`."""
     written = []
     if arguments.get("inplace") is True:
         written.append(next(iter(arguments.values())))
     if any(arguments.get(flag) not in (None, False) for flag in ("training", "use_input_stats", "train")):
-        written += [arguments.get(name) for name in ("running_mean", "running_var") if name in names]
+        written += [arguments.get(name) for name in ("running_mean", "running_var")]
     if arguments.get("max_norm") is not None:
         written.append(arguments.get("weight"))
     return written
@@ -179,32 +180,51 @@ def _written_on_condition(arguments: Mapping[str, Any], names: frozenset[str]) -
 
 _CONDITIONS = frozenset({"inplace", "running_mean", "running_var", "max_norm"})
 
+Operation = torch._ops.OpOverload | torch._ops.OpOverloadPacket
+
+
+def _operation(target: Any) -> Operation | None:
+    """The operation that has the target's schema, called as such or by a method or function of its name."""
+    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return target
+    if isinstance(target, str):
+        return _aten(target)
+    is_builtin = inspect.isbuiltin(target) or inspect.ismethoddescriptor(target)
+    return _aten(getattr(target, "__name__", "")) if is_builtin else None
+
 
 @functools.lru_cache(maxsize=4096)
-def _conditional_parameters(target: Any) -> frozenset[str]:
-    """Names of the parameters that may make the function write to an argument, or that it may write to."""
-    return _CONDITIONS.intersection(_parameters(target))
+def _aten(name: str) -> Operation | None:
+    packet = getattr(torch.ops.aten, name, None) if name and not name.startswith("__") else None
+    return packet if isinstance(packet, torch._ops.OpOverloadPacket) else None
+
+
+def _overloads(operation: Operation) -> list[torch._ops.OpOverload]:
+    if isinstance(operation, torch._ops.OpOverload):
+        return [operation]
+    return [getattr(operation, overload) for overload in operation.overloads()]
 
 
 @functools.lru_cache(maxsize=4096)
-def _written_parameters(target: Any) -> frozenset[str]:
+def _written_parameters(operation: Operation) -> frozenset[str]:
     """Names of the parameters that the operation's schema marks as written to, results of `out=` left out."""
     return frozenset(
         argument.name
-        for overload in _overloads(target)
+        for overload in _overloads(operation)
         for argument in overload._schema.arguments
         if argument.alias_info is not None and argument.alias_info.is_write and not argument.is_out
     )
 
 
+@functools.lru_cache(maxsize=4096)
+def _is_inplace_view(operation: Operation) -> bool:
+    return any(torch.Tag.inplace_view in overload.tags for overload in _overloads(operation))
+
+
 def changes_form(node: fx.Node) -> bool:
     """Whether the node changes sizes, strides or the storage of its argument, as `resize_`, `t_` and `set_` do."""
-    return target_name(node) not in _ONLY_FLAGS and _is_inplace_view(function_of(node.target))
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_inplace_view(target: Any) -> bool:
-    return any(torch.Tag.inplace_view in overload.tags for overload in _overloads(target))
+    operation = _operation(function_of(node.target))
+    return operation is not None and target_name(node) not in _ONLY_FLAGS and _is_inplace_view(operation)
 
 
 def is_assignment(node: fx.Node) -> bool:
@@ -214,33 +234,30 @@ def is_assignment(node: fx.Node) -> bool:
     return all(isinstance(argument, fx.Node) and tensor_of(argument) is not None for argument in node.args)
 
 
-def _overloads(target: Any) -> list[torch._ops.OpOverload]:
-    """The overloads of an operation, called as such or by a method or function of its name."""
-    if isinstance(target, torch._ops.OpOverload):
-        return [target]
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        return [getattr(target, overload) for overload in target.overloads()]
-    if isinstance(target, str):
-        name = target
-    elif inspect.isbuiltin(target) or inspect.ismethoddescriptor(target):
-        name = getattr(target, "__name__", "")
-    else:
-        return []
-    packet = getattr(torch.ops.aten, name, None) if name and not name.startswith("__") else None
-    return _overloads(packet) if isinstance(packet, torch._ops.OpOverloadPacket) else []
-
-
-@functools.lru_cache(maxsize=4096)
 def _parameters(target: Any) -> Mapping[str, Any]:
     """Parameter -> its default (`inspect.Parameter.empty` if it has none), in order; empty if nothing tells."""
     if inspect.isfunction(target):
-        return {name: parameter.default for name, parameter in inspect.signature(target).parameters.items()}
-    parameters: dict[str, Any] = {}
-    for overload in _overloads(target)[:1]:
-        for argument in overload._schema.arguments:
-            default = argument.default_value if argument.has_default_value() else inspect.Parameter.empty
-            parameters[argument.name] = default
-    return parameters
+        return _function_parameters(target)
+    operation = _operation(target)
+    return _operation_parameters(operation) if operation is not None else {}
+
+
+def _function_parameters(function: FunctionType) -> Mapping[str, Any]:
+    """The same of a Python function. Nothing here may keep the function alive."""
+    code, defaults = function.__code__, function.__defaults__ or ()
+    positional = code.co_varnames[: code.co_argcount]
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    values = dict(zip(positional[len(positional) - len(defaults) :], defaults, strict=True))
+    values |= function.__kwdefaults__ or {}
+    return {name: values.get(name, inspect.Parameter.empty) for name in names}
+
+
+@functools.lru_cache(maxsize=4096)
+def _operation_parameters(operation: Operation) -> Mapping[str, Any]:
+    return {
+        argument.name: argument.default_value if argument.has_default_value() else inspect.Parameter.empty
+        for argument in _overloads(operation)[0]._schema.arguments
+    }
 
 
 def arguments_of(node: fx.Node) -> dict[str, Any]:

@@ -285,7 +285,7 @@ def build(case: Case) -> Model:
 def arguments(case: Case, step: int) -> dict[str, Any]:
     """Fresh arguments of one step; those of steps of one number are equal."""
     generator = torch.Generator().manual_seed(step)
-    hidden, extra, other = torch.randn(3, 2, TOKENS, WIDTH, generator=generator)
-    another = extra[:, 1:] if case.target == "shared arguments" else other
+    hidden, extra, other = (torch.randn(2, TOKENS, WIDTH, generator=generator) for _ in range(3))
+    another = (extra if case.target == "shared arguments" else other)[:, 1:]
     timestep = torch.tensor([900.0 - 100 * step])
-    return {"hidden_states": hidden.clone(), "timestep": timestep, "extra": extra, "another": another}
+    return {"hidden_states": hidden, "timestep": timestep, "extra": extra, "another": another}
