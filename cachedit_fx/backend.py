@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from cachedit_fx.capture import numbers_in_frame
+from cachedit_fx.capture import guard_storages, kept_results, numbers_in_frame
 from cachedit_fx.config.options import Options, parse_options
 from cachedit_fx.lowering import compile_whole, lower
 from cachedit_fx.passes.base import NOTHING_KNOWN, Facts, Pass, Traced
@@ -64,6 +64,7 @@ def compile_graph(
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
         timestep = FindTimestep(options.timestep, numbers_in_frame()).run(gm, Facts())
         return UncachedGraph(compile_whole(gm, example_inputs, options), finder, GRADIENTS, timestep)
+    guard_storages(gm, example_inputs)
     outcome = rewrite(gm, options, state.traced if state is not None else NOTHING_KNOWN)
     if state is not None and state.observe is not None:
         state.observe(outcome.facts)
@@ -73,7 +74,7 @@ def compile_graph(
 
 def rewrite(gm: fx.GraphModule, options: Options, traced: Traced = NOTHING_KNOWN) -> Outcome:
     """Run the passes on `gm`, a graph of the module that `traced` tells of. Nothing is compiled."""
-    return pass_manager(options, traced.with_numbers(numbers_in_frame())).run(gm)
+    return pass_manager(options, traced.in_frame(numbers_in_frame(), kept_results(gm))).run(gm)
 
 
 def pass_manager(options: Options, traced: Traced = NOTHING_KNOWN) -> PassManager:
@@ -93,7 +94,7 @@ def pipeline(options: Options, traced: Traced) -> list[Pass]:
         Normalize(),
         FindTimestep(options.timestep, traced.numbers),
         DetectBlockLoops(options.loops, traced=traced),
-        PlanRegions(cuts, options.scope or "model", options.predicts_output),
+        PlanRegions(cuts, options.scope or "model", options.predicts_output, traced.kept),
         OutlineBlocks(options.granularity, canonical_layout=options.inner_backend != "eager"),
         InsertCacheBranch(),
         GatherInputs(),

@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.guards import _get_closure_vars
+from torch._guards import Guard
+
+from cachedit_fx.passes.graph_aliases import is_assignment, memory_of, written_by
 
 
 def ends_at_break(gm: fx.GraphModule) -> bool:
@@ -19,16 +23,85 @@ def ends_at_break(gm: fx.GraphModule) -> bool:
     return reason is not None and bool(reason.graph_break)
 
 
-def numbers_in_frame() -> dict[str, float]:
-    """Arguments of the traced frame that are Python numbers. Dynamo makes them constants of its first graph."""
+def _output_graph() -> Any:
+    """Dynamo's record of the capture under way; None outside a capture."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
-        frame = InstructionTranslator.current_tx().output.root_tx.f_locals
+        return InstructionTranslator.current_tx().output
     except (AttributeError, AssertionError):
+        return None
+
+
+def numbers_in_frame() -> dict[str, float]:
+    """Arguments of the traced frame that are Python numbers. Dynamo makes them constants of its first graph."""
+    output = _output_graph()
+    if output is None or output.root_tx is None:
         return {}
+    frame = output.root_tx.f_locals
     arguments = dict(frame) | (frame["kwargs"] if isinstance(frame.get("kwargs"), dict) else {})
     return {k: float(v) for k, v in arguments.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+
+
+def kept_results(gm: fx.GraphModule) -> frozenset[int]:
+    """Indices of the graph's results that dynamo puts into attributes and containers from outside the frame."""
+    output = _output_graph()
+    if output is None:
+        return frozenset()
+    from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew, VariableTracker
+
+    effects = output.side_effects
+    new = AttributeMutationNew, ValueMutationNew
+    pending = [var for var in effects._get_modified_vars() if not isinstance(var.mutation_type, new)]
+    visited: set[int] = set()
+    names: set[str] = set()
+
+    def visit(var: Any) -> None:
+        if id(var) not in visited:
+            visited.add(id(var))
+            pending.extend(effects.store_attr_mutations.get(var, {}).values())
+        if var.is_tensor():
+            names.add(var.as_proxy().node.name)
+
+    while pending:
+        VariableTracker.visit(visit, pending.pop())
+    (results,) = next(node for node in reversed(gm.graph.nodes) if node.op == "output").args
+    return frozenset(index for index, value in enumerate(results) if getattr(value, "name", None) in names)
+
+
+def guard_storages(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    """Let dynamo capture anew for inputs that share storages otherwise, if the graph writes to an input in place.
+
+    A graph that writes to an input is right only for inputs that share storages as those of the capture do. Dynamo has
+    no guard for that.
+    """
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    memory = {each for node in inputs for each in memory_of(node)}
+    output = _output_graph()
+    targets = [target for node in gm.graph.nodes if not is_assignment(node) for target in written_by(node)]
+    if output is None or all(memory.isdisjoint(memory_of(target)) for target in targets):
+        return
+    sources = {
+        node.meta["grapharg"].source: value
+        for node, value in zip(inputs, example_inputs, strict=True)
+        if type(value) is torch.Tensor and value.layout is torch.strided and "grapharg" in node.meta
+    }
+    pattern = _shared_storages(*sources.values())
+
+    def install(builder: Any, guard: Any) -> None:
+        names = ", ".join(source.name for source in sources)
+        functions = _get_closure_vars() | {_shared_storages.__name__: _shared_storages}
+        code = [f"{_shared_storages.__name__}({names}) == {pattern!r}"]
+        builder.add_python_lambda_leaf_guard_to_root(code, code, closure_vars=functions)
+
+    if len(sources) > 1:
+        output.guards.add(Guard(next(iter(sources)), install))
+
+
+def _shared_storages(*tensors: torch.Tensor) -> tuple[int, ...]:
+    """For each tensor, the index of the first one that has its storage."""
+    storages = [tensor.untyped_storage()._cdata for tensor in tensors]
+    return tuple(map(storages.index, storages))
 
 
 def capturing() -> AbstractContextManager[None]:

@@ -14,6 +14,7 @@ handful of distinct pieces. A piece that cannot be keyed is compiled separately.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from cachedit_fx.config.options import Options
+from cachedit_fx.passes.graph_aliases import REPLACED, memory_of, written_by
 from cachedit_fx.passes.graph_values import target_key, value_of
 from cachedit_fx.passes.outline_blocks import KIND
 
@@ -133,9 +135,17 @@ def compile_piece(piece: fx.GraphModule, compiler: InnerCompiler) -> Callable[..
     The surrounding context belongs to the whole graph. Its fake mode is not that of the recorded values. Ahead-of-time
     autograd would leave one piece's results in it, and take them for the next piece's.
     """
-    inputs = [value_of(node) for node in piece.graph.nodes if node.op == "placeholder"]
+    inputs = [_fake_input(node) for node in piece.graph.nodes if node.op == "placeholder"]
     with tracing(TracingContext(_fake_mode(inputs))):
         return compiler(piece, inputs)
+
+
+def _fake_input(node: fx.Node) -> Any:
+    """The recorded value of an input. Without the storage that it shared before a write was made pure."""
+    value = value_of(node)
+    if isinstance(value, torch.Tensor) and REPLACED in node.meta:
+        return value.new_empty_strided(value.size(), value.stride())
+    return value
 
 
 def _fake_mode(values: Sequence[Any]) -> FakeTensorMode | None:
@@ -163,7 +173,17 @@ def structure_key(piece: fx.GraphModule) -> Hashable:
             row.append(target_key(node.target))
         rows.append(tuple(row))
         index[node] = len(index)
-    return tuple(rows)
+    return (*rows, _shared_inputs(piece.graph))
+
+
+def _shared_inputs(graph: fx.Graph) -> Hashable:
+    """The pairs of inputs that share memory, if the graph writes to an input; otherwise none, since it is no matter."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    written = {memory for node in graph.nodes for target in written_by(node) for memory in memory_of(target)}
+    if not written or all(written.isdisjoint(memory_of(node)) for node in inputs):
+        return ()
+    pairs = itertools.combinations(range(len(inputs)), 2)
+    return tuple((a, b) for a, b in pairs if not memory_of(inputs[a]).isdisjoint(memory_of(inputs[b])))
 
 
 def _constant(value: Any, index: Mapping[fx.Node, int]) -> Hashable:

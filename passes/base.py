@@ -131,12 +131,14 @@ class Traced:
         parameters: numbers in all its weights.
         largest: numbers in the weights of its largest ModuleList.
         numbers: arguments of the frame that are Python numbers, by name. Dynamo makes them constants of the graph.
+        kept: indices of the graph's results that the frame puts into attributes and containers that outlive it.
     """
 
     sample: str | None = None
     parameters: int = 0
     largest: int = 0
     numbers: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    kept: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, module: torch.nn.Module) -> Traced:
@@ -149,9 +151,9 @@ class Traced:
         containers = (child for child in module.modules() if isinstance(child, torch.nn.ModuleList))
         return cls(sample, count(module), max(map(count, containers), default=0))
 
-    def with_numbers(self, numbers: Mapping[str, float]) -> Traced:
-        """A copy for a frame with these numbers."""
-        return replace(self, numbers=MappingProxyType(dict(numbers)))
+    def in_frame(self, numbers: Mapping[str, float], kept: frozenset[int]) -> Traced:
+        """A copy for a frame with these numbers and kept results."""
+        return replace(self, numbers=MappingProxyType(dict(numbers)), kept=kept)
 
 
 NOTHING_KNOWN = Traced()

@@ -98,7 +98,9 @@ class FindTimestep(Analysis[TimestepSource]):
 
 
 def source_name(node: fx.Node) -> str:
-    """The argument's name as the user wrote it: `L_kwargs_timestep_` -> `timestep`."""
+    """The argument's name as the user wrote it: `L_kwargs_timestep_` -> `timestep`. The node's own name for others."""
+    if node.op != "placeholder":
+        return node.name
     return re.sub(r"^L_(?:kwargs_|args_)?", "", str(node.target)).strip("_")
 
 

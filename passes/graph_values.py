@@ -8,8 +8,10 @@ order, so a contiguous range of positions is always a convex sub-graph.
 
 from __future__ import annotations
 
+import dis
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -66,6 +68,11 @@ def describe_value(value: Any) -> Hashable:
     return type(value).__name__
 
 
+def describe_layout(tensor: torch.Tensor) -> Hashable:
+    """Shape, strides and dtype."""
+    return (describe_shape(tensor.shape), describe_shape(tensor.stride()), tensor.dtype)
+
+
 def same_kind(a: fx.Node, b: fx.Node) -> bool:
     """Whether two nodes carry values of one shape, dtype and device."""
     return describe_value(value_of(a)) == describe_value(value_of(b))
@@ -97,14 +104,73 @@ def fingerprint(node: fx.Node) -> Hashable:
     return (node.op, target, inputs, describe_value(value_of(node)))
 
 
-def target_key(target: Any) -> Hashable:
-    """A key of the function or method that a node calls.
+def function_of(target: Any) -> Any:
+    """The function that a node calls. Dynamo wraps a numpy function anew at each of its calls."""
+    if isinstance(target, numpy_to_tensor_wrapper):
+        return target.f
+    return target.op if isinstance(target, numpy_operator_wrapper) else target
 
-    Dynamo wraps a numpy function anew at each of its calls. The key of a wrapper is that of the function inside.
+
+def target_key(target: Any) -> Hashable:
+    """A key of the function or method that a node calls: equal for two functions exactly if they do the same.
+
+    Two plain Python functions do the same if code, defaults and the contents of their closures are equal. Dynamo and
+    users define functions anew at each call. Whatever else is called counts by its identity.
     """
     if isinstance(target, (numpy_to_tensor_wrapper, numpy_method_wrapper, numpy_operator_wrapper)):
         return (type(target).__name__, *vars(target).values())
-    return target if isinstance(target, str) else (target, id(target))
+    return target if isinstance(target, str) else _function_key(target, ())
+
+
+def _function_key(value: Any, outer: tuple[Any, ...]) -> Hashable:
+    """The key of a function, or of a value that a function holds. `outer` are the functions around it."""
+    if isinstance(value, (tuple, list)):
+        return (type(value), *(_function_key(element, outer) for element in value))
+    if isinstance(value, (type(None), bool, int, float, complex, str, bytes)):
+        return (type(value), repr(value))
+    if not isinstance(value, FunctionType) or _keeps_state(value.__code__):
+        return _Identity(value)
+    if value in outer:
+        return ("recursion", outer.index(value))
+    inner = (*outer, value)
+    contents = [_contents(cell) for cell in value.__closure__ or ()]
+    named = sorted(((value.__kwdefaults__ or {}) | vars(value)).items())
+    return (
+        value.__code__,
+        _Identity(value.__globals__),
+        *(_function_key(part, inner) for part in (contents, value.__defaults__ or (), named)),
+    )
+
+
+_EMPTY_CELL = object()
+
+
+def _contents(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return _EMPTY_CELL
+
+
+def _keeps_state(code: CodeType) -> bool:
+    """Whether the function assigns to a variable of its closure."""
+    return bool(code.co_freevars) and any(
+        step.opname in ("STORE_DEREF", "DELETE_DEREF") and step.argval in code.co_freevars
+        for step in dis.get_instructions(code)
+    )
+
+
+class _Identity:
+    """Stands for an object in a key. Holds the object, so that no other one can get its address."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
 def positions_of(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:

@@ -16,21 +16,40 @@ a graph input is written back to the input at the graph's end, so that the calle
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch._prims_common import is_non_overlapping_and_dense_or_false
 
 from .base import Facts, FlatGraph, Rewrite, Rewritten
-from .graph_aliases import IN_PLACE_OPERATORS, aliases, is_factory, mutated_input, root_of
-from .graph_values import body_nodes, positions_of, tensor_of, value_of
+from .find_timestep import source_name
+from .graph_aliases import (
+    IN_PLACE_OPERATORS,
+    Memory,
+    changes_form,
+    is_assignment,
+    is_factory,
+    memory_of,
+    names_by_memory,
+    replace_memory,
+    returns_its_input,
+    written_by,
+)
+from .graph_values import body_nodes, describe_layout, target_name, tensor_of, value_of
 
 
 @dataclass(frozen=True)
 class Normalized:
-    """Fact: no in-place write and no tuple crosses the border of a block. A rewrite that adds neither preserves it."""
+    """Fact: no in-place write and no tuple crosses the border of a block. A rewrite that adds neither preserves it.
+
+    Attributes:
+        impurities: why some writes could not be made pure, a sentence each. With one, the graph must stay whole.
+    """
+
+    impurities: tuple[str, ...] = ()
 
 
 class Normalize(Rewrite):
@@ -42,8 +61,9 @@ class Normalize(Rewrite):
     preserves: ClassVar[tuple[type, ...]] = (FlatGraph,)
 
     def run(self, gm: fx.GraphModule, facts: Facts) -> Rewritten:
-        matches = _gather_getitems(gm.graph) + _lift_lengths(gm.graph) + _purify_writes(gm.graph)
-        return Rewritten(gm, matches, (Normalized(),))
+        matches = _gather_getitems(gm.graph) + _lift_lengths(gm.graph) + _remove_dropouts(gm.graph)
+        purifier = _Purifier(gm.graph)
+        return Rewritten(gm, matches + purifier.run(), (Normalized(purifier.reasons),))
 
 
 def _gather_getitems(graph: fx.Graph) -> int:
@@ -85,103 +105,245 @@ def _lift_lengths(graph: fx.Graph) -> int:
     return moves
 
 
+def _remove_dropouts(graph: fx.Graph) -> int:
+    """Remove every dropout that does nothing. Returns how many."""
+    dropouts = [node for node in body_nodes(graph) if returns_its_input(node)]
+    names = names_by_memory(graph) if dropouts else {}
+    for dropout in dropouts:
+        source = dropout.all_input_nodes[0]
+        for copy, original in zip(memory_of(dropout), memory_of(source), strict=True):
+            for name in names[copy]:
+                replace_memory(name, {copy: original})
+            names[original] += names.pop(copy)
+        dropout.replace_all_uses_with(source)
+        graph.erase_node(dropout)
+    return len(dropouts)
+
+
 def _is_length(node: fx.Node) -> bool:
     return isinstance(value_of(node), (int, torch.SymInt))
 
 
-def _purify_writes(graph: fx.Graph) -> int:
-    """Make every in-place write that may cross a cut pure. Returns the number of changed writes."""
-    changes = 0
-    # Graph input -> the value that replaces it now, and back.
-    latest: dict[fx.Node, fx.Node] = {}
-    sources: dict[fx.Node, fx.Node] = {}
-    for node in body_nodes(graph):
-        target = mutated_input(node)
-        if target is None:
-            continue
-        root = root_of(target)
-        names = aliases(root)
-        position = positions_of(list(graph.nodes))
-        if _is_filled_where_made(root, node) and not _is_read_before(node, root, names, position):
-            continue
-        earlier = [name for name in names if position[name] < position[node]]
-        if target is root and not any(position[user] > position[node] for name in earlier for user in name.users):
-            result = _make_pure(graph, node, root, position)
-        else:
-            result = _write_to_copy(graph, node, root, earlier, position)
-        changes += 1
-        source = sources.get(root, root)
-        if source.op in ("placeholder", "get_attr"):
-            latest[source], sources[result] = result, source
-    output = next(node for node in reversed(graph.nodes) if node.op == "output")
-    with graph.inserting_before(output):
-        for source, result in latest.items():
-            # An input's meta names the module that used it first, and would extend that block to the graph's end.
-            write_back = graph.call_method("copy_", (source, result))
-            write_back.meta = {key: value for key, value in source.meta.items() if key != "nn_module_stack"}
-    return changes
+class _Purifier:
+    """Makes every in-place write that may cross a cut pure.
 
-
-def _is_filled_where_made(root: fx.Node, write: fx.Node) -> bool:
-    """Whether the write fills a new buffer in the module call that made it."""
-    root_modules, write_modules = (list(node.meta.get("nn_module_stack") or ()) for node in (root, write))
-    return is_factory(root) and root_modules == write_modules
-
-
-def _is_read_before(write: fx.Node, root: fx.Node, names: Sequence[fx.Node], position: Mapping[fx.Node, int]) -> bool:
-    """Whether a node read the buffer `root` before the write. The write then does not belong to filling the buffer."""
-    writers = {root, *names}
-    return any(user not in writers and position[user] < position[write] for name in writers for user in name.users)
-
-
-def _make_pure(graph: fx.Graph, write: fx.Node, target: fx.Node, position: Mapping[fx.Node, int]) -> fx.Node:
-    """Replace the write by a new value, and return it. Every later use of `target` takes the new value."""
-    pure = _pure_form(write)
-    if pure is not None:
-        write.op, write.target = pure
-        result = write
-    else:
-        with graph.inserting_before(write):
-            result = graph.call_method("clone", (target,))
-        result.meta = _meta_at(write, target)
-        write.replace_input_with(target, result)
-    _use_from(write, {target: result}, position)
-    return result
-
-
-def _write_to_copy(
-    graph: fx.Graph, write: fx.Node, root: fx.Node, names: Sequence[fx.Node], position: Mapping[fx.Node, int]
-) -> fx.Node:
-    """Let the write, and all nodes after it, use a copy of `root`, and return the copy.
-
-    Views among `names`, the earlier names of the same memory in graph order, are made again from the copy.
+    Attributes:
+        reasons: why a write cannot be made pure, a sentence each. If there is one, the graph stays as it is.
     """
-    with graph.inserting_before(write):
-        copy = graph.call_method("clone", (root,))
-        copy.meta = _meta_at(write, root)
-        copies = {root: copy}
-        for name in names:
-            target = mutated_input(name)
-            if target is not None:
-                copies[name] = copies[target]
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.writes = [node for node in body_nodes(graph) if written_by(node)]
+        self._names = names_by_memory(graph) if self.writes else {}
+        """Memory -> the nodes that name it."""
+        reasons = (self._obstacle(write) for write in self.writes)
+        self.reasons = tuple(dict.fromkeys(reason for reason in reasons if reason))
+        self._latest: dict[fx.Node, fx.Node] = {}
+        """Graph input -> the value that replaces it now."""
+        self._sources: dict[fx.Node, fx.Node] = {}
+        """Value that replaces or replaced a graph input -> the input."""
+
+    def run(self) -> int:
+        """Returns the number of changed writes."""
+        if self.reasons:
+            return 0
+        changes = sum(map(self._purify, self.writes))
+        for source, result in self._latest.items():
+            self._write_back("call_method", "copy_", source, result)
+        return changes
+
+    # Questions
+
+    def _obstacle(self, write: fx.Node) -> str | None:
+        """Why the write cannot be made pure; None if it can, or need not."""
+        if is_assignment(write):
+            return self._obstacle_to_assignment(write)
+        if changes_form(write):
+            return f"{write.name} changes the form of a tensor in place"
+        for target in written_by(write):
+            names = self._names_of(target)
+            roots = _roots(names)
+            if len(roots) == 1 and self._is_filled_where_made(roots[0], write, names):
+                continue
+            titles = " and ".join(map(source_name, roots))
+            if len(roots) != 1 or memory_of(roots[0]) != memory_of(target):
+                return f"{write.name} writes in place to memory that {titles} share"
+            if any(target_name(name) in _BY_LAYOUT for name in names) and not _is_dense(roots[0]):
+                return f"{write.name} writes in place to {titles}, whose views depend on its layout"
+        if not memory_of(write).isdisjoint(_memory(written_by(write))) and _target_of(write) is None and write.users:
+            return f"the results of {write.name}, which writes in place to several tensors, are used"
+        return None
+
+    def _obstacle_to_assignment(self, write: fx.Node) -> str | None:
+        """The same of `x.data = y`. The tracer's value of x is the one after the assignment."""
+        target, value = write.args
+        assert isinstance(target, fx.Node) and isinstance(value, fx.Node)
+        before, after = _real_input(target), tensor_of(value)
+        if before is None or after is None or describe_layout(before) != describe_layout(after):
+            return f"{write.name} gives {source_name(target)} data of another form"
+        earlier = [target, *(user for user in target.users if user < write)]
+        others = [to for other in self.writes if other is not write for to in written_by(other)]
+        if not _memory(earlier).isdisjoint(_memory(others)):
+            return f"{write.name} gives other data to {source_name(target)}, which is written to as well"
+        return None
+
+    def _names_of(self, node: fx.Node) -> list[fx.Node]:
+        """Every node that names memory of `node`, in graph order."""
+        return sorted({name for memory in memory_of(node) for name in self._names[memory]})
+
+    def _is_filled_where_made(self, root: fx.Node, write: fx.Node, names: Sequence[fx.Node]) -> bool:
+        """Whether the write fills a new buffer in the module call that made it, before anything reads the buffer."""
+        root_modules, write_modules = (list(node.meta.get("nn_module_stack") or ()) for node in (root, write))
+        if not is_factory(root) or root_modules != write_modules:
+            return False
+        memory = _memory([root])
+        fills = {other for other in self.writes if not memory.isdisjoint(_memory(written_by(other)))}
+        return not any(
+            user < write and user not in fills and user not in names for name in names for user in name.users
+        )
+
+    # Changes
+
+    def _purify(self, write: fx.Node) -> bool:
+        """Make the write pure if it may cross a cut. Returns whether it changed."""
+        if is_assignment(write):
+            self._assign(write)
+            return True
+        changed = False
+        for target in written_by(write):
+            names = self._names_of(target)
+            (root,) = _roots(names)
+            if self._is_filled_where_made(root, write, names):
+                continue
+            changed = True
+            memory, others = memory_of(root), [name for name in names if name is not root and name < write]
+            in_use = any(not user < write for name in others for user in name.users)
+            pure = _pure_form(write) if target is root and not in_use else None
+            copies: dict[fx.Node, fx.Node] = {}
+            if pure is not None:
+                write.op, write.target = pure
+                _use_from(write, {root: write})
+                result = write
             else:
-                copies[name] = graph.node_copy(name, lambda value: copies.get(value, value))
-                copies[name].meta = _meta_at(write, name)
-    arguments = {old: new for old, new in copies.items() if old in write.all_input_nodes}
-    for old, new in arguments.items():
-        write.replace_input_with(old, new)
-    _use_from(write, copies, position)
-    for name in reversed([*names, *(view for view in copies.values() if view is not copy)]):
-        if not name.users and mutated_input(name) is None and name.graph is graph and not name._erased:
-            graph.erase_node(name)
-    return copy
+                copies = self._copy(write, root, others if in_use or target is not root else ())
+                result = copies[root]
+            self._divide(memory, write, names, [copy for copy in copies.values() if not copy._erased])
+            source = self._sources.get(root, root)
+            if source.op in ("placeholder", "get_attr"):
+                self._latest[source], self._sources[result] = result, source
+        return changed
+
+    def _copy(self, write: fx.Node, root: fx.Node, names: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
+        """Let the write, and all nodes after it, use a copy of `root`. Returns each old name with its new one.
+
+        The earlier `names` of the same memory, in graph order, are made again from the copy.
+        """
+        with self.graph.inserting_before(write):
+            copy = self.graph.call_method("clone", (root,))
+            copy.meta = _meta_at(write, root)
+            copies = {root: copy}
+            for name in names:
+                target = _target_of(name)
+                if target is not None:
+                    copies[name] = copies[target]
+                elif not written_by(name) and any(source in copies for source in name.all_input_nodes):
+                    copies[name] = self.graph.node_copy(name, lambda value: copies.get(value, value))
+                    copies[name].meta = _meta_at(write, name)
+        for old in write.all_input_nodes:
+            if old in copies:
+                write.replace_input_with(old, copies[old])
+        _use_from(write, copies)
+        views = set(copies.values()) - {copy}
+        for name in reversed([*names, *copies.values()]):
+            if (name in copies or name in views) and not (name.users or name._erased or written_by(name)):
+                self.graph.erase_node(name)
+        return copies
+
+    def _divide(
+        self, memory: frozenset[Memory], write: fx.Node, names: Sequence[fx.Node], copies: Sequence[fx.Node]
+    ) -> None:
+        """From the write on, all names of `memory` name other memory. `names` are those before the change."""
+        tokens: dict[Memory, Memory] = {each: object() for each in memory}
+        later = [*copies, *(name for name in names if not name._erased and not name < write)]
+        for name in later:
+            replace_memory(name, tokens)
+        for each, token in tokens.items():
+            self._names[token] = later
+            self._names[each] = [name for name in self._names[each] if not name._erased and name not in later]
+
+    def _assign(self, write: fx.Node) -> None:
+        """Replace `x.data = y`: later uses of x take y, and x gets the data at the graph's end."""
+        target, value = write.args
+        assert isinstance(target, fx.Node) and isinstance(value, fx.Node)
+        _use_from(write, {target: value})
+        for user in list(write.users):
+            if target_name(user) == VERSION_STEP:
+                self.graph.erase_node(user)
+        write.replace_all_uses_with(value)
+        self._write_back(write.op, write.target, target, value)
+        self.graph.erase_node(write)
+
+    def _write_back(self, op: str, target: Any, source: fx.Node, value: fx.Node) -> None:
+        """Let a graph input have `value` when the graph ends."""
+        output = next(node for node in reversed(self.graph.nodes) if node.op == "output")
+        with self.graph.inserting_before(output):
+            write = self.graph.create_node(op, target, (source, value))
+        # An input's meta names the module that used it first, and would extend that block to the graph's end.
+        write.meta = {key: each for key, each in source.meta.items() if key != "nn_module_stack"}
 
 
-def _use_from(write: fx.Node, copies: Mapping[fx.Node, fx.Node], position: Mapping[fx.Node, int]) -> None:
+VERSION_STEP = "_lower_version_count_by_1"
+"""Dynamo's step after `x.data = y`: hides the assignment from autograd, which is off here."""
+_BY_LAYOUT = frozenset({"as_strided", "contiguous", "flatten", "ravel", "reshape", "reshape_as", "to", "unflatten"})
+
+
+def _memory(nodes: Iterable[fx.Node]) -> frozenset[Memory]:
+    return frozenset(memory for node in nodes for memory in memory_of(node))
+
+
+def _roots(names: Sequence[fx.Node]) -> list[fx.Node]:
+    """Those of the names that are not made from another one. Of an operation with several results, the results."""
+    inside: set[fx.Node] = set()
+    roots = []
+    for name in names:
+        if inside.isdisjoint(name.all_input_nodes):
+            if not isinstance(value_of(name), torch.Tensor):
+                continue
+            roots.append(name)
+        inside.add(name)
+    return roots
+
+
+def _target_of(write: fx.Node) -> fx.Node | None:
+    """The tensor that the node writes to and returns; None if it does not do that."""
+    value = tensor_of(write)
+    for target in written_by(write):
+        tensor = tensor_of(target)
+        if value is None or tensor is None or memory_of(target) != memory_of(write):
+            continue
+        if tensor.shape == value.shape:
+            return target
+    return None
+
+
+def _real_input(node: fx.Node) -> torch.Tensor | None:
+    """The tensor of the call that is being captured, if the node is a graph input that dynamo still holds it for."""
+    example = getattr(node.meta.get("grapharg"), "example", None) if node.op == "placeholder" else None
+    return example if isinstance(example, torch.Tensor) else None
+
+
+def _is_dense(node: fx.Node) -> bool:
+    """Whether a clone has the same layout: no gaps, no overlaps, no offset."""
+    tensor = tensor_of(node)
+    assert tensor is not None
+    return tensor.storage_offset() == 0 and is_non_overlapping_and_dense_or_false(tensor)
+
+
+def _use_from(write: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> None:
     """Let every node after `write` use the new nodes in place of the old ones."""
     for old, new in copies.items():
         for user in list(old.users):
-            if user is not new and position.get(user, -1) > position[write]:
+            if user is not new and write < user:
                 user.replace_input_with(old, new)
 
 

@@ -28,7 +28,9 @@ from torch.fx.node import map_arg
 from .base import Facts, FlatGraph, Rewrite, Rewritten, make_module
 from .block_loops import Detection
 from .find_timestep import TimestepSource
+from .graph_aliases import write_spans
 from .graph_values import body_nodes, input_nodes, is_data_movement, open_contexts, tensor_of, value_of
+from .normalize import Normalized
 from .plan_regions import RegionPlan, RegionReport
 
 # Keys in the meta of outer nodes: the position of body nodes at which the node's piece begins, and the piece's kind.
@@ -75,7 +77,7 @@ class OutlineBlocks(Rewrite):
 
     name: ClassVar[str] = "outline_blocks"
     requires: ClassVar[tuple[type, ...]] = (FlatGraph, Detection)
-    uses: ClassVar[tuple[type, ...]] = (RegionReport,)
+    uses: ClassVar[tuple[type, ...]] = (RegionReport, Normalized)
     provides: ClassVar[tuple[type, ...]] = (Outline,)
     preserves: ClassVar[tuple[type, ...]] = (TimestepSource, Detection, RegionReport)
 
@@ -86,7 +88,8 @@ class OutlineBlocks(Rewrite):
     def run(self, gm: fx.GraphModule, facts: Facts) -> Rewritten:
         detection, report = facts[Detection], facts.get(RegionReport)
         regions = report.regions if report else ()
-        if not detection.chain:
+        normalized = facts.get(Normalized)
+        if not detection.chain or (normalized is not None and normalized.impurities):
             return Rewritten(gm, 0)
         nodes = body_nodes(gm.graph)
         pieces = plan_pieces(nodes, detection, regions, self.granularity)
@@ -138,7 +141,7 @@ def plan_pieces(
     if not cuts:
         return [Piece("model", "region", 0, tuple(nodes))]
     cuts[end_of_last] = ("epilogue", "epilogue")
-    for low, high in open_contexts(nodes):
+    for low, high in (*open_contexts(nodes), *write_spans(nodes)):
         cuts = {at: label for at, label in cuts.items() if not low < at <= high}
     cuts.setdefault(0, ("prologue", "prologue"))
 

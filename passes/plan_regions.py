@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -38,7 +39,7 @@ from cachedit_fx.config.rules import OptionError
 
 from .base import Analysis, Facts, FlatGraph
 from .block_loops import Block, BlockLoop, Detection
-from .graph_aliases import dependents, mutated_input, root_of
+from .graph_aliases import dependents, write_spans, written_by
 from .graph_cost import numel
 from .graph_values import (
     body_nodes,
@@ -50,6 +51,8 @@ from .graph_values import (
     same_kind,
     tensor_of,
 )
+from .normalize import Normalized
+from .side_effects import SideEffects, hoisted_nodes
 from .trace_bases import BaseTracer, Continuation
 
 
@@ -132,6 +135,7 @@ class PlanRegions(Analysis[RegionReport]):
             are numbered over the chain, or in each loop with scope "loop".
         scope: "model" makes one region over the whole chain, "loop" one for each of its loops.
         to_output: whether the region runs to the end of the graph.
+        kept: indices of the graph's results that outlive the call in attributes and containers.
 
     Raises:
         OptionError: in `run`, if there are more cuts of loops than loops.
@@ -139,11 +143,18 @@ class PlanRegions(Analysis[RegionReport]):
 
     name: ClassVar[str] = "plan_regions"
     requires: ClassVar[tuple[type, ...]] = (FlatGraph, Detection)
+    uses: ClassVar[tuple[type, ...]] = (Normalized,)
     provides: ClassVar[type] = RegionReport
 
-    def __init__(self, cuts: Sequence[Cut], scope: Scope = "model", to_output: bool = False) -> None:
+    def __init__(
+        self,
+        cuts: Sequence[Cut],
+        scope: Scope = "model",
+        to_output: bool = False,
+        kept: AbstractSet[int] = frozenset(),
+    ) -> None:
         self.cut, *self.loop_cuts = cuts or [Cut(0, 0)]
-        self.scope, self.to_output = scope, to_output
+        self.scope, self.to_output, self.kept = scope, to_output, kept
 
     def run(self, gm: fx.GraphModule, facts: Facts) -> RegionReport:
         detection = facts[Detection]
@@ -153,7 +164,11 @@ class PlanRegions(Analysis[RegionReport]):
                 f"params_modifiers has {len(self.loop_cuts)} entries, and the chain {len(whole)} block loops: "
                 f"{', '.join(loop.name for loop, _ in whole)}"
             )
+        impurities = facts[Normalized].impurities if Normalized in facts else ()
+        if impurities:
+            return RegionReport((), impurities)
         nodes = body_nodes(gm.graph)
+        effects = SideEffects(gm.graph, self.kept)
         regions: list[RegionPlan] = []
         refusals: list[str] = []
         for index, chain in enumerate([whole] if self.scope == "model" else [[entry] for entry in whole]):
@@ -161,6 +176,9 @@ class PlanRegions(Analysis[RegionReport]):
             for block in _units(chain, cut):
                 try:
                     region = self._region(f"region_{len(regions)}", chain, nodes, cut, block)
+                    loss = next(effects.lost(region), None)
+                    if loss is not None:
+                        raise RegionRefused(f"{' + '.join(region.loops)}: {loss}")
                     regions.append(replace(region, loop=index if self.scope == "loop" else None))
                 except RegionRefused as refusal:
                     refusals.append(str(refusal))
@@ -209,7 +227,7 @@ def _plan(
     end = blocks[len(blocks) - last - 1].end
     if block is not None:
         start, end = blocks[block].start, blocks[block].end
-    _refuse_side_effects(title, nodes, start, end)
+    _refuse_open_spans(title, nodes, start, end)
 
     block_inputs = _block_inputs(chain)
     position = positions_of(nodes)
@@ -217,7 +235,7 @@ def _plan(
     sources = {v for v in carried_values if v is not None and position.get(v, -1) < start}
     inside = nodes[start:end]
     carriers = dependents(sources, inside)
-    hoisted = _hoisted(inside, carriers)
+    hoisted = hoisted_nodes(inside, carriers)
     body = [node for node in inside if node not in hoisted]
     ins, outs = live_ins(body), live_outs(body)
 
@@ -254,9 +272,11 @@ def _plan_to_output(
     name: str, chain: Sequence[tuple[BlockLoop, int]], nodes: Sequence[fx.Node], first: int
 ) -> RegionPlan:
     title, blocks = _title_and_blocks(chain, first, 0)
-    start = blocks[first - 1].end if first else 0
-    _refuse_side_effects(title, nodes, start, len(nodes))
-    inside = nodes[start:]
+    start, end = blocks[first - 1].end if first else 0, len(nodes)
+    while written_by(nodes[end - 1]) and not nodes[end - 1].users:  # writes to graph inputs come last
+        end -= 1
+    _refuse_open_spans(title, nodes, start, end)
+    inside = nodes[start:end]
     outs = live_outs(inside)
     _refuse_odd_results(title, outs)
     ins = live_ins(inside)
@@ -268,7 +288,7 @@ def _plan_to_output(
         first=first,
         last=0,
         start=start,
-        end=len(nodes),
+        end=end,
         live_ins=ins,
         live_outs=outs,
         streams=tuple(value for value in ins if tensor_of(value) is not None and not is_weight(value)),
@@ -328,34 +348,16 @@ def _refuse_odd_results(title: str, outs: Sequence[fx.Node]) -> None:
         raise RegionRefused(f"{title}: {odd.name}, which leaves the region, is no tensor and cannot be stored")
 
 
-def _refuse_side_effects(title: str, nodes: Sequence[fx.Node], start: int, end: int) -> None:
-    """Raise if the region writes to memory from outside, or if a context spans its border."""
-    inside = set(nodes[start:end])
-    for node in nodes[start:end]:
-        target = mutated_input(node)
-        if target is not None and root_of(target) not in inside:
-            raise RegionRefused(
-                f"{title}: {node.name} writes in place to {root_of(target).name}, made outside the region"
-            )
+def _refuse_open_spans(title: str, nodes: Sequence[fx.Node], start: int, end: int) -> None:
+    """Raise if a context, or several names of memory that is written to, span the region's border."""
     for low, high in open_contexts(nodes):
         if low < start <= high or low < end <= high:
             raise RegionRefused(
                 f"{title}: {nodes[low].name} opens a context (autocast, grad mode) that spans its border"
             )
-
-
-def _hoisted(inside: Sequence[fx.Node], carriers: set[fx.Node]) -> set[fx.Node]:
-    """Live-outs that depend on no carried value (are no `carriers`), and the nodes that they need."""
-    within = set(inside)
-    pending = [node for node in live_outs(inside) if node not in carriers]
-    nodes: set[fx.Node] = set()
-    while pending:
-        node = pending.pop()
-        if node in nodes:
-            continue
-        nodes.add(node)
-        pending.extend(source for source in node.all_input_nodes if source in within)
-    return nodes
+    for low, high in write_spans(nodes):
+        if low < start <= high or low < end <= high:
+            raise RegionRefused(f"{title}: {nodes[high].name} writes in place to memory that crosses its border")
 
 
 def _hidden_after(chain: Sequence[tuple[BlockLoop, int]], first: int) -> fx.Node | None:

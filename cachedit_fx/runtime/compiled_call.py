@@ -95,7 +95,7 @@ class CompiledCall:
         """The first call's result. The call settles whether the module is captured under the flags of `capturing`."""
         module = self.module()
         assert module is not None
-        restore = _snapshot((args, kwargs))
+        restore = _snapshot((args, kwargs, list(module.buffers())))
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if tensors and all(map(on_host, tensors)):
             warm_up(self.state.options)
@@ -142,7 +142,7 @@ def _lacks_loop(call: Call) -> bool:
 
 
 def _snapshot(arguments: Any) -> Callable[[], None]:
-    """Copy the state that a call may change: its inputs and the random generators. The result restores that state."""
+    """Copy the state that a call may change: inputs, buffers, random generators. The result restores that state."""
     copies = [(leaf, leaf.detach().clone()) for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
     generator = torch.get_rng_state()
     on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []

@@ -27,6 +27,7 @@ from lib.wrapped import (
     plain,
     steps,
 )
+from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
 import cachedit_fx
@@ -173,6 +174,41 @@ def test_quantized_linears_under_inductor(kind):
     disable_cache(model)
     cachedit_fx.compile(model, cache=None, inner_backend="inductor")
     assert torch.equal(call(model, inputs), results[0])
+
+
+@pytest.mark.full("wrappings")
+@torch.no_grad()
+def test_linears_of_bitsandbytes():
+    """They give the weight its data anew in each call. The blocks share their pieces as plain linears do."""
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is no dependency of the tests")
+
+    def pieces(model, inputs):
+        keys = []
+
+        def inner(gm, _):
+            keys.append(gm)
+            return gm.forward
+
+        cachedit_fx.compile(model, inner_backend=inner, Fn_compute_blocks=1, residual_diff_threshold=0.0)
+        return call(model, inputs), len(keys)
+
+    model, inputs = models.flux(double=4, single=4)
+    full = plain(model, inputs)
+    wanted = pieces(copy.deepcopy(model), inputs)[1]
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and "blocks" in name:
+            layer = bitsandbytes.nn.Linear8bitLt(
+                linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False
+            )
+            layer.load_state_dict(linear.state_dict())
+            model.set_submodule(name, layer.to("cpu"))
+    quantized = plain(model, inputs)
+    result, distinct = pieces(model, inputs)
+    assert torch.equal(result, quantized) and torch.allclose(quantized, full, atol=0.2)
+    assert distinct <= wanted == 5  # fewer: 8-bit products are contiguous
+    enabled(model, SKIPS)
+    generation(model, inputs)
+    check_next_generation(model, inputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,11 @@
 """Lowering: what has one key and what has not, each distinct piece compiled once, inductor close to eager."""
 
+import copy
+import gc
 import itertools
 import operator
 import threading
+import weakref
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from lib.helpers import Computes, Restores, capture, rewritten
 from torch import fx, nn
 from torch._inductor import compile_fx, cpu_vec_isa
 
+import cachedit_fx
 from cachedit_fx.backend import cachedit
 from cachedit_fx.config.options import parse_options
 from cachedit_fx.kernels import cpu
@@ -122,6 +126,144 @@ def test_targets_and_wiring_are_told_apart():
         return structure_key(module)
 
     assert wired(False) == wired(False) != wired(True)
+
+
+def closure(number, other=None, default=1, keyword=None):
+    def function(x, factor=default, *, word=keyword):
+        return x * number * factor if other is None else other(x)
+
+    return function
+
+
+def counter():
+    count = 0
+
+    def function(x):
+        nonlocal count
+        count += 1
+        return x * count
+
+    return function
+
+
+def recursive():
+    def function(x):
+        return x if x.sum() > 0 else function(-x)
+
+    return function
+
+
+TENSOR = torch.ones(1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: closure(2),
+        lambda: closure(2, closure(3)),
+        lambda: closure(TENSOR, keyword=(1, None, "a")),
+        lambda: closure([1, (2.0, TENSOR)]),
+        recursive,
+    ],
+)
+def test_functions_of_equal_contents_are_one(make):
+    assert make() is not make()
+    assert key(torch.ones(3), function=make(), args=()) == key(torch.ones(3), function=make(), args=())
+
+
+def test_functions_of_other_contents_are_told_apart():
+    marked = closure(2)
+    marked.mark = 1
+    functions = [
+        closure(2),
+        closure(3),
+        closure(2.0),
+        closure(True),
+        closure(1),
+        closure(2, default=2),
+        closure(2, keyword=2),
+        closure(2, closure(2)),
+        closure(2, closure(3)),
+        closure(torch.ones(1)),
+        closure(torch.ones(1)),
+        closure([2]),
+        closure((2,)),
+        marked,
+        recursive(),
+        counter(),
+        counter(),
+    ]
+    keys = [key(torch.ones(3), function=function, args=()) for function in functions]
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_key_holds_what_it_tells_apart_and_nothing_outlives_it():
+    tensor = torch.ones(1)
+    alive = weakref.ref(tensor)
+    value = key(torch.ones(3), function=closure(tensor), args=())
+    del tensor
+    gc.collect()
+    assert alive() is not None and hash(value)  # else another tensor could get its address
+    del value
+    gc.collect()
+    assert alive() is None
+
+
+class Assigns(nn.Linear):
+    """As a linear layer of bitsandbytes: each call gives the weight its data anew."""
+
+    def __init__(self, features):
+        super().__init__(features, features)
+        self.data = self.weight.data
+
+    def forward(self, x):
+        result = super().forward(x)
+        self.weight.data = self.data
+        return result
+
+
+class Assigning(nn.Module):
+    def __init__(self, blocks=4):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(Assigns(8), nn.Tanh(), nn.Linear(8, 8)) for _ in range(blocks))
+
+    def forward(self, hidden_states):
+        for block in self.blocks:
+            hidden_states = hidden_states + block(hidden_states)
+        return hidden_states
+
+
+@torch.no_grad()
+def test_blocks_that_assign_data_are_compiled_once():
+    module, inner = Assigning(), Counting()
+    model = cachedit_fx.compile(module, inner_backend=inner, Fn_compute_blocks=1, residual_diff_threshold=0.0)
+    x = torch.randn(2, 8)
+    assert torch.equal(model(x), copy.deepcopy(module)(x))
+    assert len(inner.pieces) == 1
+    for assigns in (part for part in module.modules() if isinstance(part, Assigns)):
+        assert assigns.weight.data_ptr() == assigns.data.data_ptr()
+
+
+class Calling(nn.Module):
+    def __init__(self, numbers):
+        super().__init__()
+        self.functions = [torch._dynamo.allow_in_graph(closure(number)) for number in numbers]
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)) for _ in numbers)
+
+    def forward(self, hidden_states):
+        for block, function in zip(self.blocks, self.functions, strict=True):
+            hidden_states = hidden_states + function(block(hidden_states))
+        return hidden_states
+
+
+@pytest.mark.parametrize(("numbers", "distinct"), [((2, 2, 2, 2), 1), ((2, 2, 3, 2), 2)])
+@torch.no_grad()
+def test_blocks_that_call_closures_are_compiled_once_for_equal_contents(numbers, distinct):
+    module, inner = Calling(numbers), Counting()
+    model = cachedit_fx.compile(module, inner_backend=inner, Fn_compute_blocks=1, residual_diff_threshold=0.0)
+    x = torch.randn(2, 8)
+    assert torch.equal(model(x), module.forward(x))
+    assert len(inner.pieces) == distinct
 
 
 def test_names_do_not_matter():

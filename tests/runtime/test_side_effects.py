@@ -1,0 +1,115 @@
+"""What blocks write beside their results is right after every call, whatever the policy."""
+
+from typing import Any
+
+import pytest
+import torch
+from lib.causal_video import BLOCKS, CHUNKS, STORES, TIMESTEPS, build, empty_caches, plain_rollout, rollout
+from torch import nn
+
+import cachedit_fx
+from cachedit_fx import CacheWarning
+
+REUSES: dict[str, Any] = {
+    "Fn_compute_blocks": 1,
+    "Bn_compute_blocks": 0,
+    "residual_diff_threshold": 10.0,
+    "max_warmup_steps": 0,
+}
+STATIC: dict[str, Any] = {"steps_computation_mask": [1, 0, 1, 0], "steps_computation_policy": "static"}
+POLICIES: dict[str, dict[str, Any]] = {
+    "DBCache": REUSES,
+    "DBPrune": {"cache": cachedit_fx.DBPruneConfig(Fn_compute_blocks=1, residual_diff_threshold=10.0)},
+    "TaylorSeer": REUSES | {"calibrator": cachedit_fx.TaylorSeerCalibratorConfig()},
+    "whole outputs": REUSES | {"calibrator": cachedit_fx.TaylorSeerCalibratorConfig(calibrator_cache_type="output")},
+    "static mask": REUSES | STATIC,
+    "shortcuts": REUSES | {"guards": "generation"},
+}
+
+
+def compiled(module, **options):
+    return cachedit_fx.compile(module, inner_backend="eager", **options)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_keys_and_values_are_those_of_the_present_call(store):
+    """A bypassed block would leave out its write, or write what it wrote at another place."""
+    model = compiled(build(store), **POLICIES["static mask"])
+    with pytest.warns(CacheWarning, match="bypassed block would|share") as told:
+        got = rollout(model, model)
+    assert len([warning for warning in told if issubclass(warning.category, CacheWarning)]) == 1
+    same(got, plain_rollout(store))
+    assert sum(stats.uncached_calls for stats in cachedit_fx.summary(model)) == CHUNKS * (len(TIMESTEPS) + 1)
+
+
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "static mask"])
+def test_every_policy_leaves_blocks_alone_that_write_to_arguments(policy):
+    model = compiled(build("arguments"), **POLICIES[policy])
+    with pytest.warns(CacheWarning, match="its blocks write to .*, and a bypassed block would not"):
+        got = rollout(model, model)
+    same(got, plain_rollout("arguments"))
+
+
+def test_explain_says_why():
+    model = compiled(build("arguments"), **REUSES)
+    inputs = torch.zeros(1, 3, 8), torch.tensor([1000.0]), torch.zeros(1, 2, 8), empty_caches("arguments"), 0
+    explanation = cachedit_fx.explain(model, *inputs)
+    assert explanation.regions == ()
+    assert any("its blocks write to caches_1_k, and a bypassed block would not" in note for note in explanation.notes)
+
+
+class Counting(nn.Module):
+    """Blocks that count their calls, and keep a projection of the text for later calls."""
+
+    calls: torch.Tensor
+    keys: torch.Tensor
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.text = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("keys", torch.zeros(1, 2, 8))
+
+    def forward(self, hidden, temb, text, store):
+        self.calls += 1
+        self.keys.copy_(self.text(text))
+        store["text"] = self.keys * 2
+        return hidden + self.linear(hidden * temb).tanh() + self.keys.mean() + 0.01 * self.calls
+
+
+class Counted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+        self.blocks = nn.ModuleList(Counting() for _ in range(BLOCKS))
+
+    def forward(self, hidden_states, timestep, text, stores):
+        hidden = self.proj(hidden_states)
+        for block, store in zip(self.blocks, stores, strict=True):
+            hidden = block(hidden, (timestep / 1000)[:, None, None].cos(), text, store)
+        return self.proj(hidden)
+
+
+@pytest.mark.parametrize("options", [STATIC, {"guards": "generation"} | STATIC], ids=["guarded", "shortcuts"])
+@torch.no_grad()
+def test_writes_that_depend_on_no_hidden_states_are_made_by_every_call(options):
+    """They are hoisted out of the region: bypassed steps count too, and keep the text of the present call."""
+    torch.manual_seed(0)
+    module = Counted().eval()
+    model = compiled(module, **REUSES | options)
+    for step in range(4):
+        text = torch.randn(1, 2, 8)
+        stores: list[dict[str, torch.Tensor]] = [{} for _ in range(BLOCKS)]
+        model(torch.randn(1, 3, 8), torch.tensor([1000.0 - step]), text, stores)
+        for block, store in zip(module.blocks, stores, strict=True):
+            assert isinstance(block, Counting)
+            assert block.calls == step + 1
+            assert torch.equal(block.keys, block.text(text)) and torch.equal(store["text"], block.keys * 2)
+    (stats,) = cachedit_fx.summary(model)
+    assert stats.cached_steps == [1, 3] and stats.uncached_calls == 0
+
+
+def same(got: list[list[torch.Tensor]], wanted: list[list[torch.Tensor]]) -> None:
+    for call, (tensors, others) in enumerate(zip(got, wanted, strict=True)):
+        for index, (a, b) in enumerate(zip(tensors, others, strict=True)):
+            assert torch.equal(a, b), f"call {call}, tensor {index}: off by {(a - b).abs().max()}"

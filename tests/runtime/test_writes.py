@@ -1,0 +1,151 @@
+"""In-place writes: through any alias, to activations, arguments and buffers, cached results and state are right."""
+
+import contextlib
+import copy
+import warnings
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from lib.shared import SharedCapture
+from lib.written_models import ALIASES, WRITES, Case, arguments, build, cases, every_pair
+from lib.zoo import videos
+
+import cachedit_fx
+from cachedit_fx import CacheWarning
+
+FEW = settings(
+    max_examples=8, phases=(Phase.explicit, Phase.reuse, Phase.generate), suppress_health_check=list(HealthCheck)
+)
+STEPS = 3
+
+
+class Unwritable(Exception):
+    """The plain model refuses the case itself."""
+
+
+@torch.no_grad()
+def generation(model, module, steps):
+    """For each step: results, arguments after the call, the buffer after the call."""
+    seen = []
+    for step in steps:
+        inputs = arguments(module.case, step)
+        results = model(**inputs)
+        seen.append([x.clone() for x in (*results, *inputs.values(), module.buffer)])
+    return seen
+
+
+def same(wanted, got, what, exact=True):
+    for step, (before, after) in enumerate(zip(wanted, got, strict=True)):
+        for index, (a, b) in enumerate(zip(before, after, strict=True)):
+            equal = torch.equal(a, b) if exact else torch.allclose(a, b, atol=1e-6)
+            assert equal, f"{what}, step {step}, tensor {index}: {(a - b).abs().max()}"
+
+
+def check(case, exact=True, **options):
+    """Threshold 0 equals the plain model; under reuse, computed steps and everything that is written do."""
+    torch._dynamo.reset()
+    module = build(case)
+    plain = copy.deepcopy(module)
+    try:
+        wanted = generation(plain, plain, range(STEPS))
+    except RuntimeError as error:
+        raise Unwritable from error
+    shared = SharedCapture(module)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        shared.compile(**options, Fn_compute_blocks=1, residual_diff_threshold=0.0)
+        same(wanted, generation(shared, module, range(STEPS)), "threshold 0", exact)
+    told = [str(warning.message) for warning in caught if issubclass(warning.category, CacheWarning)]
+    uncached = [stats for stats in shared.summary() if stats.uncached_calls]
+    assert len(uncached) == len(told), told
+    for mask in ([1, 0, 0], [1, 0, 1]):
+        module.load_state_dict(plain.state_dict() | build(case).state_dict())
+        again = copy.deepcopy(module)
+        wanted = generation(again, again, [0, 0, 0])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            shared.compile(
+                **options, Fn_compute_blocks=1, steps_computation_mask=mask, steps_computation_policy="static"
+            )
+            got = generation(shared, module, [0, 0, 0])
+        for step, (before, after) in enumerate(zip(wanted, got, strict=True)):
+            written = slice(3, None)
+            computed = slice(None) if mask[step] and case.target != "buffer" else written
+            same([before[computed]], [after[computed]], f"mask {mask}, step {step}", exact)
+    return told
+
+
+def check_if_writable(case):
+    with contextlib.suppress(Unwritable):
+        check(case)
+
+
+@FEW
+@given(cases())
+def test_random_writes_are_right(case):
+    check_if_writable(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(("data",), "copy_", "activation", "before"),
+        Case(("chunk", "view_as_real"), "foreach", "buffer", "in blocks"),
+        Case(("dropout", "contiguous"), "fill_", "buffer", "across", depends=False),
+        Case(("T",), "out of another", "stream", "across"),
+        Case(("slice",), "add_", "shared arguments", "before"),
+        Case(("itself",), "data =", "argument", "after", depends=False),
+        Case(("unfold",), "unsqueeze_", "activation", "across"),
+    ],
+    ids=str,
+)
+def test_cases_that_once_failed(case):
+    check(case)
+
+
+@pytest.mark.parametrize("target", ["activation", "stream", "argument"])
+def test_compiled_pieces_write_as_the_plain_model(target):
+    """Ahead-of-time autograd goes by the storages of a piece's inputs. Its sums round in another order."""
+    case = Case(("detach", "narrow"), "chained", target, "across", depends=False)
+    check(case, exact=False, inner_backend="aot_eager", compiled_pieces="all")
+
+
+@torch.no_grad()
+def test_arguments_that_share_memory_at_a_later_call_are_captured_anew():
+    """The first capture would write to its copy of one argument, and read the other one's old numbers."""
+    shared, separate = (Case(target=target, place="before") for target in ("shared arguments", "argument"))
+    module, plain = build(shared), build(shared)
+    model = cachedit_fx.compile(module, inner_backend="eager", Fn_compute_blocks=1, residual_diff_threshold=0.0)
+    for kind, message in ((separate, None), (shared, "memory that another and extra share"), (separate, None)):
+        wanted, got = arguments(kind, 0), arguments(kind, 0)
+        with pytest.warns(CacheWarning, match=message) if message else contextlib.nullcontext():
+            result = model(**got)[0]
+        assert torch.equal(result, plain(**wanted)[0])
+        assert all(torch.equal(got[name], wanted[name]) for name in got)
+
+
+@pytest.mark.parametrize("name", ["CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"])
+@torch.no_grad()
+def test_embeddings_that_are_filled_through_data(name):
+    """Without rotary positions both fill zeros by `x.data[:, n:].copy_(y)`."""
+    module, inputs = getattr(videos, name)()
+    module = type(module).from_config(dict(module.config) | {"use_rotary_positional_embeddings": False}).eval()
+    calls = [{**inputs(1), "image_rotary_emb": None} for _ in range(2)]
+    wanted = [module(**call)[0] for call in calls]
+    shared = SharedCapture(module)
+    shared.compile(Fn_compute_blocks=1, residual_diff_threshold=0.0)
+    for call, result in zip(calls, wanted, strict=True):
+        assert torch.equal(shared(**call)[0], result)
+    assert [stats.uncached_calls for stats in shared.summary()] == [0]
+
+
+@pytest.mark.full("fuzz")
+@pytest.mark.budget(120, "fifty models, each captured")
+@pytest.mark.parametrize("first", range(0, len(ALIASES) * len(WRITES), 48))
+def test_every_alias_with_every_write(first):
+    for case in list(every_pair())[first : first + 48]:
+        try:
+            check_if_writable(case)
+        except Exception as error:
+            raise AssertionError(repr(case)) from error
