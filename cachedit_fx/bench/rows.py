@@ -64,10 +64,7 @@ def read_rows(path: Path, steps: int) -> list[Row]:
             raise RowError(f"{path}, row {name!r}: system={system!r} is not one of {', '.join(SYSTEMS)}")
         rows.append(Row(name, system, arguments))
     if with_presets:
-        try:
-            rows += preset_rows(steps)
-        except cachedit_fx.OptionError as error:
-            raise RowError(f"{path}: {error}; leave out `presets = true`, or give more --steps") from None
+        rows += preset_rows(steps)
     if not rows:
         raise RowError(f'{path} has no rows: add a table, such as ["DBCache 0.2"], or `presets = true`')
     return rows

@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
-from cachedit_fx.config.rules import FLAG, check_fields, choice, integer, setting
+from cachedit_fx.config.rules import Rule, check_fields, choice, integer, is_number, setting
 
 Target: TypeAlias = Literal["residual", "hidden_states", "output"]
 StateDtype: TypeAlias = Literal["wider", "float32", "model"]
 Variable: TypeAlias = Literal["timestep", "step"]
+
+_SHARE = Rule(lambda value: isinstance(value, bool) or (is_number(value) and 0 <= value <= 1), "a share from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class LagrangeCalibratorConfig(CalibratorConfig):
     lagrange_variable: Variable = setting("timestep", choice(*get_args(Variable)))
     """The polynomial's variable. "step" assumes that all steps have one length. Step numbers are also used if no
     timestep is known, or if timesteps do not run one way."""
-    deferred_correction: bool = setting(True, FLAG)
-    """Whether the first prediction after a computed step makes up for the error of the predictions before it. With
-    correction lagrange_order + 3 values are stored for every result and every CFG branch, otherwise
+    deferred_correction: float = setting(1.0, _SHARE)
+    """The share of the error of the predictions before a computed step that the first prediction after it makes up
+    for; True = 1, False = 0. A model pulls a wrong state back, strongly so under guidance, and may have made up for a
+    part already. With correction lagrange_order + 3 values are stored for every result and every CFG branch, otherwise
     lagrange_order + 1."""

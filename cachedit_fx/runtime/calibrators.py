@@ -144,13 +144,13 @@ def lagrange_coefficients(config: LagrangeCalibratorConfig, trail: Sequence[Mome
 
     A sampler moves by the output times the length of a step, `h`. When the step after a gap is computed, the error of
     the outputs `P_j` predicted in the gap becomes known. It is about `I_j - P_j`, with `I_j` on the polynomial through
-    the steps on the gap's two sides. The first prediction after the gap is
+    the steps on the gap's two sides, a line at least. The first prediction after the gap is
 
-        sum_j l_j(now) Y_j + sum_j h_j (I_j - P_j) / h_now
+        sum_j l_j(now) Y_j + s sum_j h_j (I_j - P_j) / h_now
 
-    The sampler is then at the place that interpolated outputs would have reached. `P_j` is counted without its own
-    corrections, which belong to earlier predictions. `h_now` is not known yet, and the length of the previous step
-    replaces it. Source: deferred (defect) correction, Pereyra 1966; Dutt, Greengard, Rokhlin 2000.
+    If the share s is 1, the sampler is then at the place that interpolated outputs would have reached. `P_j` is counted
+    without its own corrections, which belong to earlier predictions. `h_now` is not known yet, and the length of the
+    previous step replaces it. Source: deferred (defect) correction, Pereyra 1966; Dutt, Greengard, Rokhlin 2000.
 
     Nothing is corrected if more than `CORRECTED_RUN` computed steps follow the gap, since the values that its
     predictions need are no longer stored.
@@ -169,8 +169,9 @@ def lagrange_coefficients(config: LagrangeCalibratorConfig, trail: Sequence[Mome
         if trail[index].computed:
             break
         place, successor = places[index + 1], places[index]
-        ratio = (successor - place) / (present - previous)
-        interpolation, prediction = _lagrange(nodes, gap - 1, points, place), _lagrange(nodes, gap, points, place)
+        ratio = config.deferred_correction * (successor - place) / (present - previous)
+        interpolation = _lagrange(nodes, gap - 1, max(points, 2), place)
+        prediction = _lagrange(nodes, gap, points, place)
         weights = [w + ratio * (i - p) for w, i, p in zip(weights, interpolation, prediction, strict=True)]
     return tuple(weights)
 
@@ -236,7 +237,7 @@ def foca_coefficients(trail: Sequence[Moment], step: int) -> tuple[float, ...]:
 
 
 def _lagrange_values(config: LagrangeCalibratorConfig) -> int:
-    return config.lagrange_order + 1 + CORRECTED_RUN * config.deferred_correction
+    return config.lagrange_order + 1 + CORRECTED_RUN * bool(config.deferred_correction)
 
 
 REPEAT = Calibrator(CalibratorConfig, lambda config: 1, lambda config, trail, now: (1.0,))

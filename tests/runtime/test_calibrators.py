@@ -266,20 +266,31 @@ def sampled(mask: str, values: list[float], times: list[float], config: Lagrange
     return given
 
 
-@given(st.integers(0, 3), st.integers(1, 4), st.lists(st.floats(-5, 5), min_size=10, max_size=10))
-def test_correction_brings_the_sampler_where_interpolation_would_have(gap: int, run: int, values: list[float]) -> None:
+@given(
+    st.integers(0, 3),
+    st.integers(1, 4),
+    st.lists(st.floats(-5, 5), min_size=10, max_size=10),
+    st.integers(0, 1),
+    st.floats(0.01, 1),
+)
+def test_correction_brings_the_sampler_where_interpolation_would_have(
+    gap: int, run: int, values: list[float], order: int, share: float
+) -> None:
     """Over steps of one length the sum of all outputs is that of the interpolated ones, once the correction is made;
-    behind a longer run of computed steps it is not."""
+    with a share of it, the sum is that share nearer. After a longer run of computed steps it is not."""
     mask = "11" + "0" * gap + "1" * run + "0"
     steps = len(mask)
     values, times = values[:steps], [float(-step) for step in range(steps)]
-    corrected, plain = (sampled(mask, values, times, config) for config in (LagrangeCalibratorConfig(), NO_CORRECTION))
+    corrected, plain = (
+        sampled(mask, values, times, LagrangeCalibratorConfig(lagrange_order=order, deferred_correction=amount))
+        for amount in (share, 0.0)
+    )
     first, last = values[1], values[2 + gap]
     between = [first + (last - first) * index / (gap + 1) for index in range(1, gap + 1)]
     assert corrected[:-1] == plain[:-1]
     if run <= CORRECTED_RUN:
         missing = sum(between) - sum(plain[2 : 2 + gap])
-        assert sum(corrected) == pytest.approx(sum(plain) + missing, abs=1e-9)
+        assert sum(corrected) == pytest.approx(sum(plain) + share * missing, abs=1e-9)
     else:
         assert corrected == pytest.approx(plain)
 
@@ -396,6 +407,7 @@ def test_memory_is_order_plus_one_times_results_times_branches() -> None:
         ({"calibrator": {"name": "lagrange", "lagrange_ordre": 2}}, "nearest known one is 'lagrange_order'"),
         ({"calibrator": {"name": "lagrang"}}, "is not allowed"),
         ({"calibrator": {"name": "lagrange", "lagrange_variable": "time"}}, "did you mean 'timestep'"),
+        ({"calibrator": {"name": "lagrange", "deferred_correction": 1.5}}, "a share from 0 to 1"),
     ],
 )
 def test_settings_at_odds_are_named(settings: dict[str, object], message: str) -> None:

@@ -1,4 +1,6 @@
-"""The presets: one rule in the number of steps, and what `enable_cache` makes of them."""
+"""The presets: one rule in steps and guidance, and what `enable_cache` makes of them."""
+
+import itertools
 
 import pytest
 from hypothesis import given
@@ -8,7 +10,18 @@ from lib.toys import denoise, make, noise
 
 import cachedit_fx
 from cachedit_fx import LagrangeCalibratorConfig, OptionError
-from cachedit_fx.schedules.presets import MIN_COMPUTED, MIN_STEPS, SHARES, presets, spread_mask
+from cachedit_fx.runtime.calibrators import Moment, coefficients, values_kept
+from cachedit_fx.schedules.presets import (
+    MIN_COMPUTED,
+    MIN_STEPS,
+    PAID,
+    SHARES,
+    calibrator_for,
+    graded_mask,
+    preset,
+    presets,
+    spread_mask,
+)
 
 
 def digits(mask: list[int]) -> str:
@@ -55,9 +68,78 @@ def test_one_rule_for_every_number_of_steps(steps):
     assert counts == sorted(counts, reverse=True)
 
 
-def test_too_few_steps_are_refused_with_the_reason():
-    with pytest.raises(OptionError, match="taking one step less gives a better picture"):
-        presets(MIN_STEPS - 1)
+@pytest.mark.parametrize("guidance", [1.0, 1.5, 3.0, 7.5])
+@pytest.mark.parametrize("steps", [20, 28, 50])
+def test_a_preset_has_its_work_at_any_guidance(steps, guidance):
+    for name, settings in presets(steps, guidance).items():
+        config = settings["cache_config"]
+        assert config.static and config.steps_computation_mask[0] == 1
+        assert sum(config.steps_computation_mask) / steps == pytest.approx(SHARES[name], abs=0.03 + 1e-9)
+
+
+@given(st.integers(1, 200), st.data())
+def test_gaps_of_a_graded_mask_grow(steps, data):
+    computed = data.draw(st.integers(1, steps))
+    mask = graded_mask(steps, computed)
+    assert len(mask) == steps and sum(mask) == computed and mask[0] == 1
+    ones = [step for step, digit in enumerate(mask) if digit]
+    gaps = [after - before for before, after in itertools.pairwise(ones)]
+    assert all(later >= earlier - 1 for earlier, later in itertools.combinations(gaps, 2))
+
+
+@pytest.mark.parametrize("guidance", [None, 1.0, 1])
+def test_one_branch_has_no_guidance(guidance):
+    assert presets(28, guidance) == presets(28)
+
+
+def test_guidance_takes_accuracy_for_stability():
+    """The line first, then the correction, sooner for fewer computed steps."""
+    scales = [1 + index / 8 for index in range(60)]
+    for name in SHARES:
+        calibrators = [preset(name, 28, scale)["calibrator_config"] for scale in scales]
+        orders = [config.lagrange_order for config in calibrators]
+        shares = [config.deferred_correction for config in calibrators]
+        assert orders == sorted(orders, reverse=True) and orders[0] == 1 and orders[-1] == 0
+        assert shares == sorted(shares, reverse=True) and shares[orders.index(0)] == 1
+    careful, fastest = (preset(name, 28, 5.0)["calibrator_config"] for name in ("careful", "fastest"))
+    assert careful.deferred_correction > fastest.deferred_correction == 0
+    assert calibrator_for(sum(PAID) / 2).deferred_correction == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("order", "share", "limit"), [(0, 0.0, 2.0), (0, 1.0, 1.2), (1, 1.0, 2 / 3)])
+def test_the_three_methods_are_stable_up_to_their_limits(order, share, limit):
+    """A model that pulls back by `pull` in three steps, one of them computed: below the limit the state decays."""
+    config = LagrangeCalibratorConfig(lagrange_order=order, deferred_correction=share)
+    for factor, decays in ((0.9, True), (1.1, False)):
+        assert (abs(pulled_back(config, factor * limit)) < 1) is decays
+
+
+def pulled_back(config, pull: float) -> float:
+    """The state after 300 steps, 1 at first, if the model's output is `pull` / 3 times the state."""
+    state, trail, stored = 1.0, [], []
+    for step in range(300):
+        now = Moment(step, -float(step), step % 3 == 0)
+        if now.computed:
+            stored.insert(0, state * pull / 3)
+        weights = (1.0,) if now.computed else coefficients(config, trail, now)
+        state -= sum(weight * value for weight, value in zip(weights, stored, strict=False))
+        trail.insert(0, now)
+        ends = [index for index, moment in enumerate(trail) if moment.computed][: values_kept(config)]
+        trail, stored = trail[: ends[-1] + 1], stored[: len(ends)]
+    return state
+
+
+@pytest.mark.parametrize("steps", range(1, MIN_STEPS))
+def test_with_too_few_steps_all_are_computed(steps):
+    for guidance in (1.0, 3.0):
+        for settings in presets(steps, guidance).values():
+            assert settings["cache_config"].steps_computation_mask == (1,) * steps
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5])
+def test_what_is_no_number_of_steps_is_named(steps):
+    with pytest.raises(OptionError, match="steps=.*denoising steps of a generation"):
+        presets(steps)
 
 
 def test_a_preset_by_name_is_its_settings():
