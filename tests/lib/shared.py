@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import fx, nn
 from cachedit_fx.api import RECOMPILE_LIMIT
 from cachedit_fx.backend import compile_graph
 from cachedit_fx.bench.coverage import Subject, tensors
+from cachedit_fx.capture import copy_of
 from cachedit_fx.config.cache import DBCacheConfig
 from cachedit_fx.config.options import Options, parse_options
 from cachedit_fx.passes.base import Facts, Traced
@@ -72,13 +72,6 @@ class SharedCapture:
     @torch.no_grad()
     def _compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return compile_graph(copy_of(gm), example_inputs, self._state.options, self._state)
-
-
-def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
-    """Another graph module of the same graph, for the passes to change."""
-    another: Any = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-    another.compile_subgraph_reason = getattr(gm, "compile_subgraph_reason", None)  # dynamo's word on a break
-    return another
 
 
 class SharedSubject(Subject):
