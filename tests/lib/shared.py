@@ -82,7 +82,7 @@ class SharedSubject(Subject):
         self.shared = SharedCapture(module, self.note)
 
     def compile(self, cache: DBCacheConfig | None) -> None:
-        self.shared.compile(cache=cache)
+        self.shared.compile(cache=cache, verify="first")
 
     def __call__(self, arguments: Mapping[str, Any]) -> list[torch.Tensor]:
         return tensors(self.shared(**arguments))
