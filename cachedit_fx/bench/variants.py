@@ -90,6 +90,9 @@ class VariantResult:
     outcome: VariantOutcome
     reason: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.label}: {self.reason or self.outcome}"
+
 
 class Vocabulary:
     """The strings and numbers that the arguments of some models have, by name.
