@@ -182,6 +182,8 @@ def check(
 
 def _check(row: Covered, compiled: Subject, inputs: Inputs, blocks: int | None) -> None:
     module, small = compiled.module, inputs(1)
+    if not _timesteps(small):
+        raise ValueError(f"none of the inputs is a timestep by its name: {', '.join(small)}")
     plain, plain_later = tensors(module(**small)), tensors(module(**at_timestep(small, LATER)))
     if not plain or not all(item.isfinite().all() for item in plain) or equal(plain, plain_later):
         raise ValueError("the plain module must return finite tensors that depend on the timestep")
@@ -277,11 +279,12 @@ def equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 
 
 def at_timestep(arguments: Mapping[str, Any], scale: float) -> dict[str, Any]:
-    """The arguments of another step: every timestep scaled down."""
-    names = [name for name in arguments if (name in NAMES or "time" in name) and arguments[name] is not None]
-    if not names:
-        raise ValueError(f"none of the inputs is a timestep by its name: {', '.join(arguments)}")
-    return {**arguments, **{name: _scaled(arguments[name], scale) for name in names}}
+    """The arguments of another step: every timestep scaled down. Without a timestep they stay as they are."""
+    return {**arguments, **{name: _scaled(arguments[name], scale) for name in _timesteps(arguments)}}
+
+
+def _timesteps(arguments: Mapping[str, Any]) -> list[str]:
+    return [name for name in arguments if (name in NAMES or "time" in name) and arguments[name] is not None]
 
 
 def _scaled(value: Any, scale: float) -> Any:

@@ -39,6 +39,7 @@ from cachedit_fx.bench.variants import (
     changes_of,
     companions_of,
 )
+from cachedit_fx.runtime.verification import VerificationError
 from cachedit_fx.runtime.warning import CacheWarning
 
 SEED = 0
@@ -95,8 +96,8 @@ def check_variant(label: str, module: nn.Module, inputs: Inputs) -> VariantResul
         try:
             plain = [_plain(module, inputs, scale) for scale in (FIRST, LATER)]
             _check(compiled, inputs, plain)
-        except _Wrong as promise:
-            return VariantResult(label, "wrong", str(promise))
+        except (_Wrong, VerificationError) as error:
+            return VariantResult(label, "wrong", str(error))
         except Exception as error:
             return VariantResult(label, "wrong", error_text(error))
         finally:
