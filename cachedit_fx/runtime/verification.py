@@ -11,6 +11,7 @@ compared with the values of the graph that dynamo captured, and the first that d
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -85,9 +86,8 @@ class Deviation:
     error: float
 
     def __str__(self) -> str:
-        places = [
-            line.strip() for line in (self.node.stack_trace or "").splitlines() if line.strip().startswith("File ")
-        ]
+        lines = (line.strip() for line in (self.node.stack_trace or "").splitlines())
+        places = [line for line in lines if line.startswith("File ")]
         place = f", made at {places[-1]}" if places else ""
         value = f"its value {self.node.name} is off by {self.error:.3g}{place}"
         return f"The first piece that differs is {self.piece}: {value}"
@@ -146,45 +146,36 @@ class Verifier:
         result = call()
         if graphs:
             ours = copies_of((result, state))
-            plain = self._plain(module, args, kwargs, state, restore)
-            error = relative_error(ours, plain)
-            tolerance = 0.0 if self.is_exact else max(graph.tolerance() for graph in graphs)
-            # A plain module may be inexact itself: sums on a GPU whose order varies.
-            if error > tolerance and not error <= 2 * relative_error(
-                self._plain(module, args, kwargs, state, restore), plain
-            ):
+
+            def run_plain() -> list[torch.Tensor]:
                 restore()
-                raise self._failure(module, graphs, error, tolerance, restore)
+                return copies_of((module._call_impl(*args, **kwargs), state))
+
+            plain = run_plain()
+            error, tolerance = relative_error(ours, plain), self._tolerance(graphs)
+            # A plain module may be inexact itself: sums on a GPU whose order varies.
+            if error > tolerance and error > 2 * relative_error(run_plain(), plain):
+                raise self._failure(module, graphs, error, restore)
         for graph in graphs:
             graph.is_due, graph.inputs = False, ()
         return result
 
-    @staticmethod
-    def _plain(
-        module: torch.nn.Module,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        state: Any,
-        restore: Callable[[], None],
-    ) -> list[torch.Tensor]:
-        restore()
-        return copies_of((module._call_impl(*args, **kwargs), state))
+    def _tolerance(self, graphs: Sequence[WatchedGraph]) -> float:
+        return 0.0 if self.is_exact else max(graph.tolerance() for graph in graphs)
 
     def _failure(
-        self,
-        module: torch.nn.Module,
-        graphs: Sequence[WatchedGraph],
-        error: float,
-        tolerance: float,
-        restore: Callable[[], None],
+        self, module: torch.nn.Module, graphs: Sequence[WatchedGraph], error: float, restore: Callable[[], None]
     ) -> VerificationError:
+        """The error, with its graphs in a folder. Restores the state before the call."""
+        restore()
+        tolerance = self._tolerance(graphs)
         folder = Path(tempfile.mkdtemp(prefix="cachedit_fx_verify_"))
         for number, graph in enumerate(graphs):
             (folder / f"captured_{number}.py").write_text(graph.captured.print_readable(False))
             (folder / f"rewritten_{number}.py").write_text(graph.rewrite().graph_module.print_readable(False))
         deviation, reason = None, "No piece differs if it is run alone"
         try:
-            deviation = next((found for graph in graphs if (found := first_deviation(graph, tolerance))), None)
+            deviation = next(filter(None, (first_deviation(graph, tolerance) for graph in graphs)), None)
         except Exception as failure:  # the comparison of pieces must not hide the error that it is to explain
             reason = f"The pieces could not be compared ({type(failure).__name__}: {failure})"
         finally:
@@ -251,7 +242,7 @@ def _error(value: torch.Tensor, expected: torch.Tensor) -> float:
     if error == 0.0:
         return 0.0
     size = float(expected.to(wide).nan_to_num(0, 0, 0).norm())
-    return error / size if size and error == error else float("inf")
+    return error / size if size and not math.isnan(error) else float("inf")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,9 +260,9 @@ def first_deviation(graph: WatchedGraph, tolerance: float) -> Deviation | None:
     search = _Search(graph.lowered.graph_module, reference.states, tolerance)
     try:
         search.run(*([search] if CacheBranch in graph.lowered.facts else []), *graph.inputs)
-    except _Found as found:
+    except _Differs as end:
         nodes = {node.name: node for node in graph.captured.graph.nodes}
-        return Deviation(found.piece, nodes[found.origin], found.error)
+        return Deviation(end.piece, nodes[end.origin], end.error)
     finally:
         restore()
     return None
@@ -305,13 +296,14 @@ class _Reference(fx.Interpreter):
         if n.name in self.states and isinstance(value, torch.Tensor):
             self._live[n.name] = value, -1
         for name, (tensor, version) in self._live.items():
-            if tensor._version != version:
+            present = 0 if tensor.is_inference() else tensor._version  # inference tensors count no writes
+            if present != version:
                 self.states[name].append(tensor.detach().clone())
-                self._live[name] = tensor, tensor._version
+                self._live[name] = tensor, present
         return value
 
 
-class _Found(Exception):
+class _Differs(Exception):
     """Ends a search at the first piece that differs."""
 
     def __init__(self, piece: str, origin: str, error: float) -> None:
@@ -329,20 +321,17 @@ class _Search(fx.Interpreter):
     def decide(self, *_: Any) -> None:
         """The entry of a region; no decision is needed."""
 
-    def run_region(self, compute: Any, inputs: Sequence[Any]) -> Any:
-        return _Search(compute.__self__, self.states, self.tolerance).run(*inputs)
-
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         states = self.states.get(n.meta.get(ORIGIN, ""))
         if states:
             error = min(relative_error([value], [state]) for state in states)
             if error > self.tolerance:
-                raise _Found(str(n.args[0]), n.meta[ORIGIN], error)  # the node takes one result of a piece
+                raise _Differs(str(n.args[0]), n.meta[ORIGIN], error)  # the node takes one result of a piece
         return value
 
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args and args[0] is self and target == "run":
             _, _, compute, inputs, *_ = args
-            return self.run_region(compute, inputs)
+            return _Search(compute.__self__, self.states, self.tolerance).run(*inputs)
         return super().call_method(target, args, kwargs)

@@ -1,6 +1,6 @@
 """`verify="first"`: the first computed call of every graph is compared with the plain module."""
 
-import random
+import itertools
 from typing import ClassVar
 
 import pytest
@@ -116,7 +116,7 @@ def wrong(monkeypatch):
     return add
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ["two loops", "skips", "in place", "stored whole"])
 def test_right_graphs_pass_and_results_are_the_compiled_ones(name):
     model, inputs = ALL[name]()
     expected = model.eval()(*inputs)
@@ -171,6 +171,7 @@ def test_a_wrong_piece_is_named(wrong, folders, piece, options):
     assert f"class {piece}" in rewritten.read_text() and "torch.mul" in rewritten.read_text()
 
 
+@torch.inference_mode()
 def test_a_pass_over_the_flat_graph_is_found_too(wrong):
     wrong(WrongActivations())
     with pytest.raises(VerificationError) as caught:
@@ -230,13 +231,15 @@ def test_compiled_pieces_may_round_differently(dtype, rounding):
 
 
 def test_a_module_that_never_repeats_itself_is_no_error():
-    class Noisy(Chain):
-        def prepare(self, x, timestep):
-            torch._dynamo.graph_break()
-            return x + random.random()
+    counter = itertools.count()
 
-    random.seed(3)
-    verified(make(Noisy))(*models.inputs())
+    class Drifts(Chain):
+        def prepare(self, x, timestep):
+            return x + next_number()
+
+    next_number = torch.compiler.disable(lambda: torch.tensor(next(counter)))
+    verified(make(Drifts))(*models.inputs())
+    assert next(counter) > 2
 
 
 def test_graphs_of_one_call_are_compared_together(wrong):
@@ -248,14 +251,13 @@ def test_graphs_of_one_call_are_compared_together(wrong):
 
 
 def test_explain_verifies_and_leaves_the_module_as_it_is(wrong):
-    model = compile(make(), inner_backend="eager", cache=ALWAYS)
+    model = compile(make(blocks=4), inner_backend="eager", cache=ALWAYS)
     model(*STEP)
     before = model._compiled_call_impl
     assert "verified: equal to the plain module" in explain(model, *STEP, verify="first").notes
     wrong(WrongPiece("blocks_3"), before="insert_cache_branch")
     with pytest.raises(VerificationError, match="blocks_3"):
         explain(model, *STEP, verify="first")
-    assert explain(model, *STEP).chain == ("blocks",)
     assert model._compiled_call_impl is before and summary(model)[0].executed_steps == 1
 
 
