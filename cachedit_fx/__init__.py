@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cachedit_fx.runtime.policies.dbprune import DBPruneConfig
     from cachedit_fx.runtime.session import session
     from cachedit_fx.runtime.stats import BranchStats, CacheStats
+    from cachedit_fx.runtime.verification import VerificationError
     from cachedit_fx.runtime.warning import CacheWarning
     from cachedit_fx.schedules.masks import steps_mask
     from cachedit_fx.schedules.presets import presets
@@ -50,6 +51,7 @@ _MODULES = {
     "runtime.policies.dbprune": ("DBPruneConfig",),
     "runtime.session": ("session",),
     "runtime.stats": ("BranchStats", "CacheStats"),
+    "runtime.verification": ("VerificationError",),
     "runtime.warning": ("CacheWarning",),
     "schedules.masks": ("steps_mask",),
     "schedules.presets": ("presets",),
@@ -75,6 +77,7 @@ __all__ = [
     "ParamsModifier",
     "Reason",
     "TaylorSeerCalibratorConfig",
+    "VerificationError",
     "compile",
     "disable_cache",
     "enable_cache",

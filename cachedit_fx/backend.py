@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from cachedit_fx.capture import guard_storages, kept_results, numbers_in_frame
+from cachedit_fx.capture import copy_of, guard_storages, kept_results, numbers_in_frame
 from cachedit_fx.config.options import Options, parse_options
+from cachedit_fx.config.rules import OptionError
 from cachedit_fx.lowering import compile_whole, lower
 from cachedit_fx.passes.base import NOTHING_KNOWN, Facts, Pass, Traced
 from cachedit_fx.passes.detect_block_loops import DetectBlockLoops
@@ -46,7 +47,10 @@ def cachedit(
         options: any field of `cachedit_fx.Options` or, flat, of its `cache`.
         mode: the keyword of `torch.compile`.
     """
-    return compile_graph(gm, example_inputs, parse_options(options, mode=mode))
+    parsed = parse_options(options, mode=mode)
+    if parsed.verify:
+        raise OptionError("verify compares with the module, and torch.compile hands a backend graphs: use enable_cache")
+    return compile_graph(gm, example_inputs, parsed)
 
 
 def compile_graph(
@@ -65,10 +69,14 @@ def compile_graph(
         timestep = FindTimestep(options.timestep, numbers_in_frame()).run(gm, Facts())
         return UncachedGraph(compile_whole(gm, example_inputs, options), finder, GRADIENTS, timestep)
     guard_storages(gm, example_inputs)
-    outcome = rewrite(gm, options, state.traced if state is not None else NOTHING_KNOWN)
+    traced, verifier = (state.traced, state.verifier) if state is not None else (NOTHING_KNOWN, None)
+    captured = copy_of(gm) if verifier is not None else gm
+    outcome = rewrite(gm, options, traced)
     if state is not None and state.observe is not None:
         state.observe(outcome.facts)
     forward = lower(outcome.graph_module, options) or compile_whole(gm, example_inputs, options)
+    if verifier is not None:
+        forward = verifier.watch(forward, captured, outcome, lambda: rewrite(copy_of(captured), options, traced))
     return graph_of(gm, forward, finder, outcome.facts)
 
 

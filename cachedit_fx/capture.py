@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,6 +22,13 @@ def ends_at_break(gm: fx.GraphModule) -> bool:
     """Whether the capture broke after this graph, so that more graphs of the same call follow."""
     reason: Any = getattr(gm, "compile_subgraph_reason", None)
     return reason is not None and bool(reason.graph_break)
+
+
+def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph module of the same graph, for passes to change."""
+    another: Any = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    another.compile_subgraph_reason = getattr(gm, "compile_subgraph_reason", None)  # dynamo's word on a break
+    return another
 
 
 def _output_graph() -> Any:
@@ -185,8 +193,7 @@ def first_break(module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[st
 def _describe(error: TorchDynamoException) -> str:
     """The innermost line outside torch, and dynamo's reason."""
     reason, *details = [line.strip() for line in str(getattr(error, "msg", error)).splitlines() if line.strip()]
-    context = next((line for line in details if line.startswith("Developer debug context:")), "")
-    about = context.removeprefix("Developer debug context:").strip()
+    about = next(filter(None, (_after(label, details) for label in ("Developer debug context:", "Explanation:"))), "")
     reason += f": {about}" if about else ""
     stack = list(getattr(error, "real_stack", None) or ())
     inside = str(Path(torch.__file__).parent)
@@ -194,6 +201,11 @@ def _describe(error: TorchDynamoException) -> str:
     if frame is None:
         return f"a place that dynamo does not name ({reason})"
     return f"{frame.filename}:{frame.lineno}, in {frame.name}, `{frame.line}` ({reason})"
+
+
+def _after(label: str, lines: Sequence[str]) -> str:
+    """The rest of the line that begins with `label`; "" if there is none."""
+    return next((line.removeprefix(label).strip() for line in lines if line.startswith(label)), "")
 
 
 @contextlib.contextmanager

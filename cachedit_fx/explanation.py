@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from cachedit_fx.backend import rewrite
+from cachedit_fx.backend import compile_graph, rewrite
 from cachedit_fx.capture import capturing, ends_at_break, first_break, isolated_compile, uncompiled
-from cachedit_fx.config.options import Options
+from cachedit_fx.config.options import Options, Verify
 from cachedit_fx.passes.base import Traced
 from cachedit_fx.passes.block_loops import BlockLoop, Detection
 from cachedit_fx.passes.manager import Outcome
 from cachedit_fx.passes.plan_regions import RegionPlan, RegionReport
+from cachedit_fx.runtime.compiled_call import CAPTURE_ERRORS, CompiledCall
+from cachedit_fx.runtime.model_state import ModelState
 from cachedit_fx.runtime.registry import states_of, unwrapped
 
 
@@ -76,8 +77,11 @@ class _Captured(Exception):
     """Ends a capture before its graph runs."""
 
 
-def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
+def explain(module: torch.nn.Module, *args: Any, verify: Verify | None = None, **kwargs: Any) -> Explanation:
     """Capture `module(*args, **kwargs)`, run the passes, and explain their result. No kernel is executed.
+
+    With `verify="first"` the call is also made, by the compiled module and by the plain one, and the results are
+    compared. The module stays as it is, compiled or not.
 
     The options are the module's own if it was compiled, or else the defaults. If the model becomes several graphs,
     all graphs before the last do run, so that the capture goes on. A graph without a chain runs too, since it may be
@@ -85,10 +89,11 @@ def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
 
     Raises:
         ValueError: if dynamo captures no graph of the module.
+        VerificationError: if the compiled module's result differs from the plain module's.
     """
     module = unwrapped(module)
     states = states_of(module)
-    options = states[0].options if states else Options()
+    options = replace(states[0].options if states else Options(), verify=verify)
     traced = Traced.of(module)
     outcomes: list[Outcome] = []
 
@@ -103,7 +108,7 @@ def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     with torch.no_grad(), uncompiled(module):
         for flags in (capturing(), contextlib.nullcontext()):  # as `CompiledCall` does
             outcomes.clear()
-            with flags, contextlib.suppress(_Captured, GuardOnDataDependentSymNode):
+            with flags, contextlib.suppress(_Captured, *CAPTURE_ERRORS):
                 isolated_compile(module, backend)(*args, **kwargs)
             if len(outcomes) == 1 or any(map(_has_chain, outcomes)):
                 break
@@ -111,8 +116,25 @@ def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
             place = first_break(module, args, kwargs)
     if not outcomes:
         raise ValueError(f"{type(module).__name__} could not be captured: it breaks at {place}")
-    notes = (f"{len(outcomes)} graphs: the capture breaks, first at {place}",) if place else ()
-    return _explanation(outcomes, notes)
+    notes = [f"{len(outcomes)} graphs: the capture breaks, first at {place}"] if place else []
+    if verify:
+        notes.append(_verified(module, options, traced, args, kwargs))
+    return _explanation(outcomes, tuple(notes))
+
+
+def _verified(
+    module: torch.nn.Module, options: Options, traced: Traced, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> str:
+    """A note that one call of the compiled module equals the plain module's."""
+    state = ModelState(options)
+    state.traced = traced
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        return compile_graph(gm, example_inputs, options, state)
+
+    with torch.no_grad():
+        CompiledCall(module, backend, state, {})(*args, **kwargs)
+    return f"verified: {'equal to' if options.inner_backend == 'eager' else 'within rounding of'} the plain module"
 
 
 def _has_chain(outcome: Outcome) -> bool:

@@ -33,8 +33,9 @@ from .graph_values import body_nodes, input_nodes, is_data_movement, open_contex
 from .normalize import Normalized
 from .plan_regions import RegionPlan, RegionReport
 
-# Keys in the meta of outer nodes: the position of body nodes at which the node's piece begins, and the piece's kind.
-PLACE, KIND = "cachedit_place", "cachedit_kind"
+# Keys in the meta of outer nodes: the position of body nodes at which the node's piece begins; the piece's kind; for a
+# result of a piece, the name of the flat graph's node that has the value.
+PLACE, KIND, ORIGIN = "cachedit_place", "cachedit_kind", "cachedit_origin"
 
 Kind = Literal["prologue", "block", "glue", "region", "epilogue"]
 
@@ -239,7 +240,7 @@ class _Outliner:
         call.meta = {"example_value": tuple(value_of(node) for node in outputs), KIND: piece.kind, PLACE: piece.start}
         for index, node in enumerate(results):
             getitem = self.graph.call_function(operator.getitem, (call, index))
-            getitem.meta = dict(node.meta) | dict(outputs[index].meta) | {PLACE: piece.start}
+            getitem.meta = dict(node.meta) | dict(outputs[index].meta) | {PLACE: piece.start, ORIGIN: node.name}
             getitem.name = self.graph._graph_namespace.create_name(node.name, getitem)
             self.outer[node] = getitem
 

@@ -35,6 +35,7 @@ PARTS = {
     DEFAULT: "what `make test` runs, lint and types aside",
     "zoo": "every transformer class of diffusers through all of `cachedit coverage`: captured anew for each setting, "
     "and at a second resolution",
+    "variants": "every transformer class of diffusers with each boolean, optional or enumerated argument changed alone",
     "families": "the pipelines of every model family that the default part leaves out",
     "elsewhere": "models from outside diffusers: a second resolution, dynamic shapes, graphs without names",
     "wrappings": "LoRA and other wrappings of a transformer, in the forms that the default part leaves out",

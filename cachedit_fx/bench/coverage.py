@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from cachedit_fx import api
 from cachedit_fx.bench.errors import RequestError
 from cachedit_fx.bench.progress import Tell
+from cachedit_fx.bench.variants import RUN, VariantOutcome, VariantResult
 from cachedit_fx.capture import uncompiled
 from cachedit_fx.config.cache import DBCacheConfig
 from cachedit_fx.metrics.flops import FlopCounter
@@ -38,6 +39,7 @@ from cachedit_fx.passes.plan_regions import RegionReport
 from cachedit_fx.report.tables import Heading, Table, page, titled_list
 from cachedit_fx.runtime.registry import state_of_module
 from cachedit_fx.runtime.stats import CacheStats
+from cachedit_fx.runtime.verification import VerificationError
 from cachedit_fx.runtime.warning import CacheWarning
 
 Inputs = Callable[[int], dict[str, Any]]
@@ -73,6 +75,7 @@ class Covered:
         loops: the chain, as `name x blocks`.
         work: FLOPs of a reused step over a computed one's.
         reason: why the model falls short, for people; empty if it does not.
+        variants: what was seen of each variant; None if none was tried.
     """
 
     name: str
@@ -80,11 +83,17 @@ class Covered:
     loops: tuple[str, ...] = ()
     work: float | None = None
     reason: str = ""
+    variants: tuple[VariantResult, ...] | None = None
 
     @property
     def is_full(self) -> bool:
-        """Whether every check was made and held."""
-        return all(self.passed.get(name, False) for name in CHECKS)
+        """Whether every check was made and held, and no variant is wrong."""
+        held = all(self.passed.get(name, False) for name in CHECKS)
+        return held and not self.variants_that("wrong")
+
+    def variants_that(self, *outcomes: VariantOutcome) -> list[VariantResult]:
+        """The variants with one of these outcomes."""
+        return [variant for variant in self.variants or () if variant.outcome in outcomes]
 
 
 class Subject:
@@ -102,7 +111,7 @@ class Subject:
 
     def compile(self, cache: DBCacheConfig | None) -> None:
         """As a user would. The next call captures the module, unless only the policy is another."""
-        api.compile(self.module, inner_backend="eager", cache=cache)
+        api.compile(self.module, inner_backend="eager", cache=cache, verify="first")
         state = state_of_module(self.module)
         assert state is not None
         state.observe = self.note
@@ -161,10 +170,10 @@ def check(
                     _check_size(row, compiled, inputs)
             finally:
                 compiled.close()
+        except VerificationError as error:
+            row.passed["exact"], row.reason = False, str(error)
         except Exception as error:
-            at = traceback.extract_tb(error.__traceback__)[-1]
-            message = str(error).strip().partition("\n")[0]
-            row.reason = f"{type(error).__name__} at {at.filename}:{at.lineno}: {message}"
+            row.reason = error_text(error)
     if not row.is_full and not row.reason:
         said = [str(item.message) for item in caught if issubclass(item.category, CacheWarning)]
         row.reason = "; ".join(dict.fromkeys(said)) or f"fails: {', '.join(c for c in CHECKS if not row.passed.get(c))}"
@@ -173,14 +182,16 @@ def check(
 
 def _check(row: Covered, compiled: Subject, inputs: Inputs, blocks: int | None) -> None:
     module, small = compiled.module, inputs(1)
-    plain, plain_later = tensors(module(**small)), tensors(module(**_at(small, LATER)))
-    if not plain or not all(item.isfinite().all() for item in plain) or _equal(plain, plain_later):
+    if not _timesteps(small):
+        raise ValueError(f"none of the inputs is a timestep by its name: {', '.join(small)}")
+    plain, plain_later = tensors(module(**small)), tensors(module(**at_timestep(small, LATER)))
+    if not plain or not all(item.isfinite().all() for item in plain) or equal(plain, plain_later):
         raise ValueError("the plain module must return finite tensors that depend on the timestep")
 
     exact = []
     for cache in (None, ALWAYS.reset(residual_diff_threshold=0)):
         compiled.compile(cache)
-        exact += [_equal(compiled(small), plain), _equal(compiled(_at(small, LATER)), plain_later)]
+        exact += [equal(compiled(small), plain), equal(compiled(at_timestep(small, LATER)), plain_later)]
     row.passed["exact"] = all(exact)
 
     row.loops = tuple(f"{name} x {number}" for name, number in compiled.chain.items())
@@ -191,9 +202,9 @@ def _check(row: Covered, compiled: Subject, inputs: Inputs, blocks: int | None) 
         computed = compiled(small)
     with FlopCounter() as less:
         reused = compiled(small)
-    other = compiled(_at(small, LATER))
-    row.passed["reuse"] = _equal(computed, plain) and _equal(reused, plain) and not _equal(other, plain_later)
-    row.passed["statistics"] = _counted(compiled, executed=3, cached=[1, 2])
+    other = compiled(at_timestep(small, LATER))
+    row.passed["reuse"] = equal(computed, plain) and equal(reused, plain) and not equal(other, plain_later)
+    row.passed["statistics"] = has_counted(compiled, executed=3, cached=[1, 2])
     row.passed["statistics"] &= all(stats.bytes_held > 0 for stats in compiled.summary())
     row.work = less.flops / full.flops
     row.passed["work"] = _costs(module, compiled.middle, small, full.flops, less.flops)
@@ -201,10 +212,10 @@ def _check(row: Covered, compiled: Subject, inputs: Inputs, blocks: int | None) 
     compiled.compile(ALWAYS.reset(enable_separate_cfg=None))
     generations = []
     for _ in range(2):
-        generations.append([compiled(_at(small, scale)) for scale in (FIRST, LATER, LATER**2)])
-        row.passed["statistics"] &= _counted(compiled, executed=3, cached=[1, 2])
+        generations.append([compiled(at_timestep(small, scale)) for scale in (FIRST, LATER, LATER**2)])
+        row.passed["statistics"] &= has_counted(compiled, executed=3, cached=[1, 2])
     first, second = generations
-    row.passed["restart"] = all(_equal(a, b) for a, b in zip(first, second, strict=True)) and _equal(first[0], plain)
+    row.passed["restart"] = all(equal(a, b) for a, b in zip(first, second, strict=True)) and equal(first[0], plain)
 
 
 def _check_size(row: Covered, compiled: Subject, inputs: Inputs) -> None:
@@ -212,9 +223,16 @@ def _check_size(row: Covered, compiled: Subject, inputs: Inputs) -> None:
     with uncompiled(compiled.module):
         plain, plain_large = tensors(compiled.module(**small)), tensors(compiled.module(**large))
     compiled.compile(ALWAYS)
-    sizes = [_equal(compiled(large), plain_large) for _ in range(2)] + [_counted(compiled, 2, [1])]
-    sizes += [_equal(compiled(small), plain) for _ in range(2)] + [_counted(compiled, 2, [1])]
+    sizes = [equal(compiled(large), plain_large) for _ in range(2)] + [has_counted(compiled, 2, [1])]
+    sizes += [equal(compiled(small), plain) for _ in range(2)] + [has_counted(compiled, 2, [1])]
     row.passed["size"] = all(sizes)
+
+
+def error_text(error: Exception) -> str:
+    """Type, place and first line of an error."""
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    message = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__} at {at.filename}:{at.lineno}: {message}"
 
 
 def _costs(module: nn.Module, middle: Collection[str], arguments: Mapping[str, Any], full: int, less: int) -> bool:
@@ -244,7 +262,7 @@ def _costs(module: nn.Module, middle: Collection[str], arguments: Mapping[str, A
     return full == counter.flops and 0 < less <= full - counted < full
 
 
-def _counted(compiled: Subject, executed: int, cached: list[int]) -> bool:
+def has_counted(compiled: Subject, executed: int, cached: list[int]) -> bool:
     """Whether every region says so; several graphs have a region each."""
     expected = (executed, cached, 0)
     found = [(stats.executed_steps, stats.cached_steps, stats.uncached_calls) for stats in compiled.summary()]
@@ -256,16 +274,17 @@ def tensors(result: Any) -> list[torch.Tensor]:
     return [leaf.clone() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
 
 
-def _equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+def equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
     return len(left) == len(right) > 0 and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
-def _at(arguments: Mapping[str, Any], scale: float) -> dict[str, Any]:
-    """The arguments of another step: every timestep scaled down."""
-    names = [name for name in arguments if name in NAMES or "time" in name]
-    if not names:
-        raise ValueError(f"none of the inputs is a timestep by its name: {', '.join(arguments)}")
-    return {**arguments, **{name: _scaled(arguments[name], scale) for name in names}}
+def at_timestep(arguments: Mapping[str, Any], scale: float) -> dict[str, Any]:
+    """The arguments of another step: every timestep scaled down. Without a timestep they stay as they are."""
+    return {**arguments, **{name: _scaled(arguments[name], scale) for name in _timesteps(arguments)}}
+
+
+def _timesteps(arguments: Mapping[str, Any]) -> list[str]:
+    return [name for name in arguments if (name in NAMES or "time" in name) and arguments[name] is not None]
 
 
 def _scaled(value: Any, scale: float) -> Any:
@@ -348,19 +367,38 @@ def check_all(zoo: Zoo, tell: Tell) -> Iterator[Covered]:
 
 def table(rows: Sequence[Covered]) -> Table:
     """A line for each model, a mark for each check: held, did not hold, could not be made."""
-    headings = ("model", "chain", *CHECKS, "FLOPs")
+    headings = ("model", "chain", *CHECKS, "FLOPs", "variants")
     result = Table(headings, texts=range(len(headings) - 1))
     marks = {True: "✓", False: "✗", None: "-"}
     for row in rows:
         checks = (marks[row.passed.get(name)] for name in CHECKS)
         work = "" if row.work is None else f"{row.work:.0%}"
-        result.add(row.name, " + ".join(row.loops), *checks, work, style="" if row.is_full else "bold")
+        result.add(
+            row.name, " + ".join(row.loops), *checks, work, _variants_cell(row), style="" if row.is_full else "bold"
+        )
     return result
+
+
+def _variants_cell(row: Covered) -> str:
+    """How many variants run, of how many, and how many are wrong."""
+    if row.variants is None:
+        return ""
+    run, refused, wrong = (len(row.variants_that(*kinds)) for kinds in (RUN, ("refused",), ("wrong",)))
+    return f"{run} of {run + refused}" + (f", {wrong} wrong" if wrong else "")
 
 
 def summary(rows: Sequence[Covered]) -> str:
     """How many models pass."""
-    return f"{sum(row.is_full for row in rows)} of {len(rows)} models pass every check."
+    text = f"{sum(row.is_full for row in rows)} of {len(rows)} models pass every check."
+    if all(row.variants is None for row in rows):
+        return text
+    run, cached, wrong, refused = (
+        sum(len(row.variants_that(*kinds)) for row in rows) for kinds in (RUN, ("right",), ("wrong",), ("refused",))
+    )
+    return (
+        f"{text} {run} of {run + refused} variants run; {cached} of these are cached and right, "
+        f"{run - cached - wrong} uncached and right, {wrong} wrong."
+    )
 
 
 def markdown(rows: Sequence[Covered], made_by: str, excluded: Mapping[str, str]) -> str:
@@ -375,11 +413,31 @@ def markdown(rows: Sequence[Covered], made_by: str, excluded: Mapping[str, str])
         [
             *(f"**{name}**: {meaning}." for name, meaning in CHECKS.items()),
             "**FLOPs**: of a reused step, over a computed one's.",
+            *([f"**variants**: {VARIANTS}."] if any(row.variants for row in rows) else []),
         ],
         table(rows),
         *titled_list("Rows that fall short", short),
         *titled_list("Left out", left_out),
+        *titled_list("Variants that are wrong", _variant_lines(rows, "wrong")),
+        *titled_list("Variants that run uncached", _variant_lines(rows, "uncached")),
+        *titled_list("Variants that the class refuses", _variant_lines(rows, "refused")),
+        *titled_list("Guessed values that the class does not know", _variant_lines(rows, "unknown")),
     )
+
+
+VARIANTS = (
+    "the model with one argument of its constructor or forward changed, and how many of them the class runs; each of "
+    "these is exact, and reuses to the bit on identical inputs"
+)
+"""What the column means."""
+
+
+def _variant_lines(rows: Sequence[Covered], outcome: VariantOutcome) -> list[str]:
+    return [
+        f"**{row.name}**, `{variant.label}`: {_short_paths(variant.reason)}"
+        for row in rows
+        for variant in row.variants_that(outcome)
+    ]
 
 
 def _short_paths(text: str) -> str:

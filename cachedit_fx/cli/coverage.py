@@ -31,6 +31,14 @@ def coverage(
         list[str] | None,
         typer.Option("--only", "-k", metavar="TEXT", help="Only models whose name contains TEXT; may be repeated."),
     ] = None,
+    variants: Annotated[
+        bool,
+        typer.Option(
+            "--variants",
+            help="Try the variants of every model too: each boolean, optional or enumerated argument of its "
+            "constructor and forward, changed alone. Takes some half an hour for diffusers' classes.",
+        ),
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write the table there too, as Markdown ([i]docs/models.md[/i])."),
@@ -48,9 +56,11 @@ def coverage(
         check_out(out.parent)
     with quiet():
         from cachedit_fx.bench import coverage as bench
+        from cachedit_fx.bench.variant_checks import check_all_with_variants, vocabulary_of
 
         try:
-            zoo = bench.load_zoo(models).only(only or ())
+            whole = bench.load_zoo(models)
+            zoo = whole.only(only or ())
         except RequestError as error:
             raise typer.BadParameter(str(error), param_hint="MODELS") from None
     if not zoo.models:
@@ -59,14 +69,18 @@ def coverage(
     try:
         interrupted = f" after {{}} of {len(zoo.models)} models; nothing was written"
         with reported(lambda: interrupted.format(len(rows))), progress("models") as tell, quiet():
-            rows.extend(bench.check_all(zoo, tell))
+            rows.extend(
+                check_all_with_variants(zoo, vocabulary_of(whole), tell) if variants else bench.check_all(zoo, tell)
+            )
     finally:
         show(bench.table(rows))
     console.print(f"\n[bold]{bench.summary(rows)}[/bold]")
-    show(*(f"{row.name}: {row.reason}" for row in rows if not row.is_full))
+    show(*(f"{row.name}: {row.reason}" for row in rows if row.reason))
+    show(*(f"{row.name}, {variant}" for row in rows for variant in row.variants_that("wrong")))
     if out is not None:
         installed = ", ".join(f"{name} {version}" for name, version in versions("torch", "diffusers").items())
-        made_by = f"Made by `cachedit coverage {models}` on {machine()}, {installed}"
+        command = f"cachedit coverage {models}{' --variants' if variants else ''}"
+        made_by = f"Made by `{command}` on {machine()}, {installed}"
         with whole_files(out.parent) as folder:
             (folder / out.name).write_text(bench.markdown(rows, made_by, zoo.excluded))
         console.print(f"\n{out}  [dim]this table[/dim]")

@@ -24,6 +24,7 @@ from cachedit_fx.runtime.policies.base import Policy, policy_of
 Scope: TypeAlias = Literal["model", "loop"]
 Granularity: TypeAlias = Literal["block", "region"]
 CompiledPieces: TypeAlias = Literal["blocks", "all"]
+Verify: TypeAlias = Literal["first"]
 BackendName: TypeAlias = Literal["inductor", "aot_eager", "eager"]
 InnerBackend: TypeAlias = BackendName | Callable[..., Any]
 # Names as of torch 2.13 and 2.14. Asking `torch._inductor` for them would import it.
@@ -175,6 +176,11 @@ class Options:
         optional(Rule(lambda value: _is_names(value) and bool(value), "a non-empty list of names of block loops")),
     )
     """The block loops that make up the chain. None = chosen automatically; `explain` shows why."""
+    verify: Verify | None = setting(None, optional(choice(*get_args(Verify))))
+    """"first" = compare the first computed call of each compiled graph with the plain module. If the results differ,
+    `VerificationError` names the first piece that differs. Results must be equal to the bit with inner_backend="eager",
+    else up to the dtype's rounding. It is for trying out a new model: each call copies its inputs and the module's
+    buffers. `torch.compile(backend="cachedit")` does not take it."""
 
     def __post_init__(self) -> None:
         for name, value in self._canonical().items():

@@ -45,17 +45,24 @@ class current_call:  # noqa: N801 - a context manager, and used like a function
     """Context manager for the session's current `Call`.
 
     Creates a call if there is none. On exit a call that succeeded is committed, and counted if `finish` is True. A call
-    that raised is rolled back. A class, because `@contextmanager` is too slow for a path that every step enters twice.
+    that raised is rolled back, and counted as failed. A class, because `@contextmanager` is too slow for a path that
+    every step enters twice.
 
     Args:
         state: the session is that of this state, in the present thread or `session(key)`.
         diagnose: see `Call.finish`.
+        expected: exceptions after which the call is made in another way, so that it has not failed.
     """
 
     def __init__(
-        self, state: ModelState, diagnose: Callable[[Call], str | None] | None = None, finish: bool = True
+        self,
+        state: ModelState,
+        diagnose: Callable[[Call], str | None] | None = None,
+        finish: bool = True,
+        expected: tuple[type[BaseException], ...] = (),
     ) -> None:
         self.session = state.session()
+        self.expected = expected
         self.diagnose, self.finish = diagnose, finish
         self.call = self.session.call
         self.is_own = self.call is None
@@ -71,6 +78,8 @@ class current_call:  # noqa: N801 - a context manager, and used like a function
         self.session.call = None
         if kind is not None:
             self.call.roll_back()
+            if not issubclass(kind, self.expected):
+                self.session.record_failure()
             return
         self.call.commit()
         if self.finish:
@@ -127,17 +136,23 @@ class Call:
             except BaseException:
                 self.roll_back()
                 self.session.forget()
+                self.session.record_failure()
                 raise
             self._restorations = []
             self.session.record_success()
 
     def roll_back(self) -> None:
-        """The call has failed: leave the session as it was before the call, and count the failure."""
+        """The call has failed: leave the session as it was before the call."""
         restorations, self._restorations, self._changes = self._restorations, [], []
         with self.session.lock:
             for restoration in reversed(restorations):
                 restoration()
-            self.session.record_failure()
+
+    def abandon(self) -> None:
+        """Take back what the call's graphs have done: the call is made in another way."""
+        self.roll_back()
+        self.restart()
+        self.is_located, self.position = False, None
 
     def restart(self) -> None:
         """Let the graphs run again from the first one. The call's position is known already, and stays."""

@@ -1,14 +1,15 @@
 """Replaces a compiled module's call: one transformer call, which may become several graphs.
 
 It sets the flags with which dynamo keeps data-dependent lengths in one graph, for this call alone. It makes the `Call`
-that the graphs share. If a call ran uncached, it finds the place at which the capture broke.
+that the graphs share. If a call ran uncached, it finds the place at which the capture broke. Inputs that cannot be
+captured at all go to the plain module.
 """
 
 from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -24,9 +25,14 @@ from cachedit_fx.runtime.call import NO_LOOP, NOT_CAPTURED, Call, current_call
 from cachedit_fx.runtime.guard import on_host
 from cachedit_fx.runtime.model_state import ModelState
 from cachedit_fx.runtime.shortcut import Route, look_of
+from cachedit_fx.runtime.snapshot import snapshot
+from cachedit_fx.runtime.verification import VerificationError
 from cachedit_fx.runtime.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
+
+CAPTURE_ERRORS = (TorchDynamoException, GuardOnDataDependentSymNode)
+"""Errors with which a capture fails."""
 
 Guards = Literal["always", "generation"]
 """When a call passes dynamo's guards: always, or at the start of every generation (`cachedit_fx.runtime.shortcut`)."""
@@ -57,19 +63,29 @@ class CompiledCall:
     ) -> None:
         self.guards = guards
         self.module, self.backend, self.state, self.torch_options = weakref.ref(module), backend, state, torch_options
-        self.capturing: AbstractContextManager[None] = capturing()
-        self.settled = False
+        self.refused: set[Hashable] = set()
+        """Shapes and dtypes of inputs that could not be captured."""
+        self._compile_under(capturing())
+
+    def _compile_under(self, flags: AbstractContextManager[None], is_settled: bool = False) -> None:
+        module = self.module()
+        assert module is not None
+        self.capturing, self.settled = flags, is_settled
         self.compiled = isolated_compile(module._call_impl, self.backend, **self.torch_options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        verifier, module = self.state.verifier, self.module()
+        if verifier is None or module is None:
+            return self._result(args, kwargs)
         try:
-            if not self.settled:
-                return self._settle(args, kwargs)
-            with current_call(self.state, lambda call: self._diagnose(call, args, kwargs)) as call:
-                if self.guards == "generation":
-                    return self._by_route(call, args, kwargs)
-                with self.capturing:
-                    return self.compiled(*args, **kwargs)
+            return verifier.check(module, args, kwargs, lambda: self._result(args, kwargs))
+        except VerificationError:
+            self.state.set_options(self.state.options)  # the next call starts a generation: wrong values are not reused
+            raise
+
+    def _result(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        try:
+            return self._settled_result(args, kwargs) if self.settled else self._settle(args, kwargs)
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, LoopNotFound):
                 raise OptionError(f"loops: {error.inner_exception}") from None
@@ -77,13 +93,50 @@ class CompiledCall:
                 raise error.inner_exception from None
             raise
 
-    def _by_route(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The call's result: past dynamo's guards if this generation has learned a shortcut, else through them."""
+    def _settled_result(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], restore: Callable[[], None] | None = None
+    ) -> Any:
+        with current_call(self.state, lambda call: self._diagnose(call, args, kwargs)) as call:
 
-        def guarded() -> Any:
-            with self.capturing:
-                return self.compiled(*args, **kwargs)
+            def guarded() -> Any:
+                return self._guarded(call, args, kwargs, restore)
 
+            return self._by_route(call, args, kwargs, guarded) if self.guards == "generation" else guarded()
+
+    def _guarded(
+        self,
+        call: Call,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        restore: Callable[[], None] | None,
+    ) -> Any:
+        """The call's result, through dynamo's guards. Inputs that cannot be captured go to the plain module.
+
+        An example is an operation that runs, and that torch's fake tensors refuse. If a graph of the call ran before
+        the capture failed, its writes must be undone by `restore`; without it the error is raised.
+        """
+        if not self.refused or _kind_of(args, kwargs) not in self.refused:
+            try:
+                with self.capturing:
+                    return self.compiled(*args, **kwargs)
+            except CAPTURE_ERRORS as error:
+                if self._must_raise(error) or (call.graphs and restore is None):
+                    raise
+                logger.info("not captured, the plain module runs: %s", error)
+                call.abandon()
+            if restore is not None:
+                restore()
+        module = self.module()
+        assert module is not None
+        result = module._call_impl(*args, **kwargs)
+        self.refused.add(_kind_of(args, kwargs))
+        return result
+
+    def _must_raise(self, error: Exception) -> bool:
+        return bool(self.torch_options.get("fullgraph")) or isinstance(error, BackendCompilerFailed)
+
+    def _by_route(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any], guarded: Callable[[], Any]) -> Any:
+        """The call's result: past dynamo's guards if this generation has learned a shortcut, else from `guarded`."""
         module, look_and_tensors = self.module(), look_of(args, kwargs)
         if module is None or look_and_tensors is None or _is_wrapped(module):
             return guarded()
@@ -95,27 +148,30 @@ class CompiledCall:
         """The first call's result. The call settles whether the module is captured under the flags of `capturing`."""
         module = self.module()
         assert module is not None
-        restore = _snapshot((args, kwargs, list(module.buffers())))
+        restore = snapshot((args, kwargs, list(module.buffers())))
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if tensors and all(map(on_host, tensors)):
             warm_up(self.state.options)
         failure: Exception | None = None
         try:
-            with self.capturing, current_call(self.state, finish=False) as call:
+            with self.capturing, current_call(self.state, finish=False, expected=CAPTURE_ERRORS) as call:
                 result = self.compiled(*args, **kwargs)
-        except (TorchDynamoException, GuardOnDataDependentSymNode) as error:
-            if self.torch_options.get("fullgraph") or isinstance(error, BackendCompilerFailed):
+        except CAPTURE_ERRORS as error:
+            if self._must_raise(error):
                 raise
             failure = error
-        self.settled = True
         if failure is None and not _lacks_loop(call):
+            self.settled = True
             call.finish(lambda call: self._diagnose(call, args, kwargs))
             return result
         restore()
         logger.info("captured again with breaks: %s", failure or "no graph held a loop")
-        self.capturing = nullcontext()
-        self.compiled = isolated_compile(module._call_impl, self.backend, **self.torch_options)
-        return self(*args, **kwargs)
+        self._compile_under(nullcontext(), is_settled=True)
+        try:
+            return self._settled_result(args, kwargs, restore)
+        except Exception:  # nothing is learned from a call that the plain module refuses too
+            self._compile_under(capturing())
+            raise
 
     def _diagnose(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
         """The reason why the blocks are not in one graph; None if the call ran uncached for another reason."""
@@ -136,23 +192,12 @@ def _is_wrapped(module: torch.nn.Module) -> bool:
     return bool("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
 
 
+def _kind_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable:
+    """Shapes, dtypes and devices of a call's tensors."""
+    tensors = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+    return tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
+
+
 def _lacks_loop(call: Call) -> bool:
     """Whether the capture broke, and none of the graphs holds a loop."""
     return call.graphs != 1 and call.uncached is not None and call.uncached.cause in (NO_LOOP, NOT_CAPTURED)
-
-
-def _snapshot(arguments: Any) -> Callable[[], None]:
-    """Copy the state that a call may change: inputs, buffers, random generators. The result restores that state."""
-    copies = [(leaf, leaf.detach().clone()) for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
-    generator = torch.get_rng_state()
-    on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-
-    def restore() -> None:
-        for leaf, copy in copies:
-            if not torch.equal(leaf, copy):
-                leaf.detach().copy_(copy)
-        torch.set_rng_state(generator)
-        if on_devices:
-            torch.cuda.set_rng_state_all(on_devices)
-
-    return restore

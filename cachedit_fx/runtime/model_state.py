@@ -19,6 +19,7 @@ from cachedit_fx.config.options import Options
 from cachedit_fx.passes.base import NOTHING_KNOWN, Facts
 from cachedit_fx.runtime.listener import Hint
 from cachedit_fx.runtime.session import Session, SessionBlock, session_block
+from cachedit_fx.runtime.verification import Verifier
 from cachedit_fx.runtime.warning import warn
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class ModelState:
         options: as parsed. Only settings that are read at each call may change later (`set_options`).
         config: the config in `options.cache`; None if caching is off.
         hint: returns the caller's hint about the present call.
+        verifier: compares calls with the plain module; None unless the options ask for it.
         traced: knowledge about the module from outside its graphs.
         observe: called with the facts of each graph that is compiled.
         latest: the session that was called last.
@@ -45,6 +47,7 @@ class ModelState:
         self.options = options
         self.config = options.cache
         self.hint: Callable[[], Hint] = Hint
+        self.verifier = Verifier(options.inner_backend == "eager") if options.verify else None
         self.traced = NOTHING_KNOWN
         self.observe: Callable[[Facts], None] | None = None
         self.latest: Session | None = None

@@ -113,6 +113,7 @@ class _Case:
     def compile(self, **policy: Any) -> None:
         spec = self.spec
         options: dict[str, Any] = {"inner_backend": "eager", "granularity": spec.granularity, "scope": spec.scope}
+        options["verify"] = "first"
         if policy.get("cache", "") is not None:
             options |= {"Fn_compute_blocks": spec.first, "Bn_compute_blocks": spec.last}
             if spec.order is not None:

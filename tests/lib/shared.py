@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import fx, nn
 from cachedit_fx.api import RECOMPILE_LIMIT
 from cachedit_fx.backend import compile_graph
 from cachedit_fx.bench.coverage import Subject, tensors
+from cachedit_fx.capture import copy_of
 from cachedit_fx.config.cache import DBCacheConfig
 from cachedit_fx.config.options import Options, parse_options
 from cachedit_fx.passes.base import Facts, Traced
@@ -74,13 +74,6 @@ class SharedCapture:
         return compile_graph(copy_of(gm), example_inputs, self._state.options, self._state)
 
 
-def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
-    """Another graph module of the same graph, for the passes to change."""
-    another: Any = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-    another.compile_subgraph_reason = getattr(gm, "compile_subgraph_reason", None)  # dynamo's word on a break
-    return another
-
-
 class SharedSubject(Subject):
     """For the check of `cachedit coverage`, which captures a module anew for each structure otherwise."""
 
@@ -89,7 +82,7 @@ class SharedSubject(Subject):
         self.shared = SharedCapture(module, self.note)
 
     def compile(self, cache: DBCacheConfig | None) -> None:
-        self.shared.compile(cache=cache)
+        self.shared.compile(cache=cache, verify="first")
 
     def __call__(self, arguments: Mapping[str, Any]) -> list[torch.Tensor]:
         return tensors(self.shared(**arguments))

@@ -20,14 +20,7 @@ from cachedit_fx.runtime.memory import BranchMemory
 from cachedit_fx.runtime.policies.base import Action, Decision, Reason
 from cachedit_fx.runtime.policies.dbcache import DBCache
 
-SHORT = {
-    "HiDreamImageTransformer2DModel": r"transformer_hidream_image\.py:\d+, in moe_infer",
-    "HunyuanImageTransformer2DModel": r"attention_dispatch\.py:\d+, in _native_attention",
-    "WanAnimate2Transformer3DModel": r"transformer_wan_animate_2\.py:\d+",
-}
-"""Classes whose blocks no capture puts into one graph, and the line upstream that breaks it: uncached, and right."""
-
-CAPTURED = sorted(set(zoo.ZOO) - set(SHORT))
+CAPTURED = sorted(set(zoo.ZOO) - set(zoo.SHORT))
 WHOLE = {
     "CogVideoXTransformer3DModel": "joint blocks of text and video",
     "FluxTransformer2DModel": "joint blocks, then single ones",
@@ -51,7 +44,7 @@ def missed(row):
 def test_every_exported_class_is_in_the_zoo_or_left_out_with_a_reason():
     assert zoo.MISSING == [] and set(zoo.ZOO) == set(zoo.BLOCKS)
     assert not set(zoo.ZOO) & set(zoo.EXCLUDED)
-    assert len(SHORT) <= 5
+    assert len(zoo.SHORT) <= 5
 
 
 def test_no_class_is_named_in_the_package():
@@ -77,11 +70,11 @@ def test_class(name):
 
 
 @pytest.mark.budget(60, "every frame of a model that breaks is a capture")
-@pytest.mark.parametrize("name", only_in("zoo", SHORT, but=["WanAnimate2Transformer3DModel"]))
+@pytest.mark.parametrize("name", only_in("zoo", zoo.SHORT, but=["WanAnimate2Transformer3DModel"]))
 def test_class_that_breaks_is_right_and_says_where(name):
     row = check(name, zoo.ZOO[name], zoo.BLOCKS[name])
     assert row.passed["exact"] and not row.is_full and row.loops == ()
-    assert re.search(SHORT[name], row.reason)
+    assert re.search(zoo.SHORT[name], row.reason)
 
 
 BROKEN = {

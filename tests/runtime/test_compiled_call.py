@@ -8,6 +8,8 @@ import torch
 from lib import models
 from lib.cases import Chain, Halves
 from lib.toys import Toy, make, noise
+from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 
 from cachedit_fx import CacheWarning, DBCacheConfig, OptionError, compile, explain, summary
 from cachedit_fx.config.options import Options
@@ -173,3 +175,113 @@ def test_the_patch_may_be_entered_again_inside_itself():
             assert flags() == [True, True]
         assert flags() == [True, True]
     assert flags() == before
+
+
+class Refused(nn.Module):
+    """Runs, but torch's fake tensors refuse one of its operations: for small inputs, with an even number of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(models.WIDTH, models.WIDTH)
+
+    def forward(self, x, temb):
+        change = nn.functional.gelu(self.linear(x)) + temb[:, None]
+        return x + doubled(change)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def refused_operation():
+    """An operation whose shape function raises for an even number of tokens, as that of a kernel may for a dtype."""
+
+    def shape(x):
+        if x.shape[1] % 2 == 0:
+            raise RuntimeError("no even number of tokens")
+        return torch.empty_like(x)
+
+    library = torch.library.Library("cachedit_test", "FRAGMENT")
+    library.define("doubled(Tensor x) -> Tensor")
+    library.impl("doubled", lambda x: x * 2, "CPU")
+    library.impl("doubled", shape, "Meta")
+    yield
+    library._destroy()
+
+
+def doubled(x):
+    return torch.ops.cachedit_test.doubled(x)
+
+
+class Refuses(Chain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Refused() for _ in range(4))
+
+    def prepare(self, x, timestep):
+        x += 1
+        return x * 1 + torch.rand_like(x)
+
+
+def refused_calls(model, *tokens):
+    """For each number of tokens the result, the state of the inputs, and random numbers after the call."""
+    results = []
+    for number in tokens:
+        x, timestep = torch.ones(1, number, models.WIDTH), torch.tensor([0.5])
+        torch.manual_seed(number)
+        results.append((model(x, timestep), x, torch.rand(1)))
+    return results
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guards", ["always", "generation"])
+@pytest.mark.parametrize("tokens", [(4, 4, 5, 5, 4), (5, 5, 4, 4, 5)], ids=["from the first call", "from a later call"])
+def test_inputs_that_cannot_be_captured_run_uncached_and_right(tokens, guards):
+    model = make(Refuses)
+    expected = refused_calls(model, *tokens)
+    enabled(model, enable_separate_cfg=False, guards=guards)
+    with pytest.warns(
+        CacheWarning, match=r"test_compiled_call\.py:\d+, in doubled.*no even number of tokens"
+    ) as caught:
+        results = refused_calls(model, *tokens)
+    assert len([warning for warning in caught if issubclass(warning.category, CacheWarning)]) == 1
+    for (result, x, number), (wanted, x_after, next_number), tokens_now in zip(results, expected, tokens, strict=True):
+        assert torch.equal(x, x_after) and torch.equal(number, next_number)
+        assert torch.equal(result, wanted) or tokens_now == 5  # such calls are cached, and the second one reuses
+    assert torch.equal(results[tokens.index(5)][0], expected[tokens.index(5)][0])
+    assert any(region.uncached_calls for region in summary(model))
+
+
+@torch.no_grad()
+def test_a_capture_that_fails_is_not_tried_again(monkeypatch):
+    model = enabled(make(Refuses), enable_separate_cfg=False)
+    with pytest.warns(CacheWarning, match="no even number"):
+        refused_calls(model, 4)
+    call = model._compiled_call_impl
+    monkeypatch.setattr(call, "compiled", lambda *args, **kwargs: pytest.fail("captured again"))
+    refused_calls(model, 4)
+
+
+@torch.no_grad()
+def test_errors_of_the_plain_module_are_its_own_and_leave_no_trace():
+    model = make(Refuses)
+    wrong = torch.ones(1, 5, models.WIDTH + 1), torch.tensor([0.5])
+    with pytest.raises(RuntimeError) as plain:
+        model(*wrong)
+    enabled(model, enable_separate_cfg=False)
+    with pytest.raises(RuntimeError) as ours:
+        model(*wrong)
+    assert type(ours.value) is type(plain.value) and str(ours.value) == str(plain.value)
+    refused_calls(model, 5, 5)
+    (region,) = summary(model)
+    assert (region.cached_steps, region.uncached_calls) == ([1], 0)
+
+
+@torch.no_grad()
+def test_fullgraph_raises_where_the_capture_fails():
+    model = enabled(make(Refuses), fullgraph=True)
+    with pytest.raises(TorchDynamoException, match="no even number"):
+        refused_calls(model, 4)
+
+
+@torch.no_grad()
+def test_explain_names_the_line_that_cannot_be_captured():
+    with pytest.raises(ValueError, match=r"test_compiled_call\.py:\d+, in doubled.*no even number"):
+        explain(make(Refuses), torch.ones(1, 4, models.WIDTH), torch.tensor([0.5]))

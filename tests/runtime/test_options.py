@@ -232,6 +232,7 @@ OTHER_STRUCTURE = {
     "timestep": "t",
     "loops": ["blocks"],
     "params_modifiers": [ParamsModifier()],
+    "verify": "first",
 }
 
 

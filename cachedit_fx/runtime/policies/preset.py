@@ -9,6 +9,7 @@ is computed, with a warning.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -58,7 +59,7 @@ class Preset(DBCache):
         steps = config.num_inference_steps or config.steps or facts.steps
         if steps is None:
             return None
-        settings = preset(config.preset, steps)
+        settings = preset(config.preset, steps, math.inf if facts.guidance is None else facts.guidance)
         return settings["cache_config"], settings["calibrator_config"]
 
     def decide(self, situation: Situation, history: History, measure: Measure) -> Decision:

@@ -15,7 +15,7 @@ from diffusers.models import transformers
 from . import audio, images, images_joint, others, videos, videos_more, videos_wan  # noqa: F401 - their entries
 from .base import BLOCKS, ZOO, Case, Inputs
 
-__all__ = ["BLOCKS", "EXCLUDED", "MISSING", "ZOO", "Case", "Inputs"]
+__all__ = ["BLOCKS", "EXCLUDED", "MISSING", "SHORT", "ZOO", "Case", "Inputs"]
 
 EXCLUDED: dict[str, str] = {
     "DreamLiteTransformer2DModel": "a layer of DreamLite's UNet, which has the timestep and the loop over such layers",
@@ -24,6 +24,13 @@ EXCLUDED: dict[str, str] = {
     "TransformerTemporalModel": "a layer of video UNets (AnimateDiff's motion modules); its blocks take no timestep",
 }
 """Exported classes that are no denoisers, and why."""
+
+SHORT = {
+    "HiDreamImageTransformer2DModel": r"transformer_hidream_image\.py:\d+, in moe_infer",
+    "HunyuanImageTransformer2DModel": r"attention_dispatch\.py:\d+, in _native_attention",
+    "WanAnimate2Transformer3DModel": r"transformer_wan_animate_2\.py:\d+",
+}
+"""Classes whose blocks no capture puts into one graph, and the line upstream that breaks it: uncached, and right."""
 
 MISSING = [name for name in dir(transformers) if name[0].isupper() and name not in ZOO and name not in EXCLUDED]
 """Exported classes that nobody has entered yet: a new release of diffusers may bring some."""
