@@ -40,13 +40,7 @@ def cachedit(
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
 ) -> Callable[..., Any]:
-    """The backend of `torch.compile`.
-
-    Args:
-        gm, example_inputs: as dynamo passes them.
-        options: any field of `cachedit_fx.Options` or, flat, of its `cache`.
-        mode: the keyword of `torch.compile`.
-    """
+    """The backend of `torch.compile`, whose `options` are fields of `cachedit_fx.Options` or, flat, of its `cache`."""
     parsed = parse_options(options, mode=mode)
     if parsed.verify:
         raise OptionError("verify compares with the module, and torch.compile hands a backend graphs: use enable_cache")
@@ -56,13 +50,9 @@ def cachedit(
 def compile_graph(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, state: ModelState | None = None
 ) -> Callable[..., Any]:
-    """Rewrite and lower one graph.
+    """Rewrite and lower one graph, as dynamo captured it, weights lifted to inputs.
 
-    Args:
-        gm: as dynamo captured it, weights lifted to inputs.
-        example_inputs: the real inputs of the call that is being compiled.
-        options: validated.
-        state: of the one module that this graph is for; None finds the state at each call by the weights.
+    `state` is that of the one module that the graph is for; None finds the state at each call by the weights.
     """
     finder = StateFinder(options, state, anchors_of(gm, example_inputs))
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
