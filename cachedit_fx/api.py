@@ -30,6 +30,7 @@ from cachedit_fx.runtime.registry import (
     register,
     state_of_module,
     states_of,
+    transformers_of,
     unregister,
     unwrapped,
 )
@@ -301,30 +302,6 @@ def end_session(pipe_or_module: Any, key: Hashable) -> None:
     for module in transformers_of(pipe_or_module):
         for state in states_of(module):
             state.end_session(key)
-
-
-def transformers_of(pipe_or_module: Any) -> list[torch.nn.Module]:
-    """The modules that an argument stands for: the module, or a pipeline's components named `transformer...`.
-
-    Raises:
-        TypeError: if there is none.
-    """
-    if isinstance(pipe_or_module, torch.nn.Module):
-        return [pipe_or_module]
-    components = getattr(pipe_or_module, "components", None)
-    if isinstance(components, dict):
-        transformers = [
-            module
-            for name, module in components.items()
-            if name.startswith("transformer") and isinstance(module, torch.nn.Module)
-        ]
-        if transformers:
-            return transformers
-        raise TypeError(
-            f"{type(pipe_or_module).__name__} has no component named 'transformer...'; it has "
-            f"{', '.join(components)}. Pass the module itself"
-        )
-    raise TypeError(f"expected a torch.nn.Module or a diffusers pipeline, not {type(pipe_or_module).__name__}")
 
 
 def _is_optimized(module: torch.nn.Module) -> bool:

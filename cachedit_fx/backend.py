@@ -67,7 +67,7 @@ def compile_graph(
     forward = lower(outcome.graph_module, options) or compile_whole(gm, example_inputs, options)
     if verifier is not None:
         forward = verifier.watch(forward, captured, outcome, lambda: rewrite(copy_of(captured), options, traced))
-    return graph_of(gm, forward, finder, outcome.facts)
+    return graph_of(gm, forward, finder, outcome)
 
 
 def rewrite(gm: fx.GraphModule, options: Options, traced: Traced = NOTHING_KNOWN) -> Outcome:

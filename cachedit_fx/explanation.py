@@ -19,13 +19,14 @@ from cachedit_fx.passes.block_loops import BlockLoop, Detection
 from cachedit_fx.passes.manager import Outcome
 from cachedit_fx.passes.plan_regions import RegionPlan, RegionReport
 from cachedit_fx.runtime.compiled_call import CAPTURE_ERRORS, CompiledCall
+from cachedit_fx.runtime.graph import UncachedGraph
 from cachedit_fx.runtime.model_state import ModelState
-from cachedit_fx.runtime.registry import states_of, unwrapped
+from cachedit_fx.runtime.registry import states_of, transformers_of, unwrapped
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Detection's result for a module's graphs; `print(explanation)` shows all of it.
+    """Detection's result for a module's graphs; `print(explanation)` shows all of it but the code.
 
     Attributes:
         loops: every block loop, in graph order.
@@ -66,7 +67,8 @@ class Explanation:
                 f"{region.result_bytes / 2**20:.3g} MiB in all, {whole} stored whole"
             )
         lines.extend(f"Note: {note}" for note in self.notes)
-        return "\n".join([*lines, "", "Rewritten graph", self.code])
+        count = self.code.count("\n")
+        return "\n".join([*lines, f"The rewritten graph has {count} lines of code: print(explanation.code)"])
 
 
 def _shape(shape: tuple[Any, ...]) -> str:
@@ -77,8 +79,11 @@ class _Captured(Exception):
     """Ends a capture before its graph runs."""
 
 
-def explain(module: torch.nn.Module, *args: Any, verify: Verify | None = None, **kwargs: Any) -> Explanation:
-    """Capture `module(*args, **kwargs)`, run the passes, and explain their result. No kernel is executed.
+def explain(pipe_or_module: Any, *args: Any, verify: Verify | None = None, **kwargs: Any) -> Explanation:
+    """Explain what the passes make of a module.
+
+    Without inputs, `explain(pipe)` is about the graphs that ran last, and captures nothing. With inputs, it captures
+    `module(*args, **kwargs)` and runs the passes; no kernel is executed.
 
     With `verify="first"` the call is also made, by the compiled module and by the plain one, and the results are
     compared. The module stays as it is, compiled or not.
@@ -87,12 +92,18 @@ def explain(module: torch.nn.Module, *args: Any, verify: Verify | None = None, *
     all graphs before the last do run, so that the capture goes on. A graph without a chain runs too, since it may be
     one of several.
 
+    Args:
+        pipe_or_module: a module, or a pipeline with a single transformer.
+
     Raises:
-        ValueError: if dynamo captures no graph of the module.
+        ValueError: if dynamo captures no graph of the module, or, without inputs, if no call was cached yet.
+        TypeError: if there is no transformer, or if there are several.
         VerificationError: if the compiled module's result differs from the plain module's.
     """
-    module = unwrapped(module)
+    module = _the_module(pipe_or_module)
     states = states_of(module)
+    if not args and not kwargs:
+        return _explanation_of_the_last_call(module, states)
     options = replace(states[0].options if states else Options(), verify=verify)
     traced = Traced.of(module)
     outcomes: list[Outcome] = []
@@ -120,6 +131,25 @@ def explain(module: torch.nn.Module, *args: Any, verify: Verify | None = None, *
     if verify:
         notes.append(_verified(module, options, traced, args, kwargs))
     return _explanation(outcomes, tuple(notes))
+
+
+def _the_module(pipe_or_module: Any) -> torch.nn.Module:
+    modules = transformers_of(pipe_or_module)
+    if len(modules) > 1:
+        raise TypeError(f"{type(pipe_or_module).__name__} has {len(modules)} transformers: pass one of them to explain")
+    return unwrapped(modules[0])
+
+
+def _explanation_of_the_last_call(module: torch.nn.Module, states: Sequence[ModelState]) -> Explanation:
+    graphs = states[0].latest_graphs if states else []
+    outcomes = [graph.outcome for graph in graphs if graph.outcome is not None]
+    if not outcomes:
+        name = type(module).__name__
+        raise ValueError(
+            f"no graph of {name} has run: call enable_cache, then the pipeline, or pass a call's inputs to explain"
+        )
+    reasons = [graph.uncached.explanation for graph in graphs if isinstance(graph, UncachedGraph)]
+    return _explanation(outcomes, tuple(reasons) if len(reasons) == len(graphs) else ())
 
 
 def _verified(

@@ -29,6 +29,7 @@ from cachedit_fx.config.options import Options
 from cachedit_fx.passes.graph_aliases import REPLACED, memory_of, written_by
 from cachedit_fx.passes.graph_values import target_key, value_of
 from cachedit_fx.passes.outline_blocks import KIND
+from cachedit_fx.runtime.progress import report
 
 logger = logging.getLogger(__name__)
 
@@ -49,23 +50,28 @@ def lower(gm: fx.GraphModule, options: Options) -> Callable[..., Any] | None:
     Returns `gm`'s forward, or None if `gm` has no pieces. With `inner_backend="eager"` a piece is its own compiled
     form. Afterwards `gm` can no longer be rewritten.
     """
-    compiler, pieces = inner_compiler(options), 0
-    modules: dict[tuple[Hashable, bool], torch.nn.Module] = {}
+    compiler = inner_compiler(options)
+    places: dict[tuple[Hashable, bool], list[tuple[fx.GraphModule, str]]] = {}
     for holder in (gm, *_branches(gm)):
         for node in holder.graph.nodes:
-            if node.op != "call_module" or KIND not in node.meta:
-                continue
-            piece = holder.get_submodule(str(node.target))
-            assert isinstance(piece, fx.GraphModule)
-            pieces += 1
-            key = structure_key(piece), _is_compiled(node.meta[KIND], options)
-            if key not in modules:
-                modules[key] = Lowered(compile_piece(piece, compiler)) if key[1] else piece
-                logger.info("%s: %s", node.target, "compiled" if key[1] else "as captured")
-            setattr(holder, str(node.target), modules[key])
-    if not pieces:
+            if node.op == "call_module" and KIND in node.meta:
+                piece = holder.get_submodule(str(node.target))
+                assert isinstance(piece, fx.GraphModule)
+                key = structure_key(piece), _is_compiled(node.meta[KIND], options)
+                places.setdefault(key, []).append((holder, str(node.target)))
+    if not places:
         return None
-    logger.info("%d pieces, %d distinct", pieces, len(modules))
+    compiled, total = 0, sum(is_compiled for _, is_compiled in places)
+    for (_, is_compiled), users in places.items():
+        holder, name = users[0]
+        module: Any = holder.get_submodule(name)
+        if is_compiled:
+            compiled += 1
+            report(f"compiling piece {compiled} of {total}, {name}, for {len(users)} places of the model")
+            module = Lowered(compile_piece(module, compiler))
+        for holder, name in users:
+            setattr(holder, name, module)
+    logger.info("%d pieces, %d distinct", sum(map(len, places.values())), len(places))
     _bind(gm)
     _LazyGraphModule.force_recompile(gm)
     forward: Callable[..., Any] = gm.forward

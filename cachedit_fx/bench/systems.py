@@ -262,7 +262,7 @@ def _call_pipeline(pipe: Any, prompts: Sequence[str], steps: int, seed: int) -> 
 
 
 def _transformers(pipe: Any) -> list[Any]:
-    from cachedit_fx.api import transformers_of
+    from cachedit_fx.runtime.registry import transformers_of
 
     return transformers_of(pipe)
 

@@ -21,6 +21,7 @@ from cachedit_fx.runtime.session import Session
 from cachedit_fx.runtime.tracker import Evidence, Position
 
 if TYPE_CHECKING:
+    from cachedit_fx.runtime.graph import RewrittenGraph
     from cachedit_fx.runtime.shortcut import Route
 
 NOT_CAPTURED = "not captured"
@@ -94,7 +95,7 @@ class Call:
         branch_name: the CFG branch, if the caller names it.
         tick: what the clock of the calling pipeline shows; None without a clock.
         time: the timestep, or the caller's hint of it; a `Timestep` of None while neither is known.
-        graphs: the number of our graphs that began in the call so far.
+        graphs: our graphs that began in the call so far.
         chains: names of loops -> the number of chains with regions through these loops so far.
         is_located: whether a region asked for the position.
         position: generation, step and branch; None for a call after the last step of the pipeline's schedule, and until
@@ -109,7 +110,7 @@ class Call:
         self.tick = clock()
         self.time = Timestep(hint.time)
         self._has_time = hint.time is not None
-        self.graphs = 0
+        self.graphs: list[RewrittenGraph] = []
         self.chains: dict[tuple[str, ...], int] = {}
         self.is_located = False
         self.position: Position | None = None
@@ -140,6 +141,7 @@ class Call:
                 raise
             self._restorations = []
             self.session.record_success()
+            self.session.state.latest_graphs = self.graphs
 
     def roll_back(self) -> None:
         """The call has failed: leave the session as it was before the call."""
@@ -156,7 +158,7 @@ class Call:
 
     def restart(self) -> None:
         """Let the graphs run again from the first one. The call's position is known already, and stays."""
-        self.graphs = 0
+        self.graphs = []
         self.chains = {}
         self._changes = []
 
@@ -195,20 +197,22 @@ class Call:
             self.session.begin(position.generation)
         self.session.tick = self.tick
 
-    def enter(self, regions: Sequence[RegionInfo], timestep: torch.Tensor | float | None) -> list[RegionKey]:
+    def enter(
+        self, graph: RewrittenGraph, regions: Sequence[RegionInfo], timestep: torch.Tensor | float | None
+    ) -> list[RegionKey]:
         """A graph with regions begins. Returns the regions' keys."""
-        self._count(timestep)
+        self._count(graph, timestep)
         counts = self.chains
         self.chains = counts | {region.loops: counts.get(region.loops, 0) + 1 for region in regions}
         return [RegionKey((region.loops, counts.get(region.loops, 0)), region.block) for region in regions]
 
-    def pass_by(self, uncached: Uncached, timestep: torch.Tensor | float | None = None) -> None:
+    def pass_by(self, graph: RewrittenGraph, uncached: Uncached, timestep: torch.Tensor | float | None = None) -> None:
         """A graph without a region begins. Regions of a later graph may use its timestep."""
-        self._count(timestep)
+        self._count(graph, timestep)
         if self._passed_by is None or self._passed_by.cause == NO_LOOP:
             self._passed_by = uncached
 
-    def _count(self, timestep: torch.Tensor | float | None) -> None:
-        self.graphs += 1
+    def _count(self, graph: RewrittenGraph, timestep: torch.Tensor | float | None) -> None:
+        self.graphs.append(graph)
         if not self._has_time and timestep is not None:
             self.time, self._has_time = Timestep(timestep), True

@@ -24,6 +24,7 @@ from cachedit_fx.passes.block_loops import LoopNotFound
 from cachedit_fx.runtime.call import NO_LOOP, NOT_CAPTURED, Call, current_call
 from cachedit_fx.runtime.guard import on_host
 from cachedit_fx.runtime.model_state import ModelState
+from cachedit_fx.runtime.progress import compiling
 from cachedit_fx.runtime.shortcut import Route, look_of
 from cachedit_fx.runtime.snapshot import snapshot
 from cachedit_fx.runtime.verification import VerificationError
@@ -85,7 +86,10 @@ class CompiledCall:
 
     def _result(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         try:
-            return self._settled_result(args, kwargs) if self.settled else self._settle(args, kwargs)
+            if self.settled:
+                return self._settled_result(args, kwargs)
+            with compiling(type(self.module()).__name__):
+                return self._settle(args, kwargs)
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, LoopNotFound):
                 raise OptionError(f"loops: {error.inner_exception}") from None
@@ -200,4 +204,4 @@ def _kind_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable:
 
 def _lacks_loop(call: Call) -> bool:
     """Whether the capture broke, and none of the graphs holds a loop."""
-    return call.graphs != 1 and call.uncached is not None and call.uncached.cause in (NO_LOOP, NOT_CAPTURED)
+    return len(call.graphs) != 1 and call.uncached is not None and call.uncached.cause in (NO_LOOP, NOT_CAPTURED)

@@ -13,6 +13,7 @@ from cachedit_fx.passes.block_loops import Detection
 from cachedit_fx.passes.find_timestep import TimestepSource, timestep_of
 from cachedit_fx.passes.gather_inputs import GatheredInputs
 from cachedit_fx.passes.insert_cache_branch import CacheBranch
+from cachedit_fx.passes.manager import Outcome
 from cachedit_fx.passes.plan_regions import RegionReport
 from cachedit_fx.runtime.call import NO_LOOP, Uncached, current_call
 from cachedit_fx.runtime.region import RegionInfo
@@ -22,7 +23,17 @@ from cachedit_fx.runtime.registry import StateFinder
 GRADIENTS = Uncached("gradients wanted", "gradients wanted: nothing is cached under grad mode")
 
 
-class UncachedGraph:
+class RewrittenGraph:
+    """A graph that was rewritten and lowered.
+
+    Attributes:
+        outcome: of the passes; None if they did not run.
+    """
+
+    outcome: Outcome | None = None
+
+
+class UncachedGraph(RewrittenGraph):
     """A graph without a region. Its call is counted, and explained once, unless caching is off.
 
     Args:
@@ -49,11 +60,11 @@ class UncachedGraph:
         if state.config is None or (self.is_fragment and state.session().call is None):
             return self.forward(*inputs)
         with current_call(state) as call:
-            call.pass_by(self.uncached, timestep_of(self.timestep, inputs))
+            call.pass_by(self, self.uncached, timestep_of(self.timestep, inputs))
             return self.forward(*inputs)
 
 
-class CachedGraph:
+class CachedGraph(RewrittenGraph):
     """A graph with regions. It joins a call, and gives the call its timestep.
 
     Args:
@@ -81,7 +92,7 @@ class CachedGraph:
     def run(self, inputs: Sequence[Any]) -> Any:
         """The graph's results, from its inputs in order."""
         with current_call(self.finder(inputs)) as call:
-            keys = call.enter(self.regions, timestep_of(self.timestep, inputs))
+            keys = call.enter(self, self.regions, timestep_of(self.timestep, inputs))
             results = self.forward(RegionCall(call, self.regions, keys), inputs)
             if call.route is not None and self.is_whole:
                 call.route.record(self.run, inputs, results)
@@ -89,15 +100,23 @@ class CachedGraph:
 
 
 def graph_of(
-    gm: fx.GraphModule, forward: Callable[..., Any], finder: StateFinder, facts: Facts
+    gm: fx.GraphModule, forward: Callable[..., Any], finder: StateFinder, outcome: Outcome
 ) -> CachedGraph | UncachedGraph:
     """The callable of a graph that was rewritten and lowered.
 
     Args:
         gm: as dynamo captured it.
         forward: lowered.
-        facts: from the passes.
+        outcome: of the passes.
     """
+    graph = _graph_of(gm, forward, finder, outcome.facts)
+    graph.outcome = outcome
+    return graph
+
+
+def _graph_of(
+    gm: fx.GraphModule, forward: Callable[..., Any], finder: StateFinder, facts: Facts
+) -> CachedGraph | UncachedGraph:
     timestep, branch = facts.get(TimestepSource), facts.get(CacheBranch)
     if branch is None:
         return UncachedGraph(forward, finder, _why_uncached(facts), timestep, _is_fragment(gm, finder, facts))

@@ -14,6 +14,7 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING
 
 from cachedit_fx.config.options import Options
 from cachedit_fx.passes.base import NOTHING_KNOWN, Facts
@@ -21,6 +22,9 @@ from cachedit_fx.runtime.listener import Hint
 from cachedit_fx.runtime.session import Session, SessionBlock, session_block
 from cachedit_fx.runtime.verification import Verifier
 from cachedit_fx.runtime.warning import warn
+
+if TYPE_CHECKING:
+    from cachedit_fx.runtime.graph import RewrittenGraph
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +44,7 @@ class ModelState:
         traced: knowledge about the module from outside its graphs.
         observe: called with the facts of each graph that is compiled.
         latest: the session that was called last.
+        latest_graphs: the graphs of the latest call that succeeded.
         last_call: time of the last call, by the monotonic clock, in seconds.
     """
 
@@ -51,6 +56,7 @@ class ModelState:
         self.traced = NOTHING_KNOWN
         self.observe: Callable[[Facts], None] | None = None
         self.latest: Session | None = None
+        self.latest_graphs: list[RewrittenGraph] = []
         self.last_call = 0.0
         self._here = threading.local()
         """`session` of each thread: every call asks twice."""

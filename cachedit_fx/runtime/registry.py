@@ -153,3 +153,27 @@ def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
     """The module inside an object that `torch.compile` returned; any other module unchanged."""
     inner = module._modules.get("_orig_mod")
     return inner if isinstance(inner, torch.nn.Module) else module
+
+
+def transformers_of(pipe_or_module: Any) -> list[torch.nn.Module]:
+    """The modules that an argument stands for: the module, or a pipeline's components named `transformer...`.
+
+    Raises:
+        TypeError: if there is none.
+    """
+    if isinstance(pipe_or_module, torch.nn.Module):
+        return [pipe_or_module]
+    components = getattr(pipe_or_module, "components", None)
+    if isinstance(components, dict):
+        transformers = [
+            module
+            for name, module in components.items()
+            if name.startswith("transformer") and isinstance(module, torch.nn.Module)
+        ]
+        if transformers:
+            return transformers
+        raise TypeError(
+            f"{type(pipe_or_module).__name__} has no component named 'transformer...'; it has "
+            f"{', '.join(components)}. Pass the module itself"
+        )
+    raise TypeError(f"expected a torch.nn.Module or a diffusers pipeline, not {type(pipe_or_module).__name__}")

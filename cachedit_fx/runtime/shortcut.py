@@ -180,7 +180,7 @@ class Route:
                 self._takes_shortcut = False
                 self.call.restart()
         result = guarded()
-        lesson = learn(tensors, self._executions, result) if self.call.graphs == 1 else None
+        lesson = learn(tensors, self._executions, result) if len(self.call.graphs) == 1 else None
         shortcut = session.shortcuts.get(look)
         if lesson is None:
             session.shortcuts.pop(look, None)

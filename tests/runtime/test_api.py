@@ -2,12 +2,14 @@
 
 import copy
 import io
+import sys
 import warnings
 from typing import Any
 
 import pytest
 import torch
 from lib import models
+from lib.toy_pipeline import ToyPipeline
 from lib.toys import FALLING, CountingBackend, Loopless, Timeless, denoise, make, noise
 from torch._dynamo.utils import counters
 
@@ -24,6 +26,7 @@ from cachedit_fx import (
     summary,
 )
 from cachedit_fx.metrics.flops import FlopCounter
+from cachedit_fx.runtime import progress
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*inert threshold")
 BASE = DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=0.1)
@@ -354,7 +357,7 @@ def test_explain_finds_the_loops_and_runs_no_kernel(state):
     assert found.chain == ("transformer_blocks", "single_transformer_blocks")
     assert len(found.regions) == (0 if state == "plain" else 1)  # the default F of 8 is more than there is
     printed = str(found)
-    assert "3 blocks (chain" in printed and "class CachedTransformer" in printed
+    assert "3 blocks (chain" in printed and "class CachedTransformer" in found.code
     if state == "plain":
         assert "leaves nothing to bypass of 7 blocks" in printed
     else:
@@ -393,3 +396,28 @@ def test_explain_prints_to_any_stream():
     stream = io.StringIO()
     print(explain(make(), *CALL), file=stream)
     assert "blocks: 6 blocks" in stream.getvalue()
+
+
+def test_explain_without_inputs_is_about_the_last_call():
+    model = enable_cache(make(), BASE, inner_backend="eager")
+    with pytest.raises(ValueError, match="no graph of Toy has run: call enable_cache"):
+        explain(model)
+    denoise(model)
+    with_inputs, last = explain(model, *CALL), explain(ToyPipeline(model))
+    assert str(last).splitlines()[:-1] == str(with_inputs).splitlines()[:-1] and len(last.regions) == 1
+    assert len(str(last).splitlines()) < 12 and "print(explanation.code)" in str(last) and "region_call" in last.code
+    uncached = enable_cache(make(blocks=1), BASE, inner_backend="eager")
+    with pytest.warns(CacheWarning):
+        denoise(uncached)
+    assert any("no block loop" in note for note in explain(uncached).notes)
+
+
+def test_the_first_compile_shows_its_steps_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(progress, "LONG", 0.0)
+    model = enable_cache(make(), BASE, inner_backend=lambda gm, inputs: gm.forward)
+    denoise(model)
+    text = capsys.readouterr().err
+    assert "capturing Toy" in text and "Toy captured and compiled in" in text
+    denoise(model)
+    assert capsys.readouterr().err == ""
