@@ -1,10 +1,14 @@
 """What blocks write beside their results is right after every call, whatever the policy."""
 
+import copy
+import math
 from typing import Any
 
 import pytest
 import torch
 from lib.causal_video import BLOCKS, CHUNKS, STORES, TIMESTEPS, build, empty_caches, plain_rollout, rollout
+from lib.zoo import videos_wan
+from lib.zoo.base import patches, sides
 from torch import nn
 
 import cachedit_fx
@@ -107,6 +111,49 @@ def test_writes_that_depend_on_no_hidden_states_are_made_by_every_call(options):
             assert torch.equal(block.keys, block.text(text)) and torch.equal(store["text"], block.keys * 2)
     (stats,) = cachedit_fx.summary(model)
     assert stats.cached_steps == [1, 3] and stats.uncached_calls == 0
+
+
+@torch.no_grad()
+def far_rollout(model, chunks):
+    """AnyFlow's loop: three steps for each chunk, then one call that writes the clean frames into the caches."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = math.prod(patches(1))
+    shapes = {"compressed_cache": (2, 1, 2, tokens, 12), "full_cache": (2, 1, 2, 6 * tokens, 12)}
+    caches = [{name: torch.zeros(shape) for name, shape in shapes.items()} for _ in range(4)]
+    text, frames = torch.randn(1, 6, 16, generator=generator), torch.zeros(1, 0, 4, *sides(1))
+    samples, written = [], []
+    for number, length in enumerate(chunks):
+        chunk = torch.randn(1, length, 4, *sides(1), generator=generator)
+        frames = torch.cat([frames, chunk], dim=1)
+        for values, time in [(chunk, 900.0), (chunk, 600.0), (chunk, 300.0), (frames, 0.0)]:
+            times = torch.full((1, values.shape[1]), time)
+            result, _ = model(
+                hidden_states=values,
+                timestep=times,
+                r_timestep=times * 0.5,
+                encoder_hidden_states=text,
+                chunk_partition=list(chunks[: number + 1]),
+                kv_cache=caches,
+                kv_cache_flag={"num_cached_chunks": number, "is_cache_step": time == 0.0},
+                return_dict=False,
+            )
+            samples.append(result)
+        written.append([tensor.clone() for cache in caches for tensor in cache.values()])
+    return samples, written
+
+
+@pytest.mark.full("zoo")
+@pytest.mark.budget(60, "a graph for each length of the cache")
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_anyflow_far_caches_its_steps_and_not_its_writes():
+    module, _ = videos_wan.AnyFlowFARTransformer3DModel()
+    samples, written = far_rollout(copy.deepcopy(module), (1, 2))
+    model = compiled(module, Fn_compute_blocks=1, Bn_compute_blocks=0, **STATIC | {"steps_computation_mask": [1, 0, 1]})
+    with pytest.warns(CacheWarning, match="its blocks write to kv_cache_1_compressed_cache"):
+        got, got_written = far_rollout(model, (1, 2))
+    same(got_written, written)
+    equal = [torch.equal(a, b) for a, b in zip(got, samples, strict=True) if a is not None]
+    assert equal == [True, False, True] * 2
 
 
 def same(got: list[list[torch.Tensor]], wanted: list[list[torch.Tensor]]) -> None:
