@@ -27,7 +27,6 @@ UNCACHED = {
 """Variants of captured classes that run uncached, and the line upstream that is the reason."""
 
 SAMPLE = {
-    ("AceStepTransformer1DModel", "attention_bias=True"): "right",
     ("DiTTransformer2DModel", "activation_fn='geglu'"): "right",
     ("NucleusMoEImageTransformer2DModel", "use_grouped_mm=True"): "uncached",
     ("SanaTransformer2DModel", "encoder_attention_mask=None"): "right",
