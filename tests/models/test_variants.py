@@ -15,19 +15,12 @@ from cachedit_fx.bench.coverage import Zoo
 from cachedit_fx.bench.variant_checks import check_variant, check_variants, variants_of, vocabulary_of
 from cachedit_fx.bench.variants import RUN, VariantResult, Vocabulary
 
-WRONG = {
-    ("CogVideoXTransformer3DModel", "use_rotary_positional_embeddings=False"): "a write through `.data` is not seen",
-    ("ConsisIDTransformer3DModel", "use_rotary_positional_embeddings=False"): "the same",
-}
-"""Variants that are wrong today, and why."""
-
 UNCACHED = {
     ("NucleusMoEImageTransformer2DModel", "use_grouped_mm=True"): r"_run_experts_grouped_mm, .*grouped_mm",
 }
 """Variants of captured classes that run uncached, and the line upstream that is the reason."""
 
 SAMPLE = {
-    ("AceStepTransformer1DModel", "attention_bias=True"): "right",
     ("DiTTransformer2DModel", "activation_fn='geglu'"): "right",
     ("NucleusMoEImageTransformer2DModel", "use_grouped_mm=True"): "uncached",
     ("SanaTransformer2DModel", "encoder_attention_mask=None"): "right",
@@ -53,9 +46,11 @@ def test_variant(name, label):
 @pytest.mark.parametrize("name", only_in("variants", sorted(zoo.ZOO)))
 def test_variants_of_class(name):
     results = list(check_variants(*zoo.ZOO[name](), vocabulary()))
-    assert labels(results, "wrong") == expected(name, WRONG), [str(result) for result in results]
+    assert not labels(results, "wrong"), [str(result) for result in results]
     uncached = labels(results, "uncached")
-    assert uncached == (labels(results, *RUN) if name in zoo.SHORT else expected(name, UNCACHED))
+    assert uncached == (
+        labels(results, *RUN) if name in zoo.SHORT else {label for owner, label in UNCACHED if owner == name}
+    )
     for result in results:
         if result.outcome == "uncached":
             assert re.search(zoo.SHORT.get(name) or UNCACHED[name, result.label], result.reason)
@@ -63,11 +58,6 @@ def test_variants_of_class(name):
 
 def labels(results, *outcomes):
     return {result.label for result in results if result.outcome in outcomes}
-
-
-def expected(name, table):
-    """The variants of a class in one of the tables above."""
-    return {label for class_name, label in table if class_name == name}
 
 
 @pytest.mark.full("variants")
