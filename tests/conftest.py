@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")  # a twentieth of a second each
 
 # Inductor's default cache outlives the run and could hide a compile that no longer works. One for the run costs its
 # toolchain warm-up (some 10 s) once; xdist's workers and child processes inherit it. Set the variable to keep a cache.
@@ -94,7 +95,7 @@ def _group(item: pytest.Item) -> str | None:
 def pytest_collection_finish() -> None:
     """Spare the garbage collector the half a million objects that importing leaves: it would go through them often."""
     gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
+    gc.set_threshold(100_000, 20, 50)
 
 
 def pytest_unconfigure() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lib.marks import only_in
 
 from cachedit_fx.bench.kernels_verify import (
     KERNELS,
@@ -45,7 +46,7 @@ def run():
         yield lambda todo: list(run(todo))
 
 
-@pytest.mark.parametrize("target", ["sm80", "sm90", "gfx942"])
+@pytest.mark.parametrize("target", only_in("kernels", ["sm80", "sm90", "gfx942"], but=["sm90", "gfx942"]))
 def test_bad_kernels_are_caught(run, target):
     found = {row.variant: row for row in run([Task("lib.bad_kernels", BAD[name], target) for name in BAD])}
     assert found["good"].is_good and found["good"].is_wide and found["good"].is_exact
@@ -100,14 +101,19 @@ def largest(kernel):
     return [place for _, place in places.values()]
 
 
-@pytest.mark.parametrize("target", ["sm90", "gfx942"])
+LARGEST = {"l1_sums": 8, "residual_apply": 12, "residual_store": 12, "quant_fp8": 12}
+"""Variants among the largest, by kernel."""
+LARGEST_BY_DEFAULT = [("sm90", kernel) for kernel in LARGEST] + [("gfx942", "residual_apply")]
+
+
 @pytest.mark.parametrize(
-    ("kernel", "count"), [("l1_sums", 8), ("residual_apply", 12), ("residual_store", 12), ("quant_fp8", 12)]
+    ("target", "kernel"),
+    only_in("kernels", itertools.product(("sm90", "gfx942"), LARGEST), but=LARGEST_BY_DEFAULT),
 )
-def test_the_largest_specialisations(run, kernel, count, target):
+def test_the_largest_specialisations(run, kernel, target):
     """Registers run out there first. All others: the test above."""
     todo = [Task(module_of(kernel), place, target) for place in largest(kernel)]
-    assert len(todo) == count
+    assert len(todo) == LARGEST[kernel]
     assert not shortcomings(run(todo))
 
 
@@ -337,7 +343,10 @@ def covers(own, ours, derived, theirs):
     return True
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", only_in("kernels", DTYPES, but=[torch.bfloat16, torch.float32]), ids=str)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_what_the_launchers_choose_is_one_of_the_variants(launched, kernel, dtype):
     module = importlib.import_module(module_of(kernel))

@@ -1,4 +1,7 @@
-"""One capture of a module for many compilations: the capture is what costs (see `SharedCapture`)."""
+"""One capture of a module for many compilations: the capture is what costs.
+
+`SharedCapture` stands for `cachedit_fx.compile`, and `SharedGraph` for plain `torch.compile`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from cachedit_fx.api import RECOMPILE_LIMIT
-from cachedit_fx.backend import compile_graph
+from cachedit_fx.backend import cachedit, compile_graph
 from cachedit_fx.bench.coverage import Subject, tensors
 from cachedit_fx.capture import copy_of
 from cachedit_fx.config.cache import DBCacheConfig
@@ -72,6 +75,49 @@ class SharedCapture:
     @torch.no_grad()
     def _compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return compile_graph(copy_of(gm), example_inputs, self._state.options, self._state)
+
+
+class SharedGraph:
+    """A module under `torch.compile(module, backend="cachedit")`, with one set of options after another.
+
+        shared = SharedGraph(module)
+        shared.compile(granularity="block")    # options as for `torch.compile`
+        shared(*args)                          # captures, the first time
+        shared.compile(granularity="region")   # compiles a copy of the captured graph
+        shared(*args)
+
+    Every set of options has a state of its own, as two compiled forms of one module have.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._options: dict[str, Any] = {}
+        self._graph: tuple[fx.GraphModule, Sequence[Any]] | None = None
+        self._compiled: Callable[..., Any] | None = None
+        self._call = torch.compile(module, backend=self._backend, fullgraph=True)
+
+    def compile(self, **options: Any) -> None:
+        """Go on under these options."""
+        self._options = options
+        if self._graph is not None:
+            self._compiled = self._compile(*self._graph)
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self._graph = gm, example_inputs
+        self._compiled = self._compile(gm, example_inputs)
+        return self._run
+
+    def _run(self, *inputs: Any) -> Any:
+        assert self._compiled is not None
+        return self._compiled(*inputs)
+
+    @torch.no_grad()
+    def _compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return cachedit(copy_of(gm), example_inputs, options=self._options)
 
 
 class SharedSubject(Subject):

@@ -9,10 +9,11 @@ import torch
 from diffusers.loaders.peft import PeftAdapterMixin
 from lib import models
 from lib.marks import only_in
-from lib.toys import FALLING, Toy, denoise, make, noise
+from lib.toys import FALLING
 from lib.wrapped import (
     COMPUTES,
     SKIPS,
+    InTuple,
     call,
     check,
     check_next_generation,
@@ -21,6 +22,7 @@ from lib.wrapped import (
     plain,
     small_pipeline,
     steps,
+    toy,
 )
 from peft import LoraConfig, get_peft_model_state_dict
 from torch._dynamo.utils import counters
@@ -33,13 +35,21 @@ LOADS = ("add_adapter", "load_lora_adapter")
 PROMPTS = ["a small red circle on navy"]
 
 
-def lora(rank: int = 2, modules: Sequence[str] = ("to_q", "to_out.0")) -> LoraConfig:
+def lora(rank: int = 2, modules: Sequence[str] = ("to_q", "to_out.0", "up", "down")) -> LoraConfig:
     """With weights that change something: peft's own start at zero."""
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=list(modules), init_lora_weights=False)
 
 
 def flux():
     return models.flux(double=2, single=2)
+
+
+class Adapted(PeftAdapterMixin, InTuple):
+    """A toy that takes adapters as diffusers' models do."""
+
+
+def adapted():
+    return toy(Adapted)
 
 
 def adapter(model, rank: int = 2, seed: int = 1) -> dict[str, Any]:
@@ -89,7 +99,7 @@ def test_loaded_after_compiling(how):
 
 
 def test_adapters_are_scaled_weighted_and_switched():
-    model, inputs = flux()
+    model, inputs = adapted()
     load(model, adapter(model, seed=1), "a")
     load(model, adapter(model, seed=2), "b")
     model.set_adapters("a")
@@ -121,7 +131,7 @@ def test_a_scale_that_moves_from_generation_to_generation():
 
 
 def test_fused_unfused_and_deleted():
-    model, inputs = flux()
+    model, inputs = adapted()
     base = generation(enabled(copy.deepcopy(model), SKIPS), inputs)
     load(model, adapter(model), "a")
     follow(
@@ -139,7 +149,7 @@ def test_fused_unfused_and_deleted():
 
 def test_hot_swapped_adapters_share_one_graph():
     """Of three ranks, padded to the largest."""
-    model, inputs = flux()
+    model, inputs = adapted()
     states = [adapter(model, rank, seed) for seed, rank in enumerate((2, 4, 1), 1)]
     model.enable_lora_hotswap(target_rank=4)
     load(model, states[0], "a")
@@ -150,25 +160,21 @@ def test_hot_swapped_adapters_share_one_graph():
     assert counters["stats"]["unique_graphs"] == graphs
 
 
-class Adapted(PeftAdapterMixin, Toy):
-    """A toy that takes adapters as diffusers' models do."""
-
-
 def test_ten_adapters_loaded_in_turn_stay_cached():
     """Each load wraps the linear layers anew, and so makes a graph; dynamo's own limit is eight."""
-    model = make(Adapted, blocks=3)
-    expected, start = denoise(model), noise()
+    model, inputs = toy(Adapted, blocks=3)
+    expected = generation(model, inputs, FALLING)
     policy = SKIPS.reset(steps_computation_mask="00" + "10" * (len(FALLING) // 2 - 1))
     enabled(model, policy)
     for number in range(10):
         name = f"adapter_{number}"
         model.add_adapter(lora(modules=("up", "down")), name)
         model.set_adapters(name)
-        denoise(model, start=start)
+        generation(model, inputs, FALLING)
         assert steps(model) == [(10, [1, 3, 5, 7, 9], 0)]
         model.delete_adapters(name)
     refresh_context(model, cache_config=policy.reset(steps_computation_mask="1" * len(FALLING)))
-    assert torch.equal(denoise(model, start=start), expected)
+    assert torch.equal(generation(model, inputs, FALLING), expected)
 
 
 @pytest.mark.parametrize("adapted", only_in("wrappings", [False, True], but=[True]))

@@ -12,7 +12,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from diffusers.hooks import apply_group_offloading
 from lib import models
 from lib.marks import only_in
-from lib.wrapped import SKIPS, call, check, check_next_generation, enabled, generation, plain, steps
+from lib.wrapped import SKIPS, call, check, check_next_generation, enabled, generation, plain, steps, toy
 
 from cachedit_fx import CacheWarning, disable_cache, summary
 
@@ -21,6 +21,11 @@ CPU = torch.device("cpu")
 
 def flux():
     return models.flux(double=2, single=2)
+
+
+SUBJECTS = {"toy": toy, "flux": flux}
+on_a_toy = pytest.mark.parametrize("subject", only_in("wrappings", SUBJECTS, but=["toy"]))
+"""The hooks are what is tested: by default a toy has them. One test has those of a class of diffusers."""
 
 
 def group_offload(model, kind, size=None):
@@ -42,9 +47,10 @@ BREAKING = {
 }
 
 
+@on_a_toy
 @pytest.mark.parametrize("how", WHOLE)
-def test_hooks_on_the_whole_model_keep_it_one_graph(how):
-    model, inputs = flux()
+def test_hooks_on_the_whole_model_keep_it_one_graph(how, subject):
+    model, inputs = SUBJECTS[subject]()
     expected = plain(model, inputs)
     WHOLE[how](model)
     assert torch.equal(check(model, inputs), expected)
@@ -61,9 +67,10 @@ def test_hooks_put_on_and_taken_off_after_compiling(how):
     assert torch.equal(check_next_generation(model, inputs), expected)
 
 
-def test_a_model_that_is_offloaded_between_generations():
+@on_a_toy
+def test_a_model_that_is_offloaded_between_generations(subject):
     """What an accelerator's offload does to weights: the same parameters, other memory."""
-    model, inputs = flux()
+    model, inputs = SUBJECTS[subject]()
     _, hook = cpu_offload_with_hook(model, execution_device=CPU)
     enabled(model, SKIPS)
     expected = generation(model, inputs)
@@ -73,9 +80,10 @@ def test_a_model_that_is_offloaded_between_generations():
     assert torch.equal(check_next_generation(model, inputs), expected)
 
 
+@on_a_toy
 @pytest.mark.parametrize("how", only_in("wrappings", BREAKING, but=["sequential offload", "a group a block"]))
-def test_hooks_within_the_model_break_it_into_frames(how):
-    model, inputs = flux()
+def test_hooks_within_the_model_break_it_into_frames(how, subject):
+    model, inputs = SUBJECTS[subject]()
     expected = plain(model, inputs)
     BREAKING[how](model)
     enabled(model)
@@ -92,9 +100,10 @@ def test_hooks_within_the_model_break_it_into_frames(how):
 
 
 @pytest.mark.budget(60, "captured with its hooks, and again without them")
-def test_enabled_anew_without_its_hooks_the_model_caches():
+@on_a_toy
+def test_enabled_anew_without_its_hooks_the_model_caches(subject):
     """Dynamo does not look again at a frame that it gave up, so enabling anew is needed."""
-    model, inputs = flux()
+    model, inputs = SUBJECTS[subject]()
     expected = plain(model, inputs)
     cpu_offload(model, execution_device=CPU)
     enabled(model)

@@ -78,7 +78,7 @@ def test_hooks_still_run():
 def test_a_deep_copy_is_uncompiled(kind):
     model, inputs = (make(), dict(zip(("hidden_states", "timestep", "encoder_hidden_states"), CALL, strict=True)))
     if kind == "flux":
-        model, inputs = models.flux()
+        model, inputs = models.flux(double=2, single=2)
     enabled(model)
     with torch.no_grad():
         model(**inputs)
@@ -100,7 +100,7 @@ def test_a_deep_copy_is_uncompiled(kind):
 
 
 def test_a_compiled_module_can_be_saved(tmp_path):
-    model, inputs = models.flux()
+    model, inputs = models.flux(double=2, single=2)
     enabled(model)
     torch.save(model, tmp_path / "model.pt")
     loaded = torch.load(tmp_path / "model.pt", weights_only=False)

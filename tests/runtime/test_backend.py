@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lib import models
+from lib.shared import SharedGraph
 from lib.toys import FALLING, CountingBackend, Loopless, Timeless, Toy, denoise, make, noise
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
@@ -147,75 +148,91 @@ def test_inner_options_reach_a_callable():
 # the guardrail: nothing reused, nothing changed
 
 
+@pytest.fixture(scope="module")
+def toy() -> SharedGraph:
+    return SharedGraph(make())
+
+
+@pytest.fixture(scope="module")
+def flux() -> tuple[SharedGraph, dict[str, Any]]:
+    model, inputs = models.flux(double=3, single=3)
+    return SharedGraph(model), inputs
+
+
+@pytest.mark.keep_compiled
 @pytest.mark.parametrize(
     ("granularity", "scope", "last"),
-    [("block", "model", 0), ("block", "loop", 2), ("region", "model", 2), ("region", "loop", 0)],
+    [("block", "model", 0), ("block", "loop", 1), ("region", "model", 2), ("region", "loop", 0)],
 )
-def test_flux_with_the_eager_inner_backend_is_the_plain_model_to_the_bit(granularity, scope, last):
-    """Threshold 0, and a mask that computes everything (which stores, too)."""
-    model, inputs = models.flux(double=4, single=4)
-    layout = {"granularity": granularity, "scope": scope, "Bn_compute_blocks": last}
-    fast = compiled(model, OFF | layout)
-    with torch.no_grad():
-        for timestep in (0.9, 0.7):
-            inputs["timestep"] = torch.full((1,), timestep)
-            expected = model(**inputs)[0]
-            assert torch.equal(fast(**inputs)[0], expected)
-    regions = summary(fast)
-    assert [region.num_blocks for region in regions] == ([8] if scope == "model" else [4, 4])
+def test_flux_with_the_eager_inner_backend_is_the_plain_model_to_the_bit(flux, granularity, scope, last):
+    """Threshold 0."""
+    fast, inputs = flux
+    fast.compile(**OFF | {"granularity": granularity, "scope": scope, "Bn_compute_blocks": last})
+    for timestep in (0.9, 0.7):
+        inputs = inputs | {"timestep": torch.full((1,), timestep)}
+        with torch.no_grad():
+            expected = fast.module(**inputs)[0]
+        assert torch.equal(fast(**inputs)[0], expected)
+    regions = summary(fast.module)[: 1 if scope == "model" else 2]  # the latest options come first
+    assert [region.num_blocks for region in regions] == ([6] if scope == "model" else [3, 3])
     assert all(region.executed_steps == 2 and region.cached_steps == [] for region in regions)
 
 
+@pytest.mark.keep_compiled
 @pytest.mark.parametrize("granularity", ["block", "region"])
 @pytest.mark.parametrize(("first", "last"), [(1, 0), (2, 2)])
-def test_toys_with_the_eager_inner_backend_are_plain_to_the_bit(granularity, first, last):
-    model = make()
+def test_toys_with_the_eager_inner_backend_are_plain_to_the_bit(toy, granularity, first, last):
+    """Threshold 0, and a warm-up that computes everything (which stores, too)."""
     layout = {"granularity": granularity, "Fn_compute_blocks": first, "Bn_compute_blocks": last}
-    expected = denoise(model)
-    assert torch.equal(denoise(compiled(model, OFF | layout)), expected)
-    storing = OPTIONS | layout | {"max_warmup_steps": 10}  # computes every step, and stores
-    fast = compiled(model, storing)
-    assert torch.equal(denoise(fast), expected)
-    assert summary(fast)[0].cached_steps == []
+    expected = denoise(toy.module)
+    toy.compile(**OFF | layout)
+    assert torch.equal(denoise(toy), expected)
+    toy.compile(**OPTIONS | layout | {"max_warmup_steps": 10})
+    assert torch.equal(denoise(toy), expected)
+    assert summary(toy.module)[0].cached_steps == []
 
 
-def guarded_and_plain(model, options, **inputs):
+def guarded_and_plain(shared, options, **inputs):
     """Outputs of a computed call with the cache branch and without it, regions cut alike."""
-    guarded, plain = compiled(model, options), compiled(model, options | NO_BRANCH)
-    with torch.no_grad(), warnings.catch_warnings():
+    outputs = []
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", CacheWarning)  # the plain one says that it is uncached
-        return guarded(**inputs), plain(**inputs)
+        for more in ({}, NO_BRANCH):
+            shared.compile(**options | more)
+            outputs.append(shared(**inputs))
+    return outputs
 
 
+@pytest.mark.keep_compiled
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 @pytest.mark.parametrize("granularity", ["block", "region"])
 @pytest.mark.parametrize("last", [0, 2])
-def test_the_branch_changes_nothing_in_the_lowering(inner, granularity, last):
+def test_the_branch_changes_nothing_in_the_lowering(toy, inner, granularity, last):
     layout = {"inner_backend": inner, "granularity": granularity, "Bn_compute_blocks": last}
     inputs = {"hidden_states": noise(), "timestep": torch.tensor([500.0]), "encoder_hidden_states": TEXT}
-    guarded, plain = guarded_and_plain(make(), OFF | layout, **inputs)
+    guarded, plain = guarded_and_plain(toy, OFF | layout, **inputs)
     assert torch.equal(guarded, plain)
 
 
+@pytest.mark.keep_compiled
 @pytest.mark.parametrize(("granularity", "scope"), [("block", "model"), ("region", "loop")])
-def test_the_branch_changes_nothing_in_the_lowering_of_flux(granularity, scope):
-    model, inputs = models.flux(double=2, single=2)
+def test_the_branch_changes_nothing_in_the_lowering_of_flux(flux, granularity, scope):
+    shared, inputs = flux
     options = OFF | {"inner_backend": "aot_eager", "granularity": granularity, "scope": scope}
-    guarded, plain = guarded_and_plain(model, options, **inputs)
+    guarded, plain = guarded_and_plain(shared, options, **inputs)
     assert torch.equal(guarded[0], plain[0])
 
 
 def test_the_branch_changes_nothing_under_inductor():
     """And a call that reuses on identical inputs repeats it to the bit."""
-    model = make(Timeless, blocks=4)
+    shared = SharedGraph(make(Timeless, blocks=4))
     options = {"inner_backend": "inductor", "Fn_compute_blocks": 1, "max_warmup_steps": 1}
-    guarded, plain = guarded_and_plain(model, options, hidden_states=noise(), encoder_hidden_states=TEXT)
-    assert torch.equal(guarded, plain)
-    fast = compiled(model, options)
-    with torch.no_grad():
-        assert torch.equal(fast(noise(), TEXT), guarded)
-        assert torch.equal(fast(noise(), TEXT), guarded)
-    assert summary(fast)[0].cached_steps == [1, 2]
+    shared.compile(**options, **NO_BRANCH)
+    with pytest.warns(CacheWarning):
+        expected = shared(noise(), TEXT)
+    shared.compile(**options)
+    assert all(torch.equal(shared(noise(), TEXT), expected) for _ in range(3))
+    assert summary(shared.module)[0].cached_steps == [1, 2]
 
 
 def test_alike_blocks_are_compiled_once():

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from lib import models
+from lib.marks import only_in
 from lib.toys import FALLING, denoise, make, noise
 from lib.wrapped import (
     COMPUTES,
@@ -40,14 +41,17 @@ def differs(model, inputs, without) -> torch.Tensor:
 # ControlNet
 
 
+CONTROLNETS: list[tuple[int, int, dict[str, bool]]] = [
+    (3, 0, {}),
+    (0, 4, {}),
+    (2, 2, {}),
+    (2, 0, {"controlnet_blocks_repeat": True}),
+]
+
+
 @pytest.mark.parametrize(
     ("double", "single", "more"),
-    [
-        (3, 0, {}),
-        (0, 4, {}),
-        (2, 2, {}),
-        (2, 0, {"controlnet_blocks_repeat": True}),
-    ],
+    only_in("wrappings", CONTROLNETS, but=CONTROLNETS[2:]),
     ids=["double", "single", "fewer than blocks", "repeated"],
 )
 def test_controlnet_residuals_of_flux(double, single, more):
@@ -98,7 +102,7 @@ def ip_adapter(blocks: int, clip: int = 6, cross: int = 12) -> dict[str, Any]:
     return {"image_proj": projection, "ip_adapter": attention}
 
 
-@pytest.mark.parametrize("loaded", ["before", "after"])
+@pytest.mark.parametrize("loaded", only_in("wrappings", ["before", "after"], but=["after"]))
 def test_an_ip_adapter_of_flux(loaded):
     """Its processors hand three values from block to block where two went before."""
     model, inputs = models.flux(double=2, single=2)
@@ -187,7 +191,7 @@ def test_the_tokens_of_a_given_first_frame_have_timestep_0():
     assert torch.equal(denoised(model), denoised(model._call_impl))
 
 
-@pytest.mark.parametrize("kind", ["flux", "wan"])
+@pytest.mark.parametrize("kind", only_in("wrappings", ["flux", "wan"], but=["wan"]))
 def test_a_timestep_of_equal_entries_for_a_batch_of_two(kind):
     model, inputs = models.flux(double=2, single=2, batch=2) if kind == "flux" else wan(2)
     if kind == "wan":
