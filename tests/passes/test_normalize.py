@@ -1,5 +1,7 @@
 """Normalize: in-place writes that cross a cut become pure, buffers filled in one place stay as they are."""
 
+import copy
+import inspect
 import operator
 
 import pytest
@@ -65,13 +67,33 @@ class LiveView(WithLinear):
 
 
 class ThroughDropout(WithLinear):
-    come = {"clone": 1}
+    gone = {"dropout": 1, "iadd": 1}
+    come = {"add": 1}
 
     def forward(self, x):
         y = self.linear(x)
         z = nn.functional.dropout(y, 0.5, training=False)  # not a copy: y itself
         z += 1
         return y * 2
+
+
+class ThroughData(WithLinear):
+    come = {"clone": 1}
+
+    def forward(self, x):
+        y = self.linear(x)
+        y.data[:, 1:].copy_(x[:, 1:])
+        return y
+
+
+class SeveralAtOnce(WithLinear):
+    come = {"clone": 2}
+
+    def forward(self, x):
+        y, z = self.linear(x), x * 2
+        view = z.T
+        torch._foreach_mul_([y, view], 0.5)
+        return y @ view + z.sum()
 
 
 class InTurn(WithLinear):
@@ -136,6 +158,34 @@ class WritesInput(WithLinear):
         return y + x
 
 
+class UpdatesStatistics(WithLinear):
+    """Batch norm in training writes to two buffers, and no in-place name says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return self.norm(self.linear(x)) + self.norm.running_mean
+
+
+class Renormalizes(nn.Module):
+    """An embedding with a largest norm writes to its weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(3, 4, max_norm=0.5)
+
+    def forward(self, x):
+        return self.embedding.weight.sum() + self.embedding(x.argmax(dim=1) % 3) + self.embedding.weight.sum()
+
+
+class AssignsData(WithLinear):
+    def forward(self, x):
+        self.linear.weight.data = self.linear.weight * 2
+        return self.linear(x)
+
+
 class WritesBuffer(WithLinear):
     calls: torch.Tensor
 
@@ -172,11 +222,11 @@ def test_fires(module, gone, come):
     assert graph.same(graph.gm)
 
 
-@pytest.mark.parametrize("module", [ThroughView, LiveView, ThroughDropout, InTurn])
+@pytest.mark.parametrize("module", [ThroughView, LiveView, ThroughDropout, ThroughData, SeveralAtOnce, InTurn])
 def test_writes_that_a_view_shows_go_to_a_copy(module):
     """Of the views that are still in use each is made again, and none is left over."""
     graph, before, after = normalized(module())
-    assert before - after == {} and after - before == module.come
+    assert before - after == getattr(module, "gone", {}) and after - before == module.come
     assert graph.same(graph.gm)
     (linear,) = find(graph.gm, "linear")
     assert not any(written_by(user) for user in linear.users)
@@ -212,6 +262,79 @@ def test_writes_to_graph_inputs_reach_the_caller(module):
         assert torch.equal(changed[written.index(True)], (unchanged[written.index(True)] + 1) * 2)
     else:
         assert changed[written.index(True)].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("kind", [UpdatesStatistics, Renormalizes])
+@torch.no_grad()
+def test_writes_that_no_name_tells_reach_the_graph_inputs(kind):
+    module, x = kind(), torch.randn(3, 4)
+    plain, before = copy.deepcopy(module), copy.deepcopy(module.state_dict())
+    graph = capture(module, x)
+    module.load_state_dict(before)  # the captured call has written to it
+    gm = run_passes(graph.gm, Normalize())
+    written = find(gm, "copy_")
+    assert 0 < len(written) == ops(gm)["clone"] and all(
+        node.next.op == "output" or node.next in written for node in written
+    )
+    inputs = copied(graph.inputs)
+    assert torch.equal(gm(*inputs)[0], plain(x))
+    state = [tensor for name, tensor in plain.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert all(any(torch.equal(tensor, value) for value in inputs if value.shape == tensor.shape) for tensor in state)
+
+
+@torch.no_grad()
+def test_assigned_data_replaces_the_input_and_is_assigned_at_the_end():
+    module, x = AssignsData(), torch.randn(3, 4)
+    plain, graphs = copy.deepcopy(module), []
+
+    def backend(gm, _):
+        graphs.append(run_passes(gm, Normalize()))
+        return graphs[-1]
+
+    assert torch.equal(torch.compile(module, backend=backend, fullgraph=True)(x), plain(x))
+    assert torch.equal(module.linear.weight, plain.linear.weight)
+    (graph,) = graphs
+    ((assignment,), (linear,), (product,)) = (find(graph, name) for name in ("set_", "linear", "mul"))
+    assert assignment.next.op == "output" and assignment.args[1] is linear.args[1] is product
+    assert find(graph, "_lower_version_count_by_1") == []
+
+
+def _named(function, name):
+    """A call of `function` that sets its parameter `inplace` by position."""
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["example_value"] = torch.ones(2)
+    parameters = list(inspect.signature(function).parameters.values())
+    index = [parameter.name for parameter in parameters].index(name)
+    args = [x if each.default is each.empty else each.default for each in parameters[:index]]
+    return x, graph.call_function(function, (*args, True)), graph.call_function(function, (*args, False))
+
+
+INPLACE = [
+    f for f in vars(nn.functional).values() if inspect.isfunction(f) and "inplace" in inspect.signature(f).parameters
+]
+
+
+@pytest.mark.parametrize("function", INPLACE, ids=lambda function: function.__name__)
+def test_inplace_by_position(function):
+    x, writes, reads = _named(function, "inplace")
+    assert written_by(writes) == (x,) and written_by(reads) == ()
+
+
+METHODS = [name for name in dir(torch.Tensor) if name.endswith("_") and not name.startswith("_")]
+
+
+@pytest.mark.parametrize("function", [False, True])
+def test_every_method_with_an_underscore_writes(function):
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["example_value"] = torch.ones(2)
+    calls = [
+        graph.call_function(getattr(torch.Tensor, name), (x,)) if function else graph.call_method(name, (x,))
+        for name in METHODS
+    ]
+    silent = {name for name, call in zip(METHODS, calls, strict=True) if written_by(call) != (x,)}
+    assert silent == {"requires_grad_", "detach_", "share_memory_"} and len(METHODS) > 150
 
 
 def test_new_nodes_have_values():
