@@ -369,15 +369,14 @@ def check_all(zoo: Zoo, tell: Tell) -> Iterator[Covered]:
 
 def table(rows: Sequence[Covered]) -> Table:
     """A line for each model, a mark for each check: held, did not hold, could not be made."""
-    headings = ("model", "chain", *CHECKS, "FLOPs", "variants")
-    result = Table(headings, texts=range(len(headings) - 1))
+    has_variants = any(row.variants is not None for row in rows)
+    headings = ("model", "chain", *CHECKS, "FLOPs", *(["variants"] if has_variants else []))
+    result = Table(headings, texts=range(len(CHECKS) + 2))
     marks = {True: "✓", False: "✗", None: "-"}
     for row in rows:
         checks = (marks[row.passed.get(name)] for name in CHECKS)
-        work = "" if row.work is None else f"{row.work:.0%}"
-        result.add(
-            row.name, " + ".join(row.loops), *checks, work, _variants_cell(row), style="" if row.is_full else "bold"
-        )
+        figures = ["" if row.work is None else f"{row.work:.0%}", *([_variants_cell(row)] if has_variants else [])]
+        result.add(row.name, " + ".join(row.loops), *checks, *figures, style="" if row.is_full else "bold")
     return result
 
 
