@@ -124,7 +124,9 @@ def test_the_three_methods_are_stable_up_to_their_limits(order, share, limit):
 
 def pulled_back(config, pull: float) -> float:
     """The state after 300 steps, 1 at first, if the model's output is `pull` / 3 times the state."""
-    state, trail, stored = 1.0, [], []
+    state = 1.0
+    trail: list[Moment] = []
+    stored: list[float] = []
     for step in range(300):
         now = Moment(step, -float(step), step % 3 == 0)
         if now.computed:
