@@ -76,7 +76,6 @@ class LagrangeCalibratorConfig(CalibratorConfig):
     """The polynomial's variable. "step" assumes that all steps have one length. Step numbers are also used if no
     timestep is known, or if timesteps do not run one way."""
     deferred_correction: float = setting(1.0, _SHARE)
-    """The first prediction after a computed step makes up for this share of the error of the predictions before that
-    step. True is 1, False is 0. A model pulls a wrong state back, strongly under guidance, so a part may be made up for
-    already. With correction lagrange_order + 3 values are stored for every result and every CFG branch, otherwise
-    lagrange_order + 1."""
+    """The share of the earlier predictions' error that the first prediction after a computed step makes up for. False
+    means 0, True means 1. Guidance asks for less, because the model has pulled the state back meanwhile. With
+    correction lagrange_order + 3 values are stored for every result and every CFG branch, otherwise lagrange_order + 1."""

@@ -6,9 +6,9 @@ model: `LagrangeCalibratorConfig` with a static mask. docs/choosing.md has their
 
     stiffness = (guidance - 1) / computed steps
 
-    guidance   mask          order                         share of the error made up for
-    1          spread_mask   1                             1
-    above      graded_mask   1 below `LINEAR`, else 0      1 up to `PAID[0]`, then less, 0 from `PAID[1]` on
+    guidance   mask          order                      share of the error made up for
+    1          spread_mask   1                          1
+    above      graded_mask   1 below `LINEAR`, else 0   1 up to `PAID[0]`, then less, 0 from `PAID[1]` on
 
 The computed steps are a coarse integration of the sampler's path: two predictions and a correction are a multistep
 method. A method looks back further for accuracy and is stable in shorter steps for it: a corrected line is third order
@@ -16,7 +16,8 @@ with a stable range of 0.55, a corrected repetition second order with 1, a repet
 multiplies the pull of the model on a wrong state, hence the stiffness, and so chooses among the three.
 
 Guided outputs jump after the first step, at pure noise, and settle within a tenth of the path. Errors made there
-are most of a picture's error. So `graded_mask` computes densely there.
+are most of a picture's error. So `graded_mask` computes densely there, less so if less is made up for later. From
+`PAID[1]` on the mask is even and outputs are repeated, which is sampling with fewer steps.
 """
 
 from __future__ import annotations
@@ -77,13 +78,14 @@ def preset(name: str, steps: int, guidance: float | None = 1.0) -> dict[str, Any
     check("steps", steps, integer(1, "denoising steps of a generation"))
     computed = max(MIN_COMPUTED, int(steps * SHARES[name])) if steps >= MIN_STEPS else steps
     excess = 0.0 if guidance is None else abs(guidance - 1)
-    make_mask = graded_mask if excess else spread_mask
+    calibrator = calibrator_for(excess / computed)
+    share = calibrator.deferred_correction
     config = DBCacheConfig(
         Fn_compute_blocks=0,
-        steps_computation_mask=make_mask(steps, computed),
+        steps_computation_mask=graded_mask(steps, computed, share) if excess else spread_mask(steps, computed),
         steps_computation_policy="static",
     )
-    return {"cache_config": config, "calibrator_config": calibrator_for(excess / computed)}
+    return {"cache_config": config, "calibrator_config": calibrator}
 
 
 def calibrator_for(stiffness: float) -> LagrangeCalibratorConfig:
@@ -110,24 +112,26 @@ def spread_mask(steps: int, computed: int) -> list[int]:
     return [int(step < start or step in ones) for step in range(steps)]
 
 
-def graded_mask(steps: int, computed: int) -> list[int]:
+def graded_mask(steps: int, computed: int, grade: float) -> list[int]:
     """A mask of `steps` digits, `computed` of them ones: dense at the start, with gaps that grow to the end.
 
-    The density of ones falls from `1 + START_DENSITY` to 1 over the path. The ones divide the path into parts of equal
-    weight, each from a computed step to the next one; the last part, up to the end, has half of that weight.
+    The density of ones falls from `1 + grade * START_DENSITY` to 1 over the path. The ones divide the path into parts
+    of equal weight, each from a computed step to the next one. The last part, up to the end, has `1 - grade / 2` of
+    that weight.
 
     Args:
         steps: at least 1.
         computed: 1 to `steps`.
+        grade: 0 to 1. At 0 the ones are where a sampler of `computed` steps has its steps.
     """
 
     def weight(step: int) -> float:
         place = step / steps
-        return place + START_DENSITY * START_LENGTH * (1 - math.exp(-place / START_LENGTH))
+        return place + grade * START_DENSITY * START_LENGTH * (1 - math.exp(-place / START_LENGTH))
 
     ones: list[int] = []
     for index in range(computed):
-        target = weight(steps) * index / (computed - 0.5)
+        target = weight(steps) * index / (computed - grade / 2)
         step = min(range(steps), key=lambda candidate: abs(weight(candidate) - target))
         ones.append(max(step, ones[-1] + 1) if ones else step)
     return [int(step in ones) for step in range(steps)]

@@ -80,7 +80,7 @@ def test_a_preset_has_its_work_at_any_guidance(steps, guidance):
 @given(st.integers(1, 200), st.data())
 def test_gaps_of_a_graded_mask_grow(steps, data):
     computed = data.draw(st.integers(1, steps))
-    mask = graded_mask(steps, computed)
+    mask = graded_mask(steps, computed, data.draw(st.floats(0, 1)))
     assert len(mask) == steps and sum(mask) == computed and mask[0] == 1
     ones = [step for step, digit in enumerate(mask) if digit]
     gaps = [after - before for before, after in itertools.pairwise(ones)]
@@ -90,6 +90,15 @@ def test_gaps_of_a_graded_mask_grow(steps, data):
 @pytest.mark.parametrize("guidance", [None, 1.0, 1])
 def test_one_branch_has_no_guidance(guidance):
     assert presets(28, guidance) == presets(28)
+
+
+@pytest.mark.parametrize(("steps", "computed"), [(20, 5), (28, 7), (28, 14), (50, 25), (50, 10)])
+def test_at_the_floor_a_preset_is_fewer_steps(steps, computed):
+    """Repeated outputs on an even mask: each computed step is a step of the whole gap's length."""
+    assert digits(graded_mask(steps, computed, 0.0)) == ("1" + "0" * (steps // computed - 1)) * computed
+    floor = preset("fastest", steps, 50.0)
+    assert floor["calibrator_config"] == LagrangeCalibratorConfig(lagrange_order=0, deferred_correction=0.0)
+    assert sum(floor["cache_config"].steps_computation_mask[1:4]) == 0
 
 
 def test_guidance_takes_accuracy_for_stability():
