@@ -36,7 +36,7 @@ help: ## this list
 	@echo
 	@echo "Variables"
 	@echo "  PYTHON=/path/to/python        makes .venv with this interpreter (3.11 or newer); after 'make distclean'"
-	@echo "  PYTEST_ARGS='-k NAME'         goes to pytest: '-n 2', '--part zoo', 'tests/runtime/test_policy.py', ..."
+	@echo "  PYTEST_ARGS='-k NAME'         goes to pytest: '-n 2', '--part=zoo', 'tests/runtime/test_policy.py', ..."
 	@echo "  PART='zoo fuzz'               the parts that 'make test-all' runs; docs/tested.md lists them"
 	@echo "  FUZZ_ARGS='--cases 2000'       goes to tests/fuzz.py: '--help', '--seed N', ..."
 	@echo "  DEMO_ARGS='--help'            goes to 'cachedit demo'"

@@ -13,6 +13,7 @@ from diffusers.hooks import apply_group_offloading
 from lib import models
 from lib.marks import only_in
 from lib.wrapped import SKIPS, call, check, check_next_generation, enabled, generation, plain, steps, toy
+from torch import nn
 
 from cachedit_fx import CacheWarning, disable_cache, summary
 
@@ -32,6 +33,15 @@ def group_offload(model, kind, size=None):
     apply_group_offloading(
         model, onload_device=CPU, offload_device=CPU, offload_type=kind, num_blocks_per_group=size, use_stream=False
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _hooks_have_run():
+    """Accelerate makes the functions of its hooks at their first call. If dynamo traces that call, it can fail.
+
+    It fails under the backend `eager` of torch 2.13 and 2.14 too, without a cache.
+    """
+    cpu_offload(nn.Linear(1, 1), execution_device=CPU)(torch.zeros(1, 1))
 
 
 WHOLE = {

@@ -8,7 +8,18 @@ from pathlib import Path
 
 import parts
 import pytest
-from parts import PARTS, RECORD, Run, counts, is_current, present_commit, present_versions, read, run_parts, write
+from parts import (
+    PARTS,
+    RECORD,
+    Run,
+    is_current,
+    present_commit,
+    present_versions,
+    read,
+    run_part,
+    run_parts,
+    write,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = Run("zoo", "2031-01-02", "0123456789ab", 31.5, 58.0, 69, 0, "Python 3.11.7, torch 2.13.0+cpu")
@@ -67,11 +78,11 @@ def test_outside_git_nothing_is_current(tmp_path):
 def test_parts_are_entered_as_they_end_and_skipped_once_they_have_passed(tree, monkeypatch, capsys):
     failing, ran = {"fuzz"}, []
 
-    def run_part(part, root, arguments):
+    def passed(part, root, arguments, minutes):
         ran.append(part)
         return Run(part, "2031-01-02", present_commit(root), 1.0, 1.0, 5, int(part in failing), present_versions())
 
-    monkeypatch.setattr(parts, "run_part", run_part)
+    monkeypatch.setattr(parts, "run_part", passed)
     assert not run_parts(["zoo", "fuzz"], tree, (), again=False)
     failing.clear()
     assert run_parts(["zoo", "fuzz"], tree, (), again=False)
@@ -96,16 +107,16 @@ def burn(seconds):
 def test_default():
     burn(0.3)
 
-@pytest.mark.full("zoo")
+@pytest.mark.full("kernels")
 def test_within_its_budget():
     burn(0.3)
 
-@pytest.mark.full("zoo")
+@pytest.mark.full("kernels")
 @pytest.mark.budget(0.1, "to be missed")
 def test_over_its_budget():
     burn(0.3)
 
-@pytest.mark.full("zoo")
+@pytest.mark.full("kernels")
 @pytest.mark.skip
 def test_skipped():
     pass
@@ -114,7 +125,7 @@ def test_skipped():
 def costly():
     burn(0.3)
 
-@pytest.mark.full("zoo")
+@pytest.mark.full("kernels")
 @pytest.mark.budget(0.1, "a fixture's set-up is not the test's")
 def test_of_a_costly_fixture(costly):
     pass
@@ -123,34 +134,41 @@ def test_of_a_costly_fixture(costly):
 
 @pytest.fixture
 def suite(tmp_path):
-    """Runs a part of `SUITE`; returns what pytest printed, and its report."""
+    """A folder with `SUITE`, and with another folder that is called as one of the parts is."""
     (tmp_path / "pyproject.toml").write_text(
-        f"[tool.pytest.ini_options]\npythonpath = ['{ROOT / 'tests'}']\nmarkers = ['full', 'budget', 'keep_compiled']\n"
+        f"[tool.pytest.ini_options]\npythonpath = ['{ROOT / 'tests'}']\ntestpaths = ['tests']\n"
+        "markers = ['full', 'budget', 'keep_compiled']\n"
     )
-    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
-    (tmp_path / "test_some.py").write_text(SUITE)
-
-    def run(*arguments):
-        report = tmp_path / "report.xml"
-        command = [sys.executable, "-m", "pytest", f"--junitxml={report}", "-p", "no:cacheprovider", *arguments]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        return done.stdout + done.stderr, report
-
-    return run
+    for folder in ("tests", "kernels"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "tests" / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    (tmp_path / "tests" / "test_some.py").write_text(SUITE)
+    return tmp_path
 
 
-def test_a_part_is_run_alone_and_a_test_over_its_budget_fails(suite):
+def test_a_part_is_run_alone_and_a_test_over_its_budget_fails(suite, capfd):
     """In a worker of xdist, whose time and whose tests' count."""
-    output, report = suite("--part", "zoo", "-n", "1", "--dist", "loadgroup")
-    assert counts(report) == (3, 1)  # one is skipped, one of another part
-    assert re.search(r"FAILED test_some.py::test_over_its_budget - 0\.\d CPU seconds, 0\.1 allowed", output)
+    run = run_part("kernels", suite, ("-n", "1", "--dist", "loadgroup"))
+    output = capfd.readouterr().out
+    assert (run.part, run.tests, run.failures) == ("kernels", 3, 1)  # one is skipped, one of another part
+    assert re.search(r"0\.\d CPU seconds, 0\.1 allowed\. Make the test cheaper", output)
+    assert "FAILED tests/test_some.py::test_over_its_budget" in output
     table = output.partition(" CPU seconds =")[2]
-    (in_file,) = re.findall(r"([\d.]+)  test_some\.py\n", table)
+    (in_file,) = re.findall(r"([\d.]+)  tests/test_some\.py\n", table)
     (in_all,) = re.findall(r"([\d.]+)  in all\n", table)
     assert 0.9 <= float(in_file) < float(in_all)
 
 
-def test_a_part_that_is_not_listed_is_an_error(suite, tmp_path):
-    (tmp_path / "test_some.py").write_text(SUITE.replace("zoo", "zooo"))
-    output, _ = suite("--collect-only", "-q")
-    assert "no part is called 'zooo'" in output and "zoo, " in output
+def test_a_part_that_takes_too_long_is_stopped_and_has_failed(suite, capfd):
+    run = run_part("kernels", suite, (), minutes=0.001)
+    assert (run.tests, run.failures) == (0, 1)
+    assert "kernels: stopped after 0.001 minutes" in capfd.readouterr().out
+
+
+def test_a_part_that_is_not_listed_is_an_error(suite):
+    (suite / "tests" / "test_some.py").write_text(SUITE.replace("kernels", "kernel"))
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q"]
+    output = subprocess.run(command, cwd=suite, capture_output=True, text=True)
+    assert (
+        "no part is called 'kernel'" in output.stdout + output.stderr and "kernels, " in output.stdout + output.stderr
+    )
