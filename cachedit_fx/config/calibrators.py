@@ -78,4 +78,4 @@ class LagrangeCalibratorConfig(CalibratorConfig):
     deferred_correction: float = setting(1.0, _SHARE)
     """The share of the earlier predictions' error that the first prediction after a computed step makes up for. False
     means 0, True means 1. Guidance asks for less, because the model has pulled the state back meanwhile. With
-    correction lagrange_order + 3 values are stored for every result and every CFG branch, otherwise lagrange_order + 1."""
+    correction lagrange_order + 3 values are stored for every result and CFG branch, otherwise lagrange_order + 1."""
