@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.exc import TorchDynamoException
-from torch._dynamo.guards import _get_closure_vars
 from torch._guards import Guard
 
 from cachedit_fx.passes.graph_aliases import is_assignment, memory_of, written_by
@@ -56,6 +55,7 @@ def kept_results(gm: fx.GraphModule) -> frozenset[int]:
     output = _output_graph()
     if output is None:
         return frozenset()
+    from torch._dynamo.variables import TensorVariable
     from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew, VariableTracker
 
     effects = output.side_effects
@@ -68,7 +68,7 @@ def kept_results(gm: fx.GraphModule) -> frozenset[int]:
         if id(var) not in visited:
             visited.add(id(var))
             pending.extend(effects.store_attr_mutations.get(var, {}).values())
-        if var.is_tensor():
+        if isinstance(var, TensorVariable):
             names.add(var.as_proxy().node.name)
 
     while pending:
@@ -97,6 +97,8 @@ def guard_storages(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
     pattern = _shared_storages(*sources.values())
 
     def install(builder: Any, guard: Any) -> None:
+        from torch._dynamo.guards import _get_closure_vars
+
         names = ", ".join(source.name for source in sources)
         functions = _get_closure_vars() | {_shared_storages.__name__: _shared_storages}
         code = [f"{_shared_storages.__name__}({names}) == {pattern!r}"]

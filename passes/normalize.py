@@ -196,11 +196,13 @@ class _Purifier:
         root_modules, write_modules = (list(node.meta.get("nn_module_stack") or ()) for node in (root, write))
         if not is_factory(root) or root_modules != write_modules:
             return False
-        memory = _memory([root])
-        fills = {other for other in self.writes if not memory.isdisjoint(_memory(written_by(other)))}
-        return not any(
-            user < write and user not in fills and user not in names for name in names for user in name.users
-        )
+        memory, writes = _memory([root]), set(self.writes)
+
+        def reads(user: fx.Node) -> bool:
+            is_fill = user in writes and not memory.isdisjoint(_memory(written_by(user)))
+            return user not in names and not is_fill
+
+        return not any(user < write and reads(user) for name in names for user in name.users)
 
     # Changes
 

@@ -273,7 +273,7 @@ def _plan_to_output(
 ) -> RegionPlan:
     title, blocks = _title_and_blocks(chain, first, 0)
     start, end = blocks[first - 1].end if first else 0, len(nodes)
-    while written_by(nodes[end - 1]) and not nodes[end - 1].users:  # writes to graph inputs come last
+    while {target.op for target in written_by(nodes[end - 1])} == {"placeholder"}:  # writes to graph inputs come last
         end -= 1
     _refuse_open_spans(title, nodes, start, end)
     inside = nodes[start:end]

@@ -43,7 +43,8 @@ def test_keys_and_values_are_those_of_the_present_call(store):
         got = rollout(model, model)
     assert len([warning for warning in told if issubclass(warning.category, CacheWarning)]) == 1
     same(got, plain_rollout(store))
-    assert sum(stats.uncached_calls for stats in cachedit_fx.summary(model)) == CHUNKS * (len(TIMESTEPS) + 1)
+    calls = [stats.uncached_calls for stats in cachedit_fx.summary(model)]  # of the last chunk at least
+    assert len(TIMESTEPS) < sum(calls) <= CHUNKS * (len(TIMESTEPS) + 1)
 
 
 @pytest.mark.parametrize("policy", [name for name in POLICIES if name != "static mask"])
