@@ -18,7 +18,6 @@ BY_DEFAULT = {
     "Flux": "two loops, guidance by two calls",
     "Mochi": "a timestep that rises",
     "PixArtSigma": "guidance by a doubled batch",
-    "SD3": "a last block of its own",
     "Wan21": "a video",
     "ZImage": "lists of images and prompts",
 }

@@ -34,6 +34,7 @@ COPIES = {
     "OvisImageTransformer2DModel": "FluxTransformer2DModel",
     "SanaWMTransformer3DModel": "SanaVideoTransformer3DModel",
     "SkyReelsV2Transformer3DModel": "WanTransformer3DModel",
+    "ZImageTransformer2DModel": "Lumina2Transformer2DModel",
 }
 """Classes whose blocks, and the way from one to the next, are those of another class, which the default part has."""
 
