@@ -16,6 +16,7 @@ Of several schedulers (inversion has its own) those that made their last step ar
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ import torch
 
 from cachedit_fx.runtime.guard import on_host, read_back
 
-MAX_DEPTH = 24
+MAX_DEPTH = 40
 """Highest number of frames between a transformer and the pipeline that called it."""
 _OUTSIDE = ("torch.", "cachedit_fx.", "accelerate.")
 """Packages whose frames are no pipeline's."""
@@ -72,16 +73,12 @@ class Tick(NamedTuple):
         indices: the place of each scheduler in its timesteps; None if it is not known.
         steps: number of steps of the generation; None if it is not known.
         is_over: whether all schedulers have made their last step.
-        guidance: the scale of classifier-free guidance that the pipeline would use; None if it is not known.
-        doubles_batch: whether the pipeline says that it guides. With one call a step, it doubles the batch.
     """
 
     schedules: tuple[torch.Tensor, ...]
     indices: tuple[int | None, ...]
     steps: int | None
     is_over: bool = False
-    guidance: float | None = None
-    doubles_batch: bool = False
 
     @property
     def tells_steps(self) -> bool:
@@ -116,17 +113,18 @@ class Tick(NamedTuple):
 
 def clock() -> Tick | None:
     """The tick of the pipeline that is calling; None if there is none, or if it never set its timesteps."""
-    pipeline, frame = _calling_pipeline(sys._getframe(1))
+    pipeline, _ = _calling_pipeline(sys._getframe(1))
+    if pipeline is None:
+        return None
     readings = [_reading(scheduler, pipeline) for scheduler in _schedulers(pipeline) if _is_set(scheduler)]
     running = [reading for reading in readings if not reading.is_over] or readings
-    if not running or frame is None:
+    if not running:
         return None
     return Tick(
         tuple(reading.timesteps for reading in running),
         tuple(reading.index for reading in running),
         running[0].steps if len(running) == 1 else None,
         all(reading.is_over for reading in running),
-        *_guidance(pipeline, frame),
     )
 
 
@@ -135,21 +133,27 @@ def _calling_pipeline(frame: FrameType | None) -> tuple[Any, FrameType | None]:
     for _ in range(MAX_DEPTH):
         if frame is None:
             break
-        names = frame.f_code.co_varnames[: frame.f_code.co_argcount]
-        if names[:1] == ("self",) and not str(frame.f_globals.get("__name__")).startswith(_OUTSIDE):
+        code = frame.f_code
+        is_method = code.co_argcount > 0 and code.co_varnames[0] == "self"
+        if is_method and not str(frame.f_globals.get("__name__")).startswith(_OUTSIDE):
+            variables = frame.f_locals
             for name in ("self", "components"):
-                owner = frame.f_locals.get(name) if name in names else None
+                owner = variables.get(name)
                 if any(True for _ in _schedulers(owner)):
                     return owner, frame
         frame = frame.f_back
     return None, None
 
 
-def _guidance(pipeline: Any, frame: FrameType) -> tuple[float | None, bool]:
-    """The scale of guidance, and whether the pipeline says that it guides.
+def guidance() -> tuple[float | None, bool]:
+    """The scale of classifier-free guidance of the pipeline that is calling, and whether it says that it guides.
 
-    `true_cfg_scale` comes first: where a pipeline has it, `guidance_scale` is an input of the model.
+    The scale is None if it is not known. A pipeline that guides by one call a step doubles the batch. `true_cfg_scale`
+    comes first: if a pipeline has it, `guidance_scale` is an input of the model.
     """
+    pipeline, frame = _calling_pipeline(sys._getframe(1))
+    if frame is None:
+        return None, False
     variables = frame.f_locals
     scales = (
         variables.get("true_cfg_scale"),
@@ -165,8 +169,14 @@ def _guidance(pipeline: Any, frame: FrameType) -> tuple[float | None, bool]:
 def _schedulers(owner: Any) -> Iterator[Any]:
     """The attributes of `owner` that are schedulers."""
     for value in getattr(owner, "__dict__", {}).values():
-        if hasattr(type(value), "set_timesteps") and isinstance(getattr(value, "timesteps", None), torch.Tensor):
+        kind: type = type(value)
+        if _has_timesteps(kind) and isinstance(getattr(value, "timesteps", None), torch.Tensor):
             yield value
+
+
+@functools.lru_cache(maxsize=1024)
+def _has_timesteps(kind: type) -> bool:
+    return hasattr(kind, "set_timesteps")
 
 
 @dataclass(frozen=True)

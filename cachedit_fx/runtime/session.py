@@ -14,7 +14,7 @@ import torch
 
 from cachedit_fx.config.cache import DBCacheConfig
 from cachedit_fx.config.options import LoopSettings
-from cachedit_fx.runtime.clock import Tick
+from cachedit_fx.runtime.clock import Tick, guidance
 from cachedit_fx.runtime.guard import read_back
 from cachedit_fx.runtime.memory import BranchMemory
 from cachedit_fx.runtime.policies.base import Action, GenerationFacts, Policy, policy_of
@@ -181,8 +181,8 @@ class Session:
 
     def _facts(self, tick: Tick | None) -> GenerationFacts:
         """What is known of the present generation."""
-        is_guided = len(self.tracker.generation.shapes) > 1 or (tick is not None and tick.doubles_batch)
-        scale = tick.guidance if tick is not None else None
+        scale, doubles_batch = guidance()
+        is_guided = doubles_batch or len(self.tracker.generation.shapes) > 1
         return GenerationFacts(tick.steps if tick is not None else None, scale if is_guided else 1.0)
 
     def schedule_time(self, tick: Tick) -> float | None:

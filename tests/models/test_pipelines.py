@@ -7,6 +7,7 @@ import torch
 from diffusers import FlowMatchHeunDiscreteScheduler
 from lib.wrapped import enabled, small_pipeline
 
+import cachedit_fx
 from cachedit_fx import DBCacheConfig, Reason, disable_cache, refresh_context, summary
 from cachedit_fx.metrics.flops import FlopCounter
 from cachedit_fx.shapes import generate
@@ -146,3 +147,17 @@ def test_past_the_guards_pictures_and_decisions_are_the_same():
     assert all(torch.equal(a, b) for a, b in zip(pictures, expected, strict=True)) and decisions == wanted
     assert every == [STEPS, 2 * STEPS, STEPS]
     assert some[1:] == [2, 2], "the two branches look alike: their prompts are of one length"
+
+
+def test_a_preset_alone_takes_steps_and_guidance_from_the_pipeline():
+    pipe = cachedit_fx.enable_cache(small_pipeline(), preset="fast", inner_backend="eager")
+    masks = []
+    for scale in (1.0, 3.0):
+        picture(pipe, scale=scale, steps=12)
+        (region,) = summary(pipe)
+        wanted = cachedit_fx.presets(12, guidance=scale)["fast"]["cache_config"].steps_computation_mask
+        for branch in region.branches:
+            assert [int(decision.action.value == "compute") for decision in branch.decisions.values()] == list(wanted)
+        assert len(region.branches) == (1 if scale == 1.0 else 2)
+        masks.append(wanted)
+    assert masks[0] != masks[1]
