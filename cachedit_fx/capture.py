@@ -89,10 +89,12 @@ def guard_storages(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
     targets = [target for node in gm.graph.nodes if not is_assignment(node) for target in written_by(node)]
     if output is None or all(memory.isdisjoint(memory_of(target)) for target in targets):
         return
+    arguments = ((node.meta.get("grapharg"), value) for node, value in zip(inputs, example_inputs, strict=True))
     sources = {
-        node.meta["grapharg"].source: value
-        for node, value in zip(inputs, example_inputs, strict=True)
-        if type(value) is torch.Tensor and value.layout is torch.strided and "grapharg" in node.meta
+        argument.source: value
+        for argument, value in arguments
+        if type(value) is torch.Tensor and value.layout is torch.strided
+        if argument is not None and not argument.pass_arg_as_tensor  # a number, which only the graph has as a tensor
     }
     pattern = _shared_storages(*sources.values())
 

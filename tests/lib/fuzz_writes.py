@@ -51,3 +51,6 @@ WRITES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "view": _into_view,
     "gate": lambda x, change: torch.lerp(x, change, 0.3),
 }
+
+IN_PLACE = frozenset({"iadd", "add_", "mul_add_", "slice", "view"})
+"""Those that write to the stream that they are given."""

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from lib.shared import SharedCapture
 from lib.written_models import ALIASES, WRITES, Case, arguments, build, cases, every_pair
 from lib.zoo import videos
+from torch import nn
 
 import cachedit_fx
 from cachedit_fx import CacheWarning
@@ -123,6 +124,31 @@ def test_arguments_that_share_memory_at_a_later_call_are_captured_anew():
             result = model(**got)[0]
         assert torch.equal(result, plain(**wanted)[0])
         assert all(torch.equal(got[name], wanted[name]) for name in got)
+
+
+class Scaled(nn.Module):
+    """Writes to an argument, and takes numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)) for _ in range(3))
+
+    def forward(self, hidden_states, timestep, scale):
+        hidden_states += 1
+        for block in self.blocks:
+            hidden_states = hidden_states + block(hidden_states) * scale * timestep
+        return hidden_states
+
+
+@torch.no_grad()
+def test_numbers_that_the_graph_has_as_tensors_share_no_memory():
+    """From the second call on, dynamo makes them inputs of the graph, which its guards see as numbers."""
+    module = Scaled()
+    model = cachedit_fx.compile(module, inner_backend="eager", Fn_compute_blocks=1, residual_diff_threshold=0.0)
+    for step in range(3):
+        x, y = torch.ones(2, 8), torch.ones(2, 8)
+        assert torch.equal(model(x, 900.0 - step, 0.5 + step), module.forward(y, 900.0 - step, 0.5 + step))
+        assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("name", ["CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"])
