@@ -59,7 +59,7 @@ class LagrangeCalibratorConfig(CalibratorConfig):
     examples/benchmarks/calibrators.toml --held-out 16 --prompt-seed 5`; 12 steps without a cache have 47.4 dB):
 
         order                        0      1      2    FoCa   TaylorSeer 2
-        output, corrected          49.4   62.8   61.9
+        output, corrected          60.0   62.8   61.9
         output, not corrected             55.4   57.8   57.3       56.0
         residual, corrected               58.7
         residual, not corrected           54.9          57.0
