@@ -267,24 +267,30 @@ def _transformers(pipe: Any) -> list[Any]:
     return transformers_of(pipe)
 
 
+class _CountedCall:
+    """Makes a call, and appends its FLOPs to `flops`."""
+
+    def __init__(self, call: Callable[..., Any], flops: list[int]) -> None:
+        self._call, self._flops = call, flops
+        self.state = getattr(call, "state", None)
+        """The cached call's. Without it `registry.put_back` would take this call for one that replaces ours."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with FlopCounter() as counter:
+            result = self._call(*args, **kwargs)
+        self._flops.append(counter.flops)
+        return result
+
+
 @contextlib.contextmanager
 def _counted(pipe: Any, calls: list[int]) -> Iterator[None]:
     """Append the FLOPs of every call of the pipeline's transformers; what runs around them is not counted."""
     modules = _transformers(pipe)
     before = [module._compiled_call_impl for module in modules]
 
-    def counting(call: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with FlopCounter() as counter:
-                result = call(*args, **kwargs)
-            calls.append(counter.flops)
-            return result
-
-        return run
-
     # The one place that `Module.__call__` looks at first, whatever hooks or patched forwards come behind it.
     for module in modules:
-        module._compiled_call_impl = counting(module._compiled_call_impl or module._call_impl)
+        module._compiled_call_impl = _CountedCall(module._compiled_call_impl or module._call_impl, calls)
     try:
         yield
     finally:
