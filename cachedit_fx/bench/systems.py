@@ -24,7 +24,6 @@ from cachedit_fx.bench.errors import RequestError
 from cachedit_fx.bench.rows import CACHE_DIT, DIFFUSERS, OURS, UNCACHED
 from cachedit_fx.metrics.flops import FlopCounter
 from cachedit_fx.runtime.stats import CacheStats
-from cachedit_fx.schedules.presets import preset
 
 Generate = Callable[[Any, Sequence[str], int, int], torch.Tensor]
 """(pipe, prompts, steps, seed) -> pictures, float [B, 3, H, W] in 0..1; picture i from the noise of seed + i."""
@@ -144,8 +143,6 @@ class System:
         if "mask_policy" in arguments:
             mask = cachedit_fx.steps_mask(arguments.pop("mask_policy"), self.setup.steps)
             arguments["steps_computation_mask"] = mask
-        if "preset" in arguments:
-            arguments |= preset(arguments.pop("preset"), arguments.pop("steps"), self.setup.guidance)
         cachedit_fx.enable_cache(self.pipe, **(self._own_options() | arguments))
 
         def told() -> dict[str, Any]:
