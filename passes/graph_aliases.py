@@ -136,6 +136,13 @@ def written_by(node: fx.Node) -> tuple[fx.Node, ...]:
     return tuple(target for target in targets if memory_of(target))
 
 
+def writes_to_inputs(graph: fx.Graph) -> bool:
+    """Whether a node writes in place to memory of a graph input."""
+    memory = {each for node in graph.nodes if node.op == "placeholder" for each in memory_of(node)}
+    targets = (target for node in graph.nodes for target in written_by(node))
+    return any(not memory.isdisjoint(memory_of(target)) for target in targets)
+
+
 def _written_arguments(node: fx.Node) -> list[Any]:
     first, name = node.args[:1], target_name(node)
     target = function_of(node.target)

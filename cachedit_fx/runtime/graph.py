@@ -12,6 +12,7 @@ from cachedit_fx.passes.base import Facts
 from cachedit_fx.passes.block_loops import Detection
 from cachedit_fx.passes.find_timestep import TimestepSource, timestep_of
 from cachedit_fx.passes.gather_inputs import GatheredInputs
+from cachedit_fx.passes.graph_aliases import writes_to_inputs
 from cachedit_fx.passes.insert_cache_branch import CacheBranch
 from cachedit_fx.passes.manager import Outcome
 from cachedit_fx.passes.plan_regions import RegionReport
@@ -73,6 +74,7 @@ class CachedGraph(RewrittenGraph):
         regions: indexed by the numbers that the graph passes to `decide`.
         timestep: the timestep's place in the graph.
         is_whole: False if a break in the capture follows the graph.
+        writes_to_inputs: whether the graph writes to its inputs in place.
     """
 
     def __init__(
@@ -82,9 +84,11 @@ class CachedGraph(RewrittenGraph):
         regions: Sequence[RegionInfo],
         timestep: TimestepSource | None,
         is_whole: bool = True,
+        writes_to_inputs: bool = False,
     ) -> None:
         self.forward, self.finder, self.regions, self.timestep = forward, finder, regions, timestep
         self.is_whole = is_whole
+        self.values_last = is_whole and not writes_to_inputs
 
     def __call__(self, *inputs: Any) -> Any:
         return self.run(inputs)
@@ -93,7 +97,7 @@ class CachedGraph(RewrittenGraph):
         """The graph's results, from its inputs in order."""
         with current_call(self.finder(inputs)) as call:
             keys = call.enter(self, self.regions, timestep_of(self.timestep, inputs))
-            results = self.forward(RegionCall(call, self.regions, keys), inputs)
+            results = self.forward(RegionCall(call, self.regions, keys, self.values_last), inputs)
             if call.route is not None and self.is_whole:
                 call.route.record(self.run, inputs, results)
             return results
@@ -105,17 +109,17 @@ def graph_of(
     """The callable of a graph that was rewritten and lowered.
 
     Args:
-        gm: as dynamo captured it.
+        gm: as dynamo captured it; its writes may have been made pure since.
         forward: lowered.
         outcome: of the passes.
     """
-    graph = _graph_of(gm, forward, finder, outcome.facts)
+    graph = _graph_of(gm, forward, finder, outcome.facts, writes_to_inputs(gm.graph))
     graph.outcome = outcome
     return graph
 
 
 def _graph_of(
-    gm: fx.GraphModule, forward: Callable[..., Any], finder: StateFinder, facts: Facts
+    gm: fx.GraphModule, forward: Callable[..., Any], finder: StateFinder, facts: Facts, has_writes: bool
 ) -> CachedGraph | UncachedGraph:
     timestep, branch = facts.get(TimestepSource), facts.get(CacheBranch)
     if branch is None:
@@ -124,7 +128,7 @@ def _graph_of(
         RegionInfo(plan.loops, plan.num_blocks, plan.first, plan.last, plan.loop, plan.block) for plan in branch.regions
     )
     sequence_forward = forward if GatheredInputs in facts else _unpacking(forward)
-    return CachedGraph(sequence_forward, finder, regions, timestep, not ends_at_break(gm))
+    return CachedGraph(sequence_forward, finder, regions, timestep, not ends_at_break(gm), has_writes)
 
 
 def _unpacking(forward: Callable[..., Any]) -> Callable[..., Any]:

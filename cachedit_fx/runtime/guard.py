@@ -70,6 +70,11 @@ class Residual:
         fits = base is not None and base.shape == hidden.shape
         return cls(_thinned(hidden, every), _thinned(base, every) if fits and base is not None else None, spare)
 
+    def copy(self) -> None:
+        """Depend no longer on the tensors that r is made of: something may write to them before `keep`."""
+        self.hidden = self.hidden.clone()
+        self.base = self.base.clone() if self.base is not None else None
+
     def keep(self, old: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """r in a separate buffer, and a buffer that is free from now on. `old` is no longer needed."""
         if self.base is None:

@@ -114,6 +114,12 @@ def _strides(value: torch.Tensor) -> tuple[int, ...]:
     return torch.empty_like(value, device="meta").stride() if 0 in value.stride() else value.stride()
 
 
+def copy_of(value: torch.Tensor) -> torch.Tensor:
+    """A copy with the strides that a restored result would have."""
+    strides = _strides(value)
+    return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
+
+
 def _fits(buffer: torch.Tensor, result: torch.Tensor, dtype: str) -> bool:
     same_place = buffer.shape == result.shape and buffer.device == result.device
     return same_place and buffer.dtype == residual_dtype(result, dtype)

@@ -6,6 +6,7 @@ results = region_call.run(entry, compute, inputs, bases, ...)    computed and st
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from cachedit_fx.config.options import LoopSettings
 from cachedit_fx.runtime.calibrators import Moment, coefficients, values_kept
 from cachedit_fx.runtime.call import LATE, STRAY, Call
 from cachedit_fx.runtime.guard import Residual, read_differences
-from cachedit_fx.runtime.memory import BranchMemory
+from cachedit_fx.runtime.memory import BranchMemory, copy_of
 from cachedit_fx.runtime.policies.base import Action, Decision, Situation, context_start
 from cachedit_fx.runtime.region import RegionInfo, RegionKey
 from cachedit_fx.runtime.stopwatch import Stopwatch
@@ -45,10 +46,13 @@ class RegionCall:
         call: the transformer call that the graph is a part of.
         regions: as planned, indexed by the numbers that the graph passes to `decide`.
         keys: the regions' keys in the session.
+        values_last: whether nothing writes to the regions' values before the call ends. If not, they are copied.
     """
 
-    def __init__(self, call: Call, regions: Sequence[RegionInfo], keys: Sequence[RegionKey]) -> None:
-        self.call, self.regions, self.keys = call, regions, keys
+    def __init__(
+        self, call: Call, regions: Sequence[RegionInfo], keys: Sequence[RegionKey], values_last: bool = True
+    ) -> None:
+        self.call, self.regions, self.keys, self.values_last = call, regions, keys, values_last
         self.session = call.session
         options = call.session.state.options
         self.settings = [options.settings_of(region.loop) for region in regions]
@@ -145,6 +149,12 @@ class RegionCall:
             results = compute(*inputs)
         watch.stop()
         self._advance(entry, branch)
+        stored, stored_bases = results, functools.partial(bases, *base_inputs)
+        if not self.values_last and decision.action is Action.COMPUTE:
+            if entry.residual is not None:
+                entry.residual.copy()
+            copies = tuple(None if base is None else copy_of(base) for base in stored_bases())
+            stored, stored_bases = tuple(map(copy_of, results)), functools.partial(tuple, copies)
 
         def record() -> None:
             spare = entry.residual.spare if entry.residual is not None else None
@@ -154,7 +164,7 @@ class RegionCall:
                 if entry.residual is not None:
                     entry.memory.reference, spare = entry.residual.keep(entry.memory.reference)
                 if entry.settings.policy.reuses:
-                    _store(entry, now, results, bases, base_inputs)
+                    _store(entry, now, stored, stored_bases())
             if spare is not None:
                 self.session.spares[entry.key] = spare
             stats = self.session.region_stats(entry.key, entry.info, entry.settings.policy.config)
@@ -242,15 +252,14 @@ def _restored(
     memory, calibrator = entry.memory, entry.settings.calibrator
     weights = coefficients(calibrator, memory.trail, now)
     shapes = [buffers[0].shape for buffers in memory.stored]
-    return memory.restore(_bases(calibrator, bases, base_inputs, shapes), weights)
+    return memory.restore(_bases(calibrator, bases(*base_inputs), shapes), weights)
 
 
 def _store(
     entry: Entry,
     now: Moment,
     results: Sequence[torch.Tensor],
-    bases: Callable[..., tuple[torch.Tensor | None, ...]],
-    base_inputs: Sequence[Any],
+    bases: Sequence[torch.Tensor | None],
 ) -> None:
     """Keep the results of a computed step for later ones."""
     memory, calibrator = entry.memory, entry.settings.calibrator
@@ -258,14 +267,13 @@ def _store(
         memory.trail = []
     memory.signature = entry.signature
     dtype = calibrator.calibrator_state_dtype if calibrator is not None else "wider"
-    result_bases = _bases(calibrator, bases, base_inputs, [result.shape for result in results])
+    result_bases = _bases(calibrator, bases, [result.shape for result in results])
     memory.store(results, result_bases, now, values_kept(calibrator), dtype)
 
 
 def _bases(
     calibrator: CalibratorConfig | None,
-    bases: Callable[..., tuple[torch.Tensor | None, ...]],
-    base_inputs: Sequence[Any],
+    bases: Sequence[torch.Tensor | None],
     shapes: Sequence[torch.Size],
 ) -> tuple[torch.Tensor | None, ...]:
     """The bases of results of these shapes.
@@ -275,5 +283,5 @@ def _bases(
     """
     if calibrator is not None and calibrator.calibrator_cache_type != "residual":
         return (None,) * len(shapes)
-    pairs = zip(bases(*base_inputs), shapes, strict=True)
+    pairs = zip(bases, shapes, strict=True)
     return tuple(base if base is None or base.shape == shape else None for base, shape in pairs)

@@ -171,8 +171,9 @@ class _Case:
         """The statistics of the regions, checked: every step of every branch was decided about, or nothing was."""
         found = cachedit_fx.summary(self.model)
         regions = [stats for stats in found if stats.num_blocks]
-        if not regions:
-            assert [stats.uncached_calls for stats in found] == [self.calls], f"{self.calls} calls: {found}"
+        if not regions:  # where no graph has the timestep, uncached calls begin no generation
+            (uncached,) = [stats.uncached_calls for stats in found]
+            assert uncached in (steps * self.spec.branches, self.calls), f"{self.calls} calls: {found}"
         for stats in regions:
             executed = [branch.executed_steps for branch in stats.branches]
             assert executed == [steps] * self.spec.branches, f"executed {executed}, not {steps}: {stats}"
