@@ -206,6 +206,8 @@ def disable_cache(pipe_or_module: Model) -> Model:
             inner._compiled_call_impl = None
             stop_listening(inner)
             unregister(inner)
+        elif inner._compiled_call_impl is not None and states_of(inner):
+            inner._compiled_call_impl = None  # of torch.nn.Module.compile(backend="cachedit")
         if is_wrapper(module):
             unwrap_call(module)
             for name, component in getattr(pipe_or_module, "components", {}).items():

@@ -148,8 +148,10 @@ class _Purifier:
         if self.reasons:
             return 0
         changes = sum(map(self._purify, self.writes))
+        output = next(node for node in reversed(self.graph.nodes) if node.op == "output")
         for source, result in self._latest.items():
             self._write_back("call_method", "copy_", source, result)
+            output.replace_input_with(result, source)  # what wrote to an input returned the input itself
         return changes
 
     # Questions

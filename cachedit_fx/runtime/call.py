@@ -85,6 +85,7 @@ class current_call:  # noqa: N801 - a context manager, and used like a function
         self.call.commit()
         if self.finish:
             self.call.finish(self.diagnose)
+        self.session.record_success()
 
 
 class Call:
@@ -140,7 +141,6 @@ class Call:
                 self.session.record_failure()
                 raise
             self._restorations = []
-            self.session.record_success()
             self.session.state.latest_graphs = self.graphs
 
     def roll_back(self) -> None:

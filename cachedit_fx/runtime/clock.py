@@ -20,7 +20,7 @@ import functools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,8 @@ from cachedit_fx.runtime.guard import on_host, read_back
 
 MAX_DEPTH = 40
 """Highest number of frames between a transformer and the pipeline that called it."""
+MAX_HELPERS = 8
+"""Highest number of frames between two of a pipeline's methods."""
 _OUTSIDE = ("torch.", "cachedit_fx.", "accelerate.")
 """Packages whose frames are no pipeline's."""
 
@@ -69,12 +71,14 @@ class Tick(NamedTuple):
     """What a pipeline's clock shows.
 
     Attributes:
+        method: code of the pipeline's method that makes the calls, the outermost one. Another method has another loop.
         schedules: the timesteps of each of the pipeline's schedulers. Other tensors mean another generation.
         indices: the place of each scheduler in its timesteps; None if it is not known.
         steps: number of steps of the generation; None if it is not known.
         is_over: whether all schedulers have made their last step.
     """
 
+    method: CodeType
     schedules: tuple[torch.Tensor, ...]
     indices: tuple[int | None, ...]
     steps: int | None
@@ -87,8 +91,10 @@ class Tick(NamedTuple):
 
     def same_schedule(self, other: Tick) -> bool:
         """Whether both ticks are of one generation's schedule."""
-        return len(self.schedules) == len(other.schedules) and all(
-            one is two for one, two in zip(self.schedules, other.schedules, strict=True)
+        return (
+            self.method is other.method
+            and len(self.schedules) == len(other.schedules)
+            and all(one is two for one, two in zip(self.schedules, other.schedules, strict=True))
         )
 
     def is_before(self, other: Tick) -> bool:
@@ -110,17 +116,29 @@ class Tick(NamedTuple):
             return None
         return self.schedules[0], self.indices[0]
 
+    def place_since(self, first: Tick | None) -> tuple[torch.Tensor, int] | None:
+        """`place`; of several schedulers, that of the only one that has moved since the tick `first`."""
+        if first is None or len(self.schedules) == 1 or not self.same_schedule(first):
+            return self.place
+        moved = [
+            (schedule, index)
+            for schedule, index, before in zip(self.schedules, self.indices, first.indices, strict=True)
+            if index is not None and index != before
+        ]
+        return moved[0] if len(moved) == 1 else None
+
 
 def clock() -> Tick | None:
     """The tick of the pipeline that is calling; None if there is none, or if it never set its timesteps."""
-    pipeline, _ = _calling_pipeline(sys._getframe(1))
-    if pipeline is None:
+    pipeline, frame = _calling_pipeline(sys._getframe(1))
+    if frame is None:
         return None
     readings = [_reading(scheduler, pipeline) for scheduler in _schedulers(pipeline) if _is_set(scheduler)]
     running = [reading for reading in readings if not reading.is_over] or readings
     if not running:
         return None
     return Tick(
+        _outermost(pipeline, frame).f_code,
         tuple(reading.timesteps for reading in running),
         tuple(reading.index for reading in running),
         running[0].steps if len(running) == 1 else None,
@@ -145,6 +163,19 @@ def _calling_pipeline(frame: FrameType | None) -> tuple[Any, FrameType | None]:
     return None, None
 
 
+def _outermost(pipeline: Any, frame: FrameType) -> FrameType:
+    """The outermost of the pipeline's methods, a few frames above the one that makes the call."""
+    outermost, outer = frame, frame.f_back
+    for _ in range(MAX_HELPERS):
+        if outer is None:
+            break
+        code = outer.f_code
+        if code.co_argcount and code.co_varnames[0] == "self" and outer.f_locals.get("self") is pipeline:
+            outermost = outer
+        outer = outer.f_back
+    return outermost
+
+
 def guidance() -> tuple[float | None, bool]:
     """The scale of classifier-free guidance of the pipeline that is calling, and whether it says that it guides.
 
@@ -157,20 +188,28 @@ def guidance() -> tuple[float | None, bool]:
     variables = frame.f_locals
     scales = (
         variables.get("true_cfg_scale"),
-        getattr(pipeline, "guidance_scale", None),
+        _attribute(pipeline, "guidance_scale"),
         variables.get("guidance_scale"),
-        getattr(getattr(pipeline, "guider", None), "guidance_scale", None),
+        _attribute(_attribute(pipeline, "guider"), "guidance_scale"),
     )
     scale = next((float(value) for value in scales if isinstance(value, (int, float))), None)
-    says = getattr(pipeline, "do_classifier_free_guidance", None)
-    return scale, bool(variables.get("do_classifier_free_guidance") if says is None else says)
+    words = (_attribute(pipeline, "do_classifier_free_guidance"), variables.get("do_classifier_free_guidance"))
+    return scale, any(word is True for word in words)
+
+
+def _attribute(owner: Any, name: str) -> Any:
+    """The attribute; None if there is none, or if a property raises: a clock that is asked must not fail a call."""
+    try:
+        return getattr(owner, name, None)
+    except Exception:
+        return None
 
 
 def _schedulers(owner: Any) -> Iterator[Any]:
     """The attributes of `owner` that are schedulers."""
     for value in getattr(owner, "__dict__", {}).values():
         kind: type = type(value)
-        if _has_timesteps(kind) and isinstance(getattr(value, "timesteps", None), torch.Tensor):
+        if _has_timesteps(kind) and isinstance(_attribute(value, "timesteps"), torch.Tensor):
             yield value
 
 
@@ -194,19 +233,21 @@ class _Reading:
 
 def _is_set(scheduler: Any) -> bool:
     """Whether a generation's timesteps were ever set."""
-    return getattr(scheduler, "num_inference_steps", None) is not None
+    return _attribute(scheduler, "num_inference_steps") is not None
 
 
 def _reading(scheduler: Any, pipeline: Any) -> _Reading:
     timesteps: torch.Tensor = scheduler.timesteps
-    count, total = len(timesteps), getattr(pipeline, "_num_timesteps", None)
-    begin = getattr(scheduler, "begin_index", None)
-    if begin is None:
+    count, total = len(timesteps), _attribute(pipeline, "_num_timesteps")
+    begin = _attribute(scheduler, "begin_index")
+    if not isinstance(begin, int):
         begin = count - total if isinstance(total, int) and 0 < total <= count else 0
+    index: int | None
     if hasattr(scheduler, "step_index"):
-        index = begin if scheduler.step_index is None else int(scheduler.step_index)
+        step = _attribute(scheduler, "step_index")
+        index = begin if step is None else int(step)
     else:
-        index = _place(getattr(pipeline, "_current_timestep", None), timesteps)
+        index = _place(_attribute(pipeline, "_current_timestep"), timesteps)
     return _Reading(timesteps, index, count - begin)
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from cachedit_fx.config.options import Options
 from cachedit_fx.passes.base import NOTHING_KNOWN, Facts
 from cachedit_fx.runtime.listener import Hint
-from cachedit_fx.runtime.session import Session, SessionBlock, session_block
+from cachedit_fx.runtime.session import Session, SessionBlock, present_block
 from cachedit_fx.runtime.verification import Verifier
 from cachedit_fx.runtime.warning import warn
 
@@ -67,7 +67,7 @@ class ModelState:
 
     def session(self) -> Session:
         """The session of the present thread, or of the `session(key)` that it is in."""
-        block = session_block.get()
+        block = present_block()
         session = self._of_thread() if block is None else self._of_block(block)
         self.latest = session
         self.last_call = time.monotonic()
@@ -75,12 +75,12 @@ class ModelState:
 
     def present_session(self) -> Session | None:
         """The session that `session` returns, if it exists already."""
-        block = session_block.get()
+        block = present_block()
         return getattr(self._here, "session", None) if block is None else self._by_key.get(block.key)
 
     def session_to_report(self) -> Session | None:
         """The present session. For a thread that never called the model and is in no session, the one used last."""
-        return self.present_session() or (None if session_block.get() else self.latest)
+        return self.present_session() or (None if present_block() else self.latest)
 
     def sessions(self) -> list[Session]:
         """Every session there is, in the order of their first calls: the threads', then the named ones."""
@@ -92,7 +92,7 @@ class ModelState:
         session = self.present_session()
         if session is None:
             return
-        if session_block.get() is not None:
+        if present_block() is not None:
             session.free()
         session.tracker.refresh()
 

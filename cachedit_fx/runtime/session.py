@@ -42,8 +42,8 @@ class SessionBlock:
     """Blocks that are open, in all threads."""
     _lock: ClassVar[threading.Lock] = threading.Lock()
 
-    def __init__(self, key: Hashable) -> None:
-        self.key = key
+    def __init__(self, key: Hashable, outer: SessionBlock | None) -> None:
+        self.key, self.outer, self.is_open = key, outer, True
         self.states: weakref.WeakSet[ModelState] = weakref.WeakSet()
 
     @classmethod
@@ -52,7 +52,15 @@ class SessionBlock:
             cls.open_blocks += change
 
 
-session_block: contextvars.ContextVar[SessionBlock | None] = contextvars.ContextVar("cachedit_fx_session", default=None)
+_latest_block: contextvars.ContextVar[SessionBlock | None] = contextvars.ContextVar("cachedit_fx_session", default=None)
+
+
+def present_block() -> SessionBlock | None:
+    """The innermost block that is open. A block in a generator may be closed before one that was opened later."""
+    block = _latest_block.get()
+    while block is not None and not block.is_open:
+        block = block.outer
+    return block
 
 
 @contextmanager
@@ -68,19 +76,24 @@ def session(key: Hashable, *, ends: bool = False) -> Iterator[None]:
         ends: whether the block holds a whole request: its stored values are freed at the block's end. Otherwise they
             are freed when a pipeline of diffusers returns, and by `cachedit_fx.end_session`.
 
+    A block inside a generator function stays open for the code that drives the generator: open it there instead.
+
     Raises:
         ValueError: if the key is None.
+        TypeError: if the key is unhashable.
     """
     if key is None:
         raise ValueError("session(None): the key must be a hashable object other than None, such as a request id")
-    block = SessionBlock(key)
-    token = session_block.set(block)
+    hash(key)  # TypeError: unhashable
+    block = SessionBlock(key, present_block())
+    _latest_block.set(block)
     SessionBlock.count(1)
     try:
         yield
     finally:
         SessionBlock.count(-1)
-        session_block.reset(token)
+        block.is_open = False
+        _latest_block.set(present_block())
         if ends:
             for state in block.states:
                 state.end_session(key)
@@ -173,17 +186,20 @@ class Session:
             settings = self.state.options.settings_of(loop)
             if step == 0:
                 return settings
-            chosen = settings.policy.choose(self._facts(tick))
+            chosen = settings.policy.choose(self._facts(step, tick))
             if chosen is not None:
                 settings = LoopSettings(policy_of(chosen[0]), chosen[1])
             self._chosen[loop] = settings
         return settings
 
-    def _facts(self, tick: Tick | None) -> GenerationFacts:
-        """What is known of the present generation."""
+    def _facts(self, step: int, tick: Tick | None) -> GenerationFacts:
+        """What is known of the present generation at a step: the steps so far, and those that the clock has left."""
+        first = self.tracker.generation.first
+        place = tick.place_since(first.tick if first is not None else None) if tick is not None else None
+        steps = len(place[0]) - place[1] + step if place is not None else None
         scale, doubles_batch = guidance()
         is_guided = doubles_batch or len(self.tracker.generation.shapes) > 1
-        return GenerationFacts(tick.steps if tick is not None else None, scale if is_guided else 1.0)
+        return GenerationFacts(steps, scale if is_guided else 1.0)
 
     def schedule_time(self, tick: Tick) -> float | None:
         """The time of a clock's place, as a number. The schedule is read once in a generation."""

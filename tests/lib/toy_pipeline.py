@@ -127,3 +127,38 @@ class Denoiser:
 
     def __call__(self, components: ToyPipeline, latents: torch.Tensor, steps: int) -> torch.Tensor:
         return ToyPipeline.__call__(components, latents, steps)
+
+
+class HasALoopOfItsOwn(ToyPipeline):
+    """A second method denoises by timesteps of its own, and leaves the scheduler where it stands."""
+
+    @torch.no_grad()
+    def refine(self, latents: torch.Tensor, steps: int = 8) -> torch.Tensor:
+        for step, timestep in enumerate(torch.linspace(1000, 100, steps)):
+            latents = latents - 0.01 * self.predict(latents, timestep, step)
+        return latents
+
+
+class HasASchedulerToSpare(ToyPipeline):
+    """Sets the timesteps of a scheduler that it never steps, and has a scale of guidance that cannot be read."""
+
+    def __init__(self, transformer: Any, **arguments: Any) -> None:
+        super().__init__(transformer, **arguments)
+        self.spare = FlowMatchEulerDiscreteScheduler()
+        self.spare.set_timesteps(50)
+
+    @property
+    def guidance_scale(self) -> float:
+        raise RuntimeError("not set")
+
+    @property
+    def do_classifier_free_guidance(self) -> torch.Tensor:
+        return torch.ones(2)
+
+
+class SlicesTimesteps(ToyPipeline):
+    """Starts in the middle of its schedule, without a word to the scheduler."""
+
+    def timesteps(self, steps: int, skip: int) -> torch.Tensor:
+        self.scheduler.set_timesteps(steps)
+        return self.scheduler.timesteps[skip:]

@@ -17,6 +17,7 @@ from lib.toy_pipeline import (
     CallsOnceMore,
     Cancelled,
     HalvesTheBatch,
+    HasALoopOfItsOwn,
     Inverts,
     TellsTheTimestep,
     ToyPipeline,
@@ -59,6 +60,14 @@ def pipeline(transformer):
         return kind(transformer, **arguments)
 
     return build
+
+
+def cancel_at(step):
+    def cancel(present):
+        if present == step:
+            raise Cancelled
+
+    return cancel
 
 
 def fresh(pipe, *arguments, **keywords):
@@ -182,6 +191,19 @@ def test_a_scheduler_without_an_index(pipeline, kind):
     pipe = pipeline(kind, STATIC, texts=TEXTS, scheduler=DDIMScheduler())
     assert_fresh(pipe, lambda: pipe(IMAGE, steps=1), OTHER)
     assert patterns(pipe) == ["ccrcrcrc"] * 2
+
+
+@pytest.mark.keep_compiled
+@pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS], ids=["one branch", "two"])
+@pytest.mark.parametrize("config", [ALWAYS, STATIC], ids=["threshold", "static"])
+def test_another_method_than_the_one_that_was_cancelled(pipeline, texts, config):
+    pipe = pipeline(HasALoopOfItsOwn, config, texts=texts)
+    plain = HasALoopOfItsOwn(make(), texts=texts)
+    for _ in range(3):
+        with pytest.raises(Cancelled):
+            pipe(IMAGE, callback=cancel_at(2))
+        assert torch.equal(pipe.refine(OTHER, steps=1), plain.refine(OTHER, steps=1))
+        assert summary(pipe.transformer)[0].cached_steps == []
 
 
 @pytest.mark.keep_compiled

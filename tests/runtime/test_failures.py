@@ -9,6 +9,7 @@ from lib.toys import FALLING, as_tensor, make, noise
 from torch import fx
 
 from cachedit_fx import (
+    CacheWarning,
     DBCacheConfig,
     DBPruneConfig,
     LagrangeCalibratorConfig,
@@ -70,6 +71,15 @@ class Countdown:
                 return result
 
         return Raising(gm).run
+
+    def watch(self, gm: fx.GraphModule) -> Callable[..., Any]:
+        """The graph, which raises before it runs."""
+
+        def run(*inputs: Any) -> Any:
+            self.tick()
+            return gm.forward(*inputs)
+
+        return run
 
     def tick(self) -> None:
         self.nodes += 1
@@ -189,3 +199,17 @@ def test_a_failure_while_measuring(model, monkeypatch):
     for node in range(12, 40, 3):
         outputs, failures = generation(transformer, countdown, node)
         assert failures and all(map(torch.equal, outputs, expected)) and counts(transformer) == counted
+
+
+def test_failed_calls_of_an_uncached_model_are_counted():
+    countdown = Countdown()
+    model = enable_cache(make(blocks=1), ALWAYS, inner_backend=lambda gm, inputs: countdown.watch(gm))
+    inputs = noise(), as_tensor(900.0), TEXTS[0]
+    with torch.no_grad(), pytest.warns(CacheWarning, match="no block loop"):
+        model(*inputs)
+        countdown.left = 0
+        with pytest.raises(OutOfMemory):
+            model(noise(), as_tensor(950.0), TEXTS[0])
+        model(noise(), as_tensor(950.0), TEXTS[0])
+    (entry,) = summary(model)
+    assert entry.failed_calls == 1 and entry.uncached_calls >= 1

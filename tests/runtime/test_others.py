@@ -93,3 +93,12 @@ def test_a_reset_by_diffusers_ends_the_generation():
     model._reset_stateful_cache()
     assert torch.equal(denoise(model, FALLING[2:]), expected)
     assert summary(model)[0].cached_steps == list(range(1, len(FALLING) - 2))
+
+
+def test_disabling_what_module_compile_compiled():
+    module = make()
+    plain = denoise(module)
+    module.compile(backend="cachedit", options=OPTIONS)
+    assert not torch.equal(denoise(module), plain)
+    disable_cache(module)
+    assert torch.equal(denoise(module), plain)

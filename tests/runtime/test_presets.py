@@ -5,7 +5,7 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lib.toy_pipeline import ToyPipeline
+from lib.toy_pipeline import HasASchedulerToSpare, SlicesTimesteps, ToyPipeline
 from lib.toys import denoise, make, noise
 
 import cachedit_fx
@@ -188,6 +188,17 @@ def test_a_preset_alone_takes_the_number_of_steps_from_the_pipeline():
         told = cachedit_fx.enable_cache(make(), preset="balanced", steps=steps - skip, inner_backend="eager")
         assert ToyPipeline(told)(noise(), steps=steps, skip=skip).equal(result)
         assert region.reasons == cachedit_fx.summary(told)[0].reasons and region.cached_steps
+
+
+@pytest.mark.parametrize("kind", [HasASchedulerToSpare, SlicesTimesteps])
+def test_a_preset_alone_counts_the_steps_that_are_left(kind):
+    transformer = cachedit_fx.enable_cache(make(), preset="balanced", inner_backend="eager")
+    pipe = kind(transformer)
+    pipe(noise(), steps=20, skip=6 if kind is SlicesTimesteps else 0)
+    (region,) = cachedit_fx.summary(pipe)
+    steps = 14 if kind is SlicesTimesteps else 20
+    mask = presets(steps)["balanced"]["cache_config"].steps_computation_mask
+    assert region.executed_steps == steps and region.cached_steps == [i for i, digit in enumerate(mask) if not digit]
 
 
 def test_a_preset_is_a_policy_by_name_too():

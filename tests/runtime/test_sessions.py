@@ -24,6 +24,7 @@ from cachedit_fx import (
 from cachedit_fx.backend import cachedit
 from cachedit_fx.runtime import model_state
 from cachedit_fx.runtime.registry import state_of_module, states_of
+from cachedit_fx.runtime.session import present_block
 
 pytestmark = [pytest.mark.keep_compiled, pytest.mark.filterwarnings("ignore:.*inert threshold")]
 BASE = DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=0.1)
@@ -127,6 +128,26 @@ def test_a_session_ends_with_an_error(model, alone):
 def test_none_is_no_key():
     with pytest.raises(ValueError, match="None"), session(None):
         pass
+
+
+def test_an_unhashable_key_is_refused_at_once():
+    with pytest.raises(TypeError, match="unhashable"), session(["a"]):  # type: ignore[arg-type]
+        pass
+
+
+def test_blocks_that_generators_leave_open_do_not_outlive_them():
+    def request(name):
+        with session(name):
+            yield name
+
+    def present():
+        block = present_block()
+        return block and block.key
+
+    one, two = request("a"), request("b")
+    assert [next(one), next(two)] == ["a", "b"] and present() == "b"
+    assert list(one) == [] and present() == "b"
+    assert list(two) == [] and present() is None
 
 
 def test_more_sessions_than_are_kept(model, monkeypatch):

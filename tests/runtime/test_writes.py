@@ -3,11 +3,13 @@
 import contextlib
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from lib.shared import SharedCapture
+from lib.toys import Toy, denoise, make
 from lib.written_models import ALIASES, WRITES, Case, arguments, build, cases, every_pair
 from lib.zoo import videos
 from torch import nn
@@ -175,3 +177,28 @@ def test_every_alias_with_every_write(first):
             check_if_writable(case)
         except Exception as error:
             raise AssertionError(repr(case)) from error
+
+
+def test_a_buffer_that_is_added_to_stays_the_buffer():
+    """`self.c += 1` assigns what wrote to the buffer: the buffer itself, which may have other names."""
+
+    class Counts(Toy):
+        c: Any
+
+        def __init__(self):
+            super().__init__(blocks=3)
+            self.register_buffer("c", torch.zeros(()))
+            self.blocks[0].register_buffer("count", self.c)
+
+        def forward(self, hidden_states, timestep, encoder_hidden_states):
+            self.c += 1
+            return super().forward(hidden_states, timestep, encoder_hidden_states) + self.blocks[0].count
+
+    results = []
+    for options in (None, {"cache": None}, {"Fn_compute_blocks": 1, "residual_diff_threshold": 0.0}):
+        model = make(Counts)
+        if options is not None:
+            cachedit_fx.compile(model, inner_backend="eager", **options)
+        results.append(torch.stack([denoise(model, [time]) for time in (900.0, 800.0, 700.0)]))
+        assert model.c is model.blocks[0].count and model.c == 3
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
