@@ -400,7 +400,7 @@ def test_explain_prints_to_any_stream():
 
 def test_explain_without_inputs_is_about_the_last_call():
     model = enable_cache(make(), BASE, inner_backend="eager")
-    with pytest.raises(ValueError, match="no graph of Toy has run: call enable_cache"):
+    with pytest.raises(ValueError, match="no cached call of Toy was made yet"):
         explain(model)
     denoise(model)
     with_inputs, last = explain(model, *CALL), explain(ToyPipeline(model))
