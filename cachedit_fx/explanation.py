@@ -146,7 +146,7 @@ def _explanation_of_the_last_call(module: torch.nn.Module, states: Sequence[Mode
     if not outcomes:
         name = type(module).__name__
         raise ValueError(
-            f"no cached call of {name} was made yet: enable the cache and call the model, or pass a call's inputs to explain"
+            f"no cached call of {name} was made yet: enable the cache and call the model, or pass a call's inputs"
         )
     reasons = [graph.uncached.explanation for graph in graphs if isinstance(graph, UncachedGraph)]
     return _explanation(outcomes, tuple(reasons) if len(reasons) == len(graphs) else ())
