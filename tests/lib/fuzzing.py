@@ -55,8 +55,10 @@ def expected(spec: Spec) -> tuple[int, ...] | None:
     # that one is a refiner to the other: the bulk alone may be the region.
     ends = any(loop.glue in ("merge", "fold") for loop in spec.loops)
     # A stream that only the caller's argument shows afterwards is a side effect: a bypass would leave it wrong. Loops
-    # after the first get streams that the first has made.
-    shown_by_argument = spec.streams > 1 and spec.result != "tuple" and spec.loops[0].write in IN_PLACE
+    # after the first get streams that the first has made. One that writes to none of them makes others of them.
+    goes_on = all(loop.write in IN_PLACE for loop in spec.loops[1:])
+    is_returned = spec.result == "tuple" and goes_on
+    shown_by_argument = spec.streams > 1 and not is_returned and spec.loops[0].write in IN_PLACE
     clear = named and plain and told_apart and not writes_to_a_slice and not ends and not shown_by_argument
     return regions if clear and spec.first + spec.last < min(regions) else None
 
