@@ -6,7 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves
+
+_INTERNAL = frozenset(vars(nn.Module()))
+"""Attributes that every module has: its parameters, buffers, submodules, hooks and mode."""
 
 
 def snapshot(arguments: Any) -> Callable[[], None]:
@@ -27,3 +31,45 @@ def snapshot(arguments: Any) -> Callable[[], None]:
             torch.cuda.set_rng_state_all(on_devices)
 
     return restore
+
+
+def attribute_snapshot(module: nn.Module) -> Callable[[], None]:
+    """Copy the attributes of `module` and its submodules. The result restores them, and drops those added since.
+
+    Lists, dicts and sets are copied one level deep and restored in place. Values of tensors are not copied: give
+    `attribute_tensors` to `snapshot` for that.
+    """
+    owners = [
+        (owner, {name: value for name, value in vars(owner).items() if name not in _INTERNAL})
+        for owner in module.modules()
+    ]
+    containers = [
+        (value, value.copy())
+        for _, attributes in owners
+        for value in attributes.values()
+        if type(value) in (list, dict, set)
+    ]
+
+    def restore() -> None:
+        for owner, attributes in owners:
+            present = vars(owner)
+            for name in [name for name in present if name not in _INTERNAL and name not in attributes]:
+                del present[name]
+            present.update(attributes)
+        for container, copy in containers:
+            container.clear()
+            container.extend(copy) if isinstance(container, list) else container.update(copy)
+
+    return restore
+
+
+def attribute_tensors(module: nn.Module) -> list[torch.Tensor]:
+    """Tensors in the attributes of `module` and its submodules that are neither parameters nor buffers."""
+    return [
+        leaf
+        for owner in module.modules()
+        for name, value in vars(owner).items()
+        if name not in _INTERNAL
+        for leaf in tree_leaves(value)
+        if isinstance(leaf, torch.Tensor)
+    ]

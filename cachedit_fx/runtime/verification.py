@@ -28,7 +28,7 @@ from cachedit_fx.passes.insert_cache_branch import CacheBranch
 from cachedit_fx.passes.manager import Outcome
 from cachedit_fx.passes.outline_blocks import ORIGIN
 from cachedit_fx.runtime.policies.base import Action
-from cachedit_fx.runtime.snapshot import snapshot
+from cachedit_fx.runtime.snapshot import attribute_snapshot, attribute_tensors, snapshot
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Dtype -> the relative error that a compiled graph may have.
@@ -137,19 +137,27 @@ class Verifier:
 
         Raises:
             VerificationError: if the call was the first computed one of a graph, and the plain module gives another
-                result, or leaves another state in the arguments or in its buffers. These then are as before the call.
+                result, or leaves other values in arguments, buffers or attributes. These then are as before the call.
         """
-        state = (args, kwargs, list(module.buffers()))
-        restore = snapshot(state)
+        state = (args, kwargs, list(module.buffers()), attribute_tensors(module))
+        restore_values, restore_attributes = snapshot(state), attribute_snapshot(module)
+
+        def restore() -> None:
+            restore_attributes()
+            restore_values()
+
+        def outcome(result: Any) -> list[torch.Tensor]:
+            return copies_of((result, args, kwargs, list(module.buffers()), attribute_tensors(module)))
+
         graphs: list[WatchedGraph] = []
         self._present.graphs = graphs
         result = call()
         if graphs:
-            ours = copies_of((result, state))
+            ours = outcome(result)
 
             def run_plain() -> list[torch.Tensor]:
                 restore()
-                return copies_of((module._call_impl(*args, **kwargs), state))
+                return outcome(module._call_impl(*args, **kwargs))
 
             plain = run_plain()
             error, tolerance = relative_error(ours, plain), self._tolerance(graphs)

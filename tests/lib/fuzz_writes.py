@@ -54,3 +54,6 @@ WRITES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 IN_PLACE = frozenset({"iadd", "add_", "mul_add_", "slice", "view"})
 """Those that write to the stream that they are given."""
+
+PARTLY_IN_PLACE = frozenset({"slice", "view"})
+"""Those that write to part of the stream, and give another tensor."""

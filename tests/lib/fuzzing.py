@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from lib.fuzz_models import arguments, build
 from lib.fuzz_specs import STEPS, Loop, Spec
-from lib.fuzz_writes import IN_PLACE
+from lib.fuzz_writes import IN_PLACE, PARTLY_IN_PLACE
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -54,13 +54,43 @@ def expected(spec: Spec) -> tuple[int, ...] | None:
     # Behind a layer that makes other tokens the hidden states continue nothing, and loops may differ in work so much
     # that one is a refiner to the other: the bulk alone may be the region.
     ends = any(loop.glue in ("merge", "fold") for loop in spec.loops)
-    # A stream that only the caller's argument shows afterwards is a side effect: a bypass would leave it wrong. Loops
-    # after the first get streams that the first has made. One that writes to none of them makes others of them.
-    goes_on = all(loop.write in IN_PLACE for loop in spec.loops[1:])
-    is_returned = spec.result == "tuple" and goes_on
-    shown_by_argument = spec.streams > 1 and not is_returned and spec.loops[0].write in IN_PLACE
-    clear = named and plain and told_apart and not writes_to_a_slice and not ends and not shown_by_argument
+    lost = _shown_by_argument(spec)
+    clear = named and plain and told_apart and not writes_to_a_slice and not ends and not lost
     return regions if clear and spec.first + spec.last < min(regions) else None
+
+
+def _shown_by_argument(spec: Spec) -> bool:
+    """Whether an argument of the caller may end with a value that only bypassed blocks give.
+
+    Blocks that write in place to an argument leave there the value of the last one that does. It is safe if the model
+    goes on with that value after a region, or if its block is always computed.
+    """
+    last, end = _last_to_write(spec), spec.num_blocks - 1
+    if last is None:
+        return False
+    borders = {sum(loop.blocks for loop in spec.loops[:number]) - 1 for number in range(1, len(spec.loops))}
+    sound = borders if spec.scope == "loop" else set()
+    hidden = text = extra = last
+    if spec.skips != "none":  # a skip makes other hidden states, from the middle on
+        hidden = min(hidden, (spec.num_blocks + 1) // 2 - 1)
+    if any(loop.glue != "none" for loop in spec.loops[1:]):
+        hidden = min(hidden, spec.loops[0].blocks - 1)
+    if spec.loops[-1].last_drops_text:
+        text = min(text, end - 1)
+    returned = sound | ({end} if spec.result == "tuple" else set())
+    shown = [(hidden, sound | {end})] * (not spec.embed) + [(text, returned), (extra, returned)][: spec.streams - 1]
+    return any(index >= spec.first and index not in allowed for index, allowed in shown)
+
+
+def _last_to_write(spec: Spec) -> int | None:
+    """Index of the last block that writes to the tensors that the first was given; None if none does."""
+    writes = [loop.write for loop in spec.loops for _ in range(loop.blocks)]
+    for index, write in enumerate(writes):
+        if write not in IN_PLACE:
+            return index - 1 if index else None
+        if write in PARTLY_IN_PLACE:
+            return index
+    return len(writes) - 1
 
 
 @torch.no_grad()

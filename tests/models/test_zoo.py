@@ -1,8 +1,8 @@
 """diffusers' transformer classes, each through the checks of `cachedit coverage`.
 
-By default a class is captured once, and that capture serves every check but the one of a second resolution, which eight
+By default a class is captured once, and that capture serves every check but the one of a second resolution, which six
 classes of distinct shape have. Close copies of another class wait for the part `zoo`. It makes the whole check of every
-class, and captures anew for each setting, as a user's calls do; three classes have that by default.
+class, and captures anew for each setting, as a user's calls do; one class has that by default.
 """
 
 import re
@@ -27,6 +27,7 @@ COPIES = {
     "BriaTransformer2DModel": "FluxTransformer2DModel",
     "ChronoEditTransformer3DModel": "WanTransformer3DModel",
     "CogView4Transformer2DModel": "CogView3PlusTransformer2DModel",
+    "HunyuanVideo15Transformer3DModel": "QwenImageTransformer2DModel",
     "HunyuanVideoFramepackTransformer3DModel": "HunyuanVideoTransformer3DModel",
     "JoyImageEditPlusTransformer3DModel": "JoyImageEditTransformer3DModel",
     "Kandinsky6SRTransformer3DModel": "Kandinsky6Transformer3DModel",
@@ -43,14 +44,12 @@ RESIZED = {
     "FluxTransformer2DModel": "joint blocks, then single ones",
     "HunyuanDiT2DModel": "skips across the chain",
     "NucleusMoEImageTransformer2DModel": "experts",
-    "PixArtTransformer2DModel": "a plain chain with cross-attention",
     "SD3Transformer2DModel": "a last block that drops the text",
     "StableAudioDiTModel": "a sound",
-    "WanVACETransformer3DModel": "hints from a second loop",
 }
 """Classes of distinct shape, whose whole check is made by default. Pipelines of others are in test_families.py."""
 
-AS_A_USER = ["FluxTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel"]
+AS_A_USER = ["PixArtTransformer2DModel"]
 """Classes that are captured anew for each setting by default."""
 
 
@@ -93,7 +92,8 @@ def test_class(name):
 
 
 @pytest.mark.budget(60, "every frame of a model that breaks is a capture")
-@pytest.mark.parametrize("name", only_in("zoo", zoo.SHORT, but=["WanAnimate2Transformer3DModel"]))
+@pytest.mark.full("zoo")
+@pytest.mark.parametrize("name", zoo.SHORT)
 def test_class_that_breaks_is_right_and_says_where(name):
     row = check(name, zoo.ZOO[name], zoo.BLOCKS[name])
     assert row.passed["exact"] and not row.is_full and row.loops == ()
@@ -108,7 +108,7 @@ BROKEN = {
 
 def test_checks_fail_where_the_promise_is_broken(monkeypatch):
     """The table is worth what its checks are: each breakage shows in its column."""
-    name = "PixArtTransformer2DModel"
+    name = "DiTTransformer2DModel"
 
     def broken(breakage, **settings):
         target, attribute, wrap = BROKEN[breakage]

@@ -212,6 +212,32 @@ def test_inputs_and_random_numbers_are_those_of_one_call():
         assert torch.equal(plain, ours)
 
 
+def test_the_state_in_attributes_is_that_of_one_call():
+    class Remembers(Chain):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.calls, self.times, self.steps = 0, [], {}
+            self.table = torch.zeros(3)
+
+        def prepare(self, x, timestep):
+            self.calls += 1
+            self.times.append(timestep.shape[0])
+            self.steps["last"] = self.calls
+            self.latest = x * 2
+            self.table[:1] += 1
+            return x * 1
+
+    states = []
+    for compiled in (False, True):
+        model, (x, timestep) = make(Remembers), models.inputs()
+        if compiled:
+            verified(model)
+        for _ in range(2):
+            model(x, timestep)
+        states.append((model.calls, model.times, model.steps, model.latest.tolist(), model.table.tolist()))
+    assert states[0] == states[1] and states[0][0] == 2
+
+
 def off_by(error):
     """An inner backend whose pieces are off by so much."""
 
