@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 WIDTH, TOKENS, BLOCKS = 8, 4, 3
 
@@ -133,6 +134,17 @@ def _chained(x: Tensor, change: Tensor) -> None:
     y.data[..., :1] = change
 
 
+@torch.library.custom_op("cachedit_fx_tests::add_into", mutates_args={"x"})
+def _add_into(x: Tensor, change: Tensor) -> None:
+    """An operator of a library's own. Dynamo captures it as a call, and its schema alone tells of the write."""
+    x.add_(change)
+
+
+def _checkpointed(x: Tensor, change: Tensor) -> None:
+    """A write within a graph of its own: an argument of a higher-order operation."""
+    checkpoint(lambda: x.add_(change), use_reentrant=False)
+
+
 WRITES: dict[str, Write] = {
     "data =": _assign_data,
     "set_": lambda x, change: x.set_(x * 0.5 + change),  # type: ignore[call-overload]
@@ -164,6 +176,8 @@ WRITES: dict[str, Write] = {
     "relu by position": lambda x, change: F.relu(x, True),
     "elu by position": lambda x, change: F.elu(x, 0.5, True),
     "aten": lambda x, change: torch.ops.aten.mul_.Scalar(x, 0.5),
+    "custom op": _add_into,
+    "checkpoint": _checkpointed,
     "index_add_": lambda x, change: x.index_add_(0, torch.zeros(x.shape[0], dtype=torch.long), x + change),
 }
 """Name -> a write to the first argument, of a number that the second one holds."""

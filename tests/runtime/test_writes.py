@@ -100,6 +100,10 @@ def test_random_writes_are_right(case):
         Case(("slice",), "add_", "shared arguments", "before"),
         Case(("itself",), "data =", "argument", "after", depends=False),
         Case(("unfold",), "unsqueeze_", "activation", "across"),
+        Case(("slice",), "custom op", "activation", "across"),
+        Case(("slice",), "custom op", "argument", "in blocks"),
+        Case(("narrow",), "checkpoint", "activation", "across"),
+        Case(("narrow",), "checkpoint", "argument", "in blocks"),
     ],
     ids=lambda case: " ".join([*case.aliases, case.write, case.target, case.place]),
 )
