@@ -11,7 +11,7 @@ from lib.helpers import capture, copied, detected, find, ops, run_passes
 from torch import nn
 
 from cachedit_fx.passes.base import Facts
-from cachedit_fx.passes.graph_aliases import written_by
+from cachedit_fx.passes.graph_aliases import memory_of, written_by
 from cachedit_fx.passes.normalize import Normalize
 
 
@@ -387,3 +387,31 @@ def test_dynamic_shapes():
 def test_untouched_graph_is_not_recompiled():
     graph = capture(Pure(), torch.randn(3, 4))
     assert Normalize().run(graph.gm, Facts()).matches == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_triton_kernel_writes_through_a_view():
+    """Without a GPU torch cannot read the kernel, and takes every argument to be written."""
+    triton = pytest.importorskip("triton", reason="the kernel is Triton's")
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_mutation
+
+    @triton.jit
+    def zero(x_ptr, n: triton.language.constexpr):
+        triton.language.store(x_ptr, 0.0)
+
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["example_value"] = torch.zeros(8)
+    view = graph.call_method("view", (x, -1))
+    view.meta["example_value"] = x.meta["example_value"].view(-1)
+    settings = {
+        "kernel_idx": kernel_side_table.add_kernel(zero),
+        "constant_args_idx": kernel_side_table.add_constant_args({"n": 8}),
+        "grid": [(1, 1, 1)],
+        "tma_descriptor_metadata": {},
+        "kwargs": {"x_ptr": view},
+    }
+    call = graph.call_function(triton_kernel_wrapper_mutation, (), settings)
+    graph.output((x,))
+    torch.fx.GraphModule({}, graph)
+    assert written_by(call) == (view,) and memory_of(view) == memory_of(x)
