@@ -18,8 +18,6 @@ BY_DEFAULT = {
     "Flux": "two loops, guidance by two calls",
     "Mochi": "a timestep that rises",
     "PixArtSigma": "guidance by a doubled batch",
-    "Wan21": "a video",
-    "ZImage": "lists of images and prompts",
 }
 """Families that the default run has; the others are in the part of that name."""
 

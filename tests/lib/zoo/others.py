@@ -34,12 +34,12 @@ def PriorTransformer() -> Case:
     return module, inputs
 
 
-@entry(blocks=12)
+@entry(blocks=6)
 def RFD4ProteinaTransformer() -> Case:
     """Proteins: tokens and pairs of them run through the trunk twice, the second time from what the first made."""
     module = tiny(
         "RFD4ProteinaTransformer",
-        nlayers=6,
+        nlayers=3,
         token_dim=16,
         nheads=2,
         dim_cond=8,
