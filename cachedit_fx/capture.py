@@ -1,4 +1,8 @@
-"""Holds all code that touches dynamo: its flags, an isolated compile, the first break, numbers in the frame."""
+"""Holds all code that touches dynamo: its flags, an isolated compile, the first break, numbers in the frame.
+
+Tested with torch 2.13.0 and 2.14.1, which need no different code. A difference between versions belongs here or, for
+inner compilers, into `lowering.py`.
+"""
 
 from __future__ import annotations
 
@@ -119,8 +123,8 @@ def _shared_storages(*tensors: torch.Tensor) -> tuple[int, ...]:
 def capturing() -> AbstractContextManager[None]:
     """Context manager for dynamo's flags to capture values read back and data-dependent lengths, in the present thread.
 
-    One object may be entered repeatedly and in several threads. A hot path should reuse one object: every patch that
-    torch 2.13 makes leaves a variable in the thread's context for good.
+    One object may be entered repeatedly and in several threads. A hot path should reuse one object: every patch of
+    torch 2.13 and 2.14 leaves a variable in the thread's context for good.
     """
     flags: AbstractContextManager[None] = torch._dynamo.config.patch(
         capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True
@@ -130,7 +134,7 @@ def capturing() -> AbstractContextManager[None]:
 
 def isolated_compile(function: Callable[..., Any], backend: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """`torch.compile` with a separate recompile limit. Dynamo counts per code object, which models of a class share."""
-    isolated: dict[str, Any] = {"isolate_recompiles": True}  # missing from torch 2.13's overloads
+    isolated: dict[str, Any] = {"isolate_recompiles": True}  # missing from the overloads of 2.13 and 2.14
     compiled: Callable[..., Any] = torch.compile(function, backend=backend, **isolated, **options)
     return compiled
 
