@@ -23,21 +23,29 @@ from cachedit_fx.runtime.policies.dbcache import DBCache
 
 CAPTURED = sorted(set(zoo.ZOO) - set(zoo.SHORT))
 COPIES = {
+    "AceStepTransformer1DModel": "DiTTransformer2DModel",
+    "AllegroTransformer3DModel": "LatteTransformer3DModel",
     "AnyFlowTransformer3DModel": "WanTransformer3DModel",
+    "BriaFiboTransformer2DModel": "Flux2Transformer2DModel",
     "BriaTransformer2DModel": "FluxTransformer2DModel",
     "ChronoEditTransformer3DModel": "WanTransformer3DModel",
     "CogView4Transformer2DModel": "CogView3PlusTransformer2DModel",
-    "HunyuanVideo15Transformer3DModel": "QwenImageTransformer2DModel",
+    "CosmosTransformer3DModel": "WanTransformer3DModel",
+    "EasyAnimateTransformer3DModel": "CogVideoXTransformer3DModel",
+    "HeliosTransformer3DModel": "WanTransformer3DModel",
     "HunyuanVideoFramepackTransformer3DModel": "HunyuanVideoTransformer3DModel",
     "JoyImageEditPlusTransformer3DModel": "JoyImageEditTransformer3DModel",
-    "Kandinsky6SRTransformer3DModel": "Kandinsky6Transformer3DModel",
+    "Kandinsky6SRTransformer3DModel": "DiTTransformer2DModel",
     "LongCatImageTransformer2DModel": "FluxTransformer2DModel",
+    "MotifVideoTransformer3DModel": "Flux2Transformer2DModel",
     "OvisImageTransformer2DModel": "FluxTransformer2DModel",
+    "SanaWMLTX2RefinerTransformer3DModel": "WanTransformer3DModel",
     "SanaWMTransformer3DModel": "SanaVideoTransformer3DModel",
     "SkyReelsV2Transformer3DModel": "WanTransformer3DModel",
+    "WanAnimateTransformer3DModel": "WanTransformer3DModel",
     "ZImageTransformer2DModel": "Lumina2Transformer2DModel",
 }
-"""Classes whose blocks, and the way from one to the next, are those of another class, which the default part has."""
+"""Classes whose chain is that of another class, which the default part has: as many loops, carried values, results."""
 
 RESIZED = {
     "CogVideoXTransformer3DModel": "joint blocks of text and video",
