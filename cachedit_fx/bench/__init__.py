@@ -11,7 +11,7 @@
 
     overhead.py    what a step costs; cold.py: what a start costs; both on the model of flux.py
     coverage.py    which models the cache works with
-    kernels_verify.py, kernels_bandwidth.py
+    kernels_verify.py, kernels_bandwidth.py, kernels_numerics.py, flux_steps.py: for examples/gpu_check.py too
 
 Nothing here imports a command, or is imported by the library. Progress goes to a `Tell` (progress.py), mistakes that a
 user can mend are raised as errors.py has them.

@@ -1,8 +1,8 @@
 """Bandwidth of the kernels over that of a copy that moves as many bytes, and their time over plain torch's.
 
 Ours, the copy and the reference of the kernel's file take turns; medians count. The bytes moved are those that cannot
-be avoided: each input read once, each output written once. On a GPU events take the times, and the L2 cache is flushed
-before each. On a CPU one thread runs, and its caches hold what fits.
+be avoided: each input read once, each output written once. On a GPU events take the time of a CUDA graph, so that no
+Python is in it, and the L2 cache is flushed before each. On a CPU one thread runs, and its caches hold what fits.
 """
 
 from __future__ import annotations
@@ -184,41 +184,66 @@ def _fits(shapes: Mapping[str, tuple[Shape, ...]], device: torch.device) -> bool
     return 100 * elements < memory(device)
 
 
-def clock(device: torch.device) -> Callable[[Callable[[], object]], float]:
-    """A function that gives the seconds that a call takes."""
+Timer = Callable[[], float]
+"""Runs a call, and returns its seconds."""
+
+
+def clock(device: torch.device) -> Callable[[Callable[[], object]], Timer]:
+    """A function from a call to its timer. On a GPU the timer replays a CUDA graph of the call: Python is left out."""
     if device.type != "cuda":
-
-        def on_cpu(call: Callable[[], object]) -> float:
-            begun = time.perf_counter()
-            call()
-            return time.perf_counter() - begun
-
-        return on_cpu
+        return lambda call: partial(_seconds_of, call)
     flushed = torch.empty(L2_BYTES, dtype=torch.int8, device=device)
 
-    def on_gpu(call: Callable[[], object]) -> float:
-        flushed.zero_()
-        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begun.record()
-        call()
-        ended.record()
-        ended.synchronize()
-        return begun.elapsed_time(ended) / 1e3
+    def timer(call: Callable[[], object]) -> Timer:
+        graph = _graph_of(call, device)
 
-    return on_gpu
+        def replay() -> float:
+            flushed.zero_()  # the device is busy with this while the host queues all that follows
+            begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begun.record()
+            graph.replay()
+            ended.record()
+            ended.synchronize()
+            return begun.elapsed_time(ended) / 1e3
+
+        return replay
+
+    return timer
+
+
+def _seconds_of(call: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
+
+
+def _graph_of(call: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of the call, which runs twice before: Triton compiles, and cuBLAS and the allocator settle."""
+    with torch.cuda.device(device):
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            call()
+            call()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+    return graph
 
 
 def medians(
-    case: Case, device: torch.device, rounds: int, watch: Callable[[Callable[[], object]], float]
+    case: Case, device: torch.device, rounds: int, clock_of: Callable[[Callable[[], object]], Timer]
 ) -> tuple[float, float, float]:
     """Seconds of ours, of the copy and of the reference."""
     source = torch.zeros(max(1, case.moved // 8), dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     calls: list[Callable[[], object]] = [case.ours, lambda: target.copy_(source), case.reference]
+    timers = [clock_of(call) for call in calls]
     seconds: list[list[float]] = [[], [], []]
     for number in range(-2, rounds):  # the first two compile, and touch memory
         for which in (0, 1, 2) if number % 2 else (2, 1, 0):
-            taken = watch(calls[which])
+            taken = timers[which]()
             if number >= 0:
                 seconds[which].append(taken)
     ours, copy, reference = map(median, seconds)
@@ -236,13 +261,13 @@ def measure(
     if device.type == "cpu":
         torch.set_num_threads(1)
     tell(more=count(shapes, dtypes))
-    watch = clock(device)
+    clock_of = clock(device)
     for shape, sizes in shapes.items():
         for dtype in dtypes:
             with torch.no_grad():
                 for case in cases(sizes, DTYPES[dtype], device):
                     tell(f"{case.kernel}, {shape}")
-                    yield Timed(case.kernel, shape, dtype, case.moved, *medians(case, device, rounds, watch))
+                    yield Timed(case.kernel, shape, dtype, case.moved, *medians(case, device, rounds, clock_of))
                     tell(done=1)
 
 

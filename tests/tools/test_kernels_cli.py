@@ -1,13 +1,9 @@
-"""`cachedit kernels`: what it prints and writes, what it refuses; the rehearsal of examples/gpu_check.py."""
+"""`cachedit kernels`: what it prints and writes, what it refuses."""
 
 import csv
-import subprocess
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import gpu_check
 import pytest
 import torch
 from PIL import Image
@@ -208,57 +204,3 @@ def test_help():
         result = invoke(command, "--help")
         assert result.exit_code == 0 and all(option in result.output for option in options)
     assert "kernels" in runner.invoke(app, ["--help"]).output
-
-
-SCRIPT = Path(gpu_check.__file__)
-
-
-def test_the_rehearsal_of_the_gpu_check(tmp_path):
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        "--cpu-rehearsal",
-        "--inner-backend",
-        "eager",
-        "--steps",
-        "4",
-        "--rounds",
-        "1",
-    ]
-    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = (tmp_path / "report.md").read_text()
-    assert report.startswith("# Rehearsal on a CPU: nothing here was run on a GPU") and " no |" not in report
-    for text in (
-        "l1_sums, bf16",
-        "residuals, fp16",
-        "eight_bits, fp32",
-        "threshold 0 against no cache",
-        "ours, cached step",
-    ):
-        assert text in report
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bandwidth.csv", "bandwidth.png", "report.md"]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_gpu_check_wants_a_gpu(tmp_path):
-    done = subprocess.run([sys.executable, str(SCRIPT), "--out", str(tmp_path / "o")], capture_output=True, text=True)
-    assert done.returncode == 2 and "no GPU" in done.stderr and "--cpu-rehearsal" in done.stderr
-    assert not (tmp_path / "o").exists()
-
-
-def test_the_checks_can_fail():
-    """Launchers that are a little wrong."""
-    launchers = gpu_check.Launchers(is_rehearsal=True)
-    right = launchers.store
-
-    def wrong(results, bases, outs):
-        right(results, bases, outs)
-        outs[-1].mul_(1 + 2**-6)
-
-    launchers.store = wrong
-    launchers.quant = lambda x: gpu_check.quant_fp8.quant_fp8(x).bitwise_xor(1)
-    found = {check.name: check.problems for check in gpu_check.numerics(launchers, CPU, [(2, 3, 5)])}
-    assert all(
-        bool(problems) is name.startswith(("residuals", "eight_bits", "rows")) for name, problems in found.items()
-    )
