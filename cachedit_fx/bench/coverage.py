@@ -367,17 +367,26 @@ def check_all(zoo: Zoo, tell: Tell) -> Iterator[Covered]:
     yield from (Covered(name, reason=NO_ENTRY) for name in zoo.missing)
 
 
-def table(rows: Sequence[Covered]) -> Table:
-    """A line for each model, a mark for each check: held, did not hold, could not be made."""
+def table(rows: Sequence[Covered], is_narrow: bool = False) -> Table:
+    """A line for each model, a mark for each check: held, did not hold, could not be made.
+
+    Args:
+        is_narrow: one column for all checks, in place of one for each; `LEGEND` names them.
+    """
     has_variants = any(row.variants is not None for row in rows)
-    headings = ("model", "chain", *CHECKS, "FLOPs", *(["variants"] if has_variants else []))
-    result = Table(headings, texts=range(len(CHECKS) + 2))
-    marks = {True: "✓", False: "✗", None: "-"}
+    checks = ("checks",) if is_narrow else tuple(CHECKS)
+    headings = ("model", "chain", *checks, "FLOPs", *(["variants"] if has_variants else []))
+    result = Table(headings, texts=range(2 if is_narrow else len(CHECKS) + 2))
+    signs = {True: "✓", False: "✗", None: "-"}
     for row in rows:
-        checks = (marks[row.passed.get(name)] for name in CHECKS)
+        marks = [signs[row.passed.get(name)] for name in CHECKS]
         figures = ["" if row.work is None else f"{row.work:.0%}", *([_variants_cell(row)] if has_variants else [])]
-        result.add(row.name, " + ".join(row.loops), *checks, *figures, style="" if row.is_full else "bold")
+        cells = ["".join(marks)] if is_narrow else marks
+        result.add(row.name, " + ".join(row.loops), *cells, *figures, style="" if row.is_full else "bold")
     return result
+
+
+LEGEND = f"checks, in this order: {', '.join(CHECKS)}. ✓ held, ✗ did not hold, - could not be made."
 
 
 def _variants_cell(row: Covered) -> str:

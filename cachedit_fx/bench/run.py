@@ -15,7 +15,8 @@ from cachedit_fx.bench.errors import BenchmarkError
 from cachedit_fx.bench.measure import Bench
 from cachedit_fx.bench.process import PEER_VERSION, check_peer
 from cachedit_fx.bench.record import Record
-from cachedit_fx.bench.rows import CACHE_DIT, DEFAULT, UNCACHED, Row, peer_rows, read_rows, select
+from cachedit_fx.bench.rows import CACHE_DIT, DEFAULT, OURS, UNCACHED, Row, RowError, peer_rows, read_rows, select
+from cachedit_fx.bench.systems import check_arguments
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def plan_rows(config: Path | None, steps: int, only: Sequence[str], peers: bool,
         RowError: if the rows cannot be used.
         BenchmarkError: if no row is left.
     """
-    rows = select(read_rows(config or DEFAULT, steps) + (peer_rows() if peers else []), only)
+    rows = _checked(select(read_rows(config or DEFAULT, steps) + (peer_rows() if peers else []), only), steps)
     notes: list[str] = []
     if any(row.system == CACHE_DIT for row in rows):
         try:
@@ -61,9 +62,24 @@ def plan_pairs(config: Path | None, steps: int, only: Sequence[str], peer_python
         RowError: if the rows cannot be used, or cache-dit has no such settings.
         BenchmarkError: if `peer_python` does not have cache-dit.
     """
-    rows = select(read_rows(config, steps) if config else paired_rows(), only)
+    rows = _checked(select(read_rows(config, steps) if config else paired_rows(), only), steps)
     pairs = tuple((row, peer_of(row)) for row in rows)
     return Plan(pairs, tuple(_note_of_version(check_peer(peer_python))))
+
+
+def _checked(rows: list[Row], steps: int) -> list[Row]:
+    """The rows, if ours take their arguments. No model is loaded.
+
+    Raises:
+        RowError: if a row's arguments are not taken.
+    """
+    for row in rows:
+        if row.system == OURS:
+            try:
+                check_arguments(row.arguments, steps)
+            except ValueError as error:
+                raise RowError(f"row {row.name!r}: {error}") from None
+    return rows
 
 
 def _note_of_version(version: str) -> list[str]:

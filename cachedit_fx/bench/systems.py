@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import io
 import json
 import os
@@ -140,10 +141,7 @@ class System:
         }
 
     def _enable_cachedit_fx(self, arguments: dict[str, Any]) -> None:
-        if "mask_policy" in arguments:
-            mask = cachedit_fx.steps_mask(arguments.pop("mask_policy"), self.setup.steps)
-            arguments["steps_computation_mask"] = mask
-        cachedit_fx.enable_cache(self.pipe, **(self._own_options() | arguments))
+        cachedit_fx.enable_cache(self.pipe, **(self._own_options() | _with_mask(arguments, self.setup.steps)))
 
         def told() -> dict[str, Any]:
             regions = cachedit_fx.summary(self.pipe)
@@ -210,6 +208,30 @@ class System:
         return [sum(step) / len(step) for step in zip(*found, strict=True)]
 
 
+def check_arguments(arguments: Mapping[str, Any], steps: int) -> None:
+    """Check a row of ours without a pipeline.
+
+    Raises:
+        cachedit_fx.OptionError: as `enable_cache` does. What depends on the model is not checked.
+    """
+    cachedit_fx.enable_cache(_AnyModel(), **({"inner_backend": "eager"} | _with_mask(arguments, steps)))
+
+
+class _AnyModel(torch.nn.Module):
+    """A model that may have any input."""
+
+    def forward(self, **inputs: Any) -> None:
+        """Is never called."""
+
+
+def _with_mask(arguments: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """The arguments, with the mask that `mask_policy` stands for."""
+    result = dict(arguments)
+    if "mask_policy" in result:
+        result["steps_computation_mask"] = cachedit_fx.steps_mask(result.pop("mask_policy"), steps)
+    return result
+
+
 CALIBRATION_SEED = 1_000_000
 """Of the noise that peers are calibrated on: never that of a picture that counts."""
 
@@ -243,11 +265,32 @@ def load_entry(entry: str | None, guidance: float = 1.0) -> tuple[Any, Generate]
     if hasattr(made, "pipe") and callable(getattr(made, "generate", None)):
         return made.pipe, made.generate
     if hasattr(made, "components") and callable(made):
+        obstacle = _obstacle_to_prompts(made)
+        if obstacle:
+            raise EntryError(f"the pipeline of {entry!r} {obstacle}, so it cannot draw prompts. {OWN_WAY}")
         return made, _call_pipeline
     raise EntryError(
         f"{entry!r} returned a {type(made).__name__}: return a diffusers pipeline, or an object with `pipe` and "
         "`generate(pipe, prompts, steps, seed)`, which returns float pictures [B, 3, H, W] in 0..1"
     )
+
+
+OWN_WAY = (
+    "Return an object with `pipe` and `generate(pipe, prompts, steps, seed)` instead. `generate` calls the pipeline in "
+    "its own way, such as with prompt_embeds that were made before, and returns float pictures [B, 3, H, W] in 0..1. "
+    "--prompts then only sets the number of pictures and their names"
+)
+
+
+def _obstacle_to_prompts(pipe: Any) -> str | None:
+    """Why the pipeline cannot be called with prompts; None if nothing is known against it."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    if "prompt" not in parameters and all(x.kind is not inspect.Parameter.VAR_KEYWORD for x in parameters.values()):
+        return "takes no `prompt`"
+    encoders = {name: part for name, part in pipe.components.items() if name.startswith("text_encoder")}
+    if encoders and all(part is None for part in encoders.values()):
+        return f"has no text encoder ({', '.join(encoders)}: None)"
+    return None
 
 
 def _call_pipeline(pipe: Any, prompts: Sequence[str], steps: int, seed: int) -> torch.Tensor:

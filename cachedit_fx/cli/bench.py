@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from cachedit_fx.cli.options import InnerBackend, check_compiler, check_out, grouped
 from cachedit_fx.cli.terminal import command_line, console, errors, progress, quiet, reported, show
+from cachedit_fx.config.rules import nearest
 from cachedit_fx.report.files import machine, versions
 from cachedit_fx.report.tables import Table
 
@@ -105,9 +106,9 @@ class Pictures:
         typer.Option(
             metavar="MODULE:FUNCTION",
             help="A pipeline of yours in place of the bundled model: a function without arguments, in the current "
-            "folder or installed. It returns a diffusers pipeline, or an object with [b]pipe[/b] and "
-            "[b]generate(pipe, prompts, steps, seed)[/b]. That returns float pictures \\[B, 3, H, W] in 0..1, "
-            "picture i from the noise of seed + i.",
+            "folder or installed. It returns a diffusers pipeline that takes prompts, or an object "
+            "with [b]pipe[/b] and [b]generate(pipe, prompts, steps, seed)[/b]. That returns float pictures "
+            "\\[B, 3, H, W] in 0..1, picture i from the noise of seed + i, and may pass embeddings.",
         ),
     ] = None
     prompts: Annotated[
@@ -234,6 +235,8 @@ def bench(
     """
     if ctx.invoked_subcommand is not None:
         return
+    if config is not None and not config.is_file():
+        raise typer.BadParameter(_no_file(config, list(ctx.command.commands)), param_hint="CONFIG.toml")  # type: ignore[attr-defined]
     with reported(lambda: "; nothing was measured"):
         with quiet():
             from cachedit_fx.bench.run import plan_pairs, plan_rows
@@ -249,6 +252,15 @@ def bench(
         check_out(running.out)
         check_compiler(settings.inner_backend)
         _run(plan, settings, running, what.peer_python)
+
+
+def _no_file(config: Path, commands: list[str]) -> str:
+    """What to say of a word that is no file. Nothing is imported for it."""
+    if config.is_dir():
+        return f"{config} is a folder; give a file of configurations"
+    guess = nearest(config.name, commands)
+    words = f"or did you mean the command {guess!r}?" if not config.suffix and len(config.parts) == 1 else ""
+    return f"{config} cannot be read (no such file); give a file such as rows.toml {words}".rstrip()
 
 
 def _settings(pictures: Pictures, running: Running, is_paired: bool) -> Settings:

@@ -73,7 +73,7 @@ def coverage(
                 check_all_with_variants(zoo, vocabulary_of(whole), tell) if variants else bench.check_all(zoo, tell)
             )
     finally:
-        show(bench.table(rows))
+        show(bench.table(rows, is_narrow=True), bench.LEGEND)
     console.print(f"\n[bold]{bench.summary(rows)}[/bold]")
     show(*(f"{row.name}: {row.reason}" for row in rows if row.reason))
     show(*(f"{row.name}, {variant}" for row in rows for variant in row.variants_that("wrong")))

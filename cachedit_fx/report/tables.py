@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -102,7 +102,9 @@ def terminal(table: Table) -> RichTable:
     )
     for column, heading in enumerate(table.headings):
         is_text = column in table.texts
-        result.add_column(heading, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
+        widest = max(map(len, heading.split()), default=1)  # a heading breaks between words alone
+        justify: Literal["left", "right"] = "left" if is_text else "right"
+        result.add_column(heading, justify=justify, no_wrap=not is_text, overflow="fold", min_width=widest)
     for line in table.lines:
         cells = (Text(cell, _COLOURS.get(cell, "")) for cell in line.cells)
         result.add_row(*cells, style="bold" if line.stands_out else line.style, end_section=line.ends_group)

@@ -1,9 +1,11 @@
 """`cachedit bench`: what it measures, what it writes, what it refuses, and that nothing measured is lost."""
 
+import copy
 import json
 import math
 import os
 import sys
+import types
 from importlib.metadata import version
 
 import pytest
@@ -225,11 +227,52 @@ def test_an_entry_that_gives_no_pipeline(entry, name, told):
         load_entry(name)
 
 
+def without(pipe, **components):
+    """A copy of a pipeline that lacks some of its parts."""
+    other = copy.copy(pipe)
+    other.components = pipe.components | components
+    return other
+
+
+class Unprompted:
+    """A pipeline that draws classes."""
+
+    def __init__(self, transformer):
+        self.components = {"transformer": transformer}
+
+    def __call__(self, class_labels):
+        """Is never called."""
+
+
+def test_a_pipeline_that_takes_no_prompts_is_refused_with_a_way_out(monkeypatch):
+    class Prompted(Unprompted):
+        def __call__(self, prompt):
+            """Is never called."""
+
+    module = types.ModuleType("promptless")
+    whole = Prompted(torch.nn.Identity())
+    module.labels = lambda: Unprompted(torch.nn.Identity())
+    module.embeddings = lambda: without(whole, text_encoder=None, text_encoder_2=None, tokenizer=None)
+    module.partial = lambda: without(whole, text_encoder=torch.nn.Identity(), text_encoder_3=None)
+    module.whole = lambda: whole
+    monkeypatch.setitem(sys.modules, "promptless", module)
+    with pytest.raises(EntryError, match=r"takes no `prompt`, so it cannot draw .* prompt_embeds"):
+        load_entry("promptless:labels")
+    with pytest.raises(EntryError, match=r"has no text encoder \(text_encoder, text_encoder_2: None\), so it cannot"):
+        load_entry("promptless:embeddings")
+    assert load_entry("promptless:partial")[0].components["text_encoder_3"] is None
+    assert load_entry("promptless:whole")[0] is whole
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
         ("[a]\nmax_warmup_step = 1", "row 'a': unknown option 'max_warmup_step'; the nearest known one is"),
         ("[a]\nFn_compute_blocks = -1", "row 'a': Fn_compute_blocks=-1 is not allowed"),
+        ("[a]\ncalibrator = 'taylor'", "did you mean 'taylorseer'?"),
+        ("[a.calibrator]\nname = 'taylorseer'\norder = 2", "the nearest known one is 'taylorseer_order'"),
+        ("[a]\npreset = 'balancd'", "did you mean 'balanced'?"),
+        ("[a]\nmask_policy = 'fats'", "fats"),
         ("[a]\nsystem = 'teacache'", "system='teacache' is not one of cachedit_fx, cache-dit, diffusers"),
         ("steps = 3", "steps = 3 belongs to no row"),
         ("[a", "is not TOML"),
@@ -239,6 +282,8 @@ def test_an_entry_that_gives_no_pipeline(entry, name, told):
 def test_a_file_that_is_wrong(entry, tmp_path, text, told):
     path = tmp_path / "rows.toml"
     path.write_text(text)
+    listed = bench(path, "--list")
+    assert listed.exit_code == 2 and told in plain(listed.output), listed.output
     result = bench(path, "--prompts", 1, "--steps", 2, "--pipeline", entry, "--out", tmp_path / "out")
     assert result.exit_code == 2 and told in plain(result.output), result.output
     assert not (tmp_path / "out").exists()

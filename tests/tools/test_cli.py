@@ -8,24 +8,49 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import typer
 from lib.command_line import invoke, plain
 
 import cachedit_fx
+from cachedit_fx.cli import app
 
 PACKAGE = Path(cachedit_fx.__file__).parent
+PLAIN_TERMINAL = os.environ | {"TERM": "dumb", "COLUMNS": "100"}
+MOST_SECONDS = 1.0
+"""Of CPU. A start took 0.15 to 0.25 s, and with torch 1.5."""
 HEAVY = {"torch", "diffusers", "matplotlib", "numpy", "transformers", "triton"}
 
 START = """
 import sys
 from cachedit_fx.cli import app
-from typer.testing import CliRunner
-for words in (["--help"], ["demo", "--help"], ["bench", "--help"], ["bench", "cold", "--help"], ["kernels"], ["dem"],
-              ["demo", "--step", "3"], ["bench", "--rounds", "many"], ["bench", "overhead", "--rounds", "0"]):
-    result = CliRunner().invoke(app, words)
-    expected = 0 if "--help" in words else 2
-    assert result.exit_code == expected, (words, result.exit_code, result.output)
-print(" ".join(sys.modules))
+try:
+    app(sys.argv[1:])
+except SystemExit as end:
+    print("exit", end.code, *sorted({name.partition(".")[0] for name in sys.modules}))
 """
+COMMANDS = (
+    ["demo"],
+    ["bench"],
+    ["bench", "overhead"],
+    ["bench", "cold"],
+    ["coverage"],
+    ["kernels"],
+    ["kernels", "verify"],
+    ["kernels", "bench"],
+)
+TYPOS = {
+    "dem": "demo",
+    "bench overheat": "overhead",
+    "bench no-such.toml --list": "no-such.toml cannot be read",
+    "kernels verfy": "verify",
+    "demo --step 3": "--steps",
+    "bench --lits": "--list",
+    "bench overhead --round 3": "--rounds",
+    "coverage --onyl x": "--only",
+    "demo --thresholds many": "0.08,0.12,0.2",
+    "bench --rounds many": "valid integer",
+}
+"""Words -> what the error names."""
 
 
 def test_help_and_version():
@@ -36,11 +61,43 @@ def test_help_and_version():
     assert invoke().exit_code == 2 and "demo" in invoke().output
 
 
-def test_help_and_typing_errors_import_nothing_heavy():
-    command = [sys.executable, "-c", START]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TERM": "dumb"})
+def started(words):
+    """Exit code, output, CPU seconds and imported packages of a command in a fresh process."""
+    before = os.times()
+    done = subprocess.run([sys.executable, "-c", START, *words], capture_output=True, text=True, env=PLAIN_TERMINAL)
+    after = os.times()
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
     assert done.returncode == 0, done.stderr
-    assert not HEAVY & set(done.stdout.split())
+    _, code, *modules = done.stdout.splitlines()[-1].split()
+    return int(code), plain(done.stdout + done.stderr), seconds, set(modules)
+
+
+def is_quick(seconds, modules):
+    return seconds < MOST_SECONDS and not HEAVY & modules
+
+
+@pytest.mark.parametrize("words", [[], *COMMANDS], ids=" ".join)
+def test_help_imports_nothing_heavy(words):
+    code, output, seconds, modules = started([*words, "--help"])
+    assert code == 0 and f"Usage: {' '.join(['cachedit', *words])}".strip() in output.replace("-c", "cachedit")
+    assert is_quick(seconds, modules), (seconds, HEAVY & modules)
+
+
+@pytest.mark.parametrize("words", TYPOS)
+def test_typing_errors_import_nothing_heavy_and_name_what_was_meant(words):
+    code, output, seconds, modules = started(words.split())
+    assert code == 2 and TYPOS[words] in output, output
+    assert is_quick(seconds, modules), (seconds, HEAVY & modules)
+
+
+def test_every_command_is_in_the_list():
+    assert {" ".join(words) for words in COMMANDS} == set(commands_of(typer.main.get_command(app)))
+
+
+def commands_of(group, *words):
+    for name, command in getattr(group, "commands", {}).items():
+        yield " ".join([*words, name])
+        yield from commands_of(command, *words, name)
 
 
 @pytest.mark.parametrize("words", [["bench", "cold"], ["bench", "overhead"]])

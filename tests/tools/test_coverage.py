@@ -1,11 +1,15 @@
 """`cachedit coverage` over models of one's own: the table, the file, the exit code, and what it refuses."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from lib.command_line import invoke, plain
 
-from cachedit_fx.bench.coverage import CHECKS
+from cachedit_fx.bench.coverage import CHECKS, LEGEND, Covered, table
+from cachedit_fx.bench.variants import VariantResult
+from cachedit_fx.cli.terminal import console
+from cachedit_fx.report.tables import terminal
 
 MODELS = """
 from lib import models
@@ -59,6 +63,25 @@ def test_the_table_says_what_held_and_what_did_not(models_file, tmp_path):
     assert "ZeroDivisionError" in text and "**Newcomer**: no entry" in text
     assert "1 of 4 models" in plain(result.output)
     assert [path.name for path in out.parent.iterdir()] == ["table.md"]
+
+
+@pytest.mark.parametrize("has_variants", [False, True])
+def test_the_table_fits_a_terminal_of_80_columns(has_variants):
+    chain = ("transformer_blocks x 4", "single_transformer_blocks x 15")
+    rows = [
+        Covered("JoyImageEditPlusTransformer3DModel", dict.fromkeys(CHECKS, True), chain, 0.12),
+        Covered("Short", {"blocks": True, "exact": False}, ("blocks x 4",), None, "why"),
+    ]
+    if has_variants:
+        wrong = VariantResult("an_argument=True", "wrong", "differs")
+        rows = [replace(row, variants=(wrong,) * 12) for row in rows]
+    with console.capture() as captured:
+        console.print(terminal(table(rows, is_narrow=True)), width=80)
+    lines = captured.get().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0].split() == ["model", "chain", "checks", "FLOPs", *(["variants"] if has_variants else [])]
+    assert "✓✓✓✓✓✓✓" in lines[2] and any("✓✗-----" in line for line in lines)
+    assert list(CHECKS) == re.findall(r"\w+", LEGEND.partition(": ")[2].partition(".")[0])
 
 
 def test_one_model_alone(models_file):
