@@ -71,7 +71,7 @@ class Pass(ABC):
 
     Attributes:
         name: the pass in `options={"passes": {name: False}}`, in the log, and in its artifacts.
-        requires: facts that it cannot do without. If one cannot be established, the pass is skipped.
+        requires: facts that it cannot do without, one at least. If one cannot be established, the pass is skipped.
         uses: facts that it reads if they are known; their analyses run first.
     """
 

@@ -218,8 +218,11 @@ def order(passes: Sequence[Pass]) -> tuple[Pass, ...]:
     The rewrite that ends `FlatGraph` comes after all other passes that require it.
 
     Raises:
-        PassOrderError: if no order is possible, or if a fact would be dropped before a pass that requires it.
+        PassOrderError: if no order is possible, or if a fact would be dropped before a pass that requires it; if a
+            pass leaves out a part of its contract.
     """
+    for pass_ in passes:
+        _check_contract(pass_)
     _check_providers(passes)
     enders = [pass_.name for pass_ in passes if _ends_flat_graph(pass_)]
     if len(enders) > 1:
@@ -237,6 +240,20 @@ def order(passes: Sequence[Pass]) -> tuple[Pass, ...]:
         queue.remove(ready)
     _check_lifetimes(result)
     return tuple(result)
+
+
+def _check_contract(pass_: Pass) -> None:
+    """Raise if the pass has no name, or does not say which graph it is for: it would match nothing, and say nothing."""
+    if not isinstance(getattr(pass_, "name", None), str):
+        raise PassOrderError(f"{type(pass_).__name__} has no name: give the class a `name`, such as 'fold_dropout'")
+    if isinstance(pass_, Analysis) and not isinstance(getattr(pass_, "provides", None), type):
+        raise PassOrderError(f"analysis {pass_.name!r} has no `provides`: name the type of the fact that it learns")
+    if not pass_.requires:
+        raise PassOrderError(
+            f"pass {pass_.name!r} requires no fact, so nothing tells on which graph it runs. Enter in `requires` "
+            "FlatGraph, to see the nodes of the blocks, or the fact of a later graph, such as Outline, in which each "
+            "block is one call"
+        )
 
 
 def _check_providers(passes: Sequence[Pass]) -> None:

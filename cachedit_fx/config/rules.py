@@ -13,6 +13,10 @@ class OptionError(ValueError):
     """A setting is unknown, out of range, or contradicts another one."""
 
 
+class ContractError(RuntimeError):
+    """A policy or a calibrator returned what its contract does not allow."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """The values that a setting may have.
@@ -91,6 +95,12 @@ def check(name: str, value: Any, rule: Rule) -> None:
     if not rule.allows(value):
         guess = isinstance(value, str) and rule.choices and f"; did you mean {nearest(value, rule.choices)!r}?"
         raise OptionError(f"{name}={value!r} is not allowed: it must be {rule.description}{guess or ''}")
+
+
+def check_config_class(config_class: Any, base: type, owner: str) -> None:
+    """Raise unless `config_class` is a subclass of `base`: a config of the base itself would stand for every other."""
+    if not (isinstance(config_class, type) and issubclass(config_class, base)):
+        raise TypeError(f"{owner} has the config class {config_class!r}: it must be a subclass of {base.__name__}")
 
 
 def check_fields(settings: Any) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 from cachedit_fx.config.calibrators import (
@@ -23,7 +24,7 @@ from cachedit_fx.config.calibrators import (
     LagrangeCalibratorConfig,
     TaylorSeerCalibratorConfig,
 )
-from cachedit_fx.config.rules import OptionError, reject_unknown
+from cachedit_fx.config.rules import ContractError, OptionError, check_config_class, reject_unknown
 
 CORRECTED_RUN = 2
 """Highest number of computed steps after a gap with which the gap is still corrected. Each needs one more value."""
@@ -66,12 +67,20 @@ def register_calibrator(name: str, calibrator: Calibrator) -> None:
     """Enter a calibrator under the name that `options={"calibrator": name}` takes.
 
     Raises:
-        ValueError: if a calibrator of another config class has the name.
+        TypeError: if the calibrator's config class is no class of its own below `CalibratorConfig`.
+        ValueError: if a calibrator of another config class has the name, or another name has the config class.
     """
+    check_config_class(calibrator.config_class, CalibratorConfig, f"calibrator {name!r}")
     owner = CALIBRATORS[name].config_class if name in CALIBRATORS else calibrator.config_class
     config_class = calibrator.config_class
     if (owner.__module__, owner.__qualname__) != (config_class.__module__, config_class.__qualname__):
         raise ValueError(f"{name!r} is the name of the calibrator of {owner.__qualname__}: choose another name")
+    others = [other for other, entry in CALIBRATORS.items() if entry.config_class is config_class and other != name]
+    if others:
+        raise ValueError(
+            f"{config_class.__name__} is the config of the calibrator {others[0]!r}: "
+            f"give {name!r} a config class of its own"
+        )
     CALIBRATORS[name] = calibrator
 
 
@@ -104,13 +113,39 @@ def as_config(value: Any) -> Any:
 
 
 def values_kept(config: CalibratorConfig | None) -> int:
-    """The number of computed steps whose values are stored: 1 without a config, order + 1 for TaylorSeer."""
-    return calibrator_of(config).values_kept(config)
+    """The number of computed steps whose values are stored: 1 without a config, order + 1 for TaylorSeer.
+
+    Raises:
+        ContractError: if the calibrator returns anything but an integer from 1 up.
+    """
+    count = calibrator_of(config).values_kept(config)
+    if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
+        raise ContractError(
+            f"values_kept of {type(config).__name__} returned {count!r}: it must be an integer >= 1, the number of "
+            "computed steps whose values are stored"
+        )
+    return int(count)
 
 
 def coefficients(config: CalibratorConfig | None, trail: Sequence[Moment], now: Moment) -> tuple[float, ...]:
-    """The weights of the stored values in the prediction for `now`; see `Calibrator`."""
-    return calibrator_of(config).coefficients(config, trail, now)
+    """The weights of the stored values in the prediction for `now`; see `Calibrator`.
+
+    Raises:
+        ContractError: if the calibrator returns no weight, more weights than values, or what is no finite number.
+    """
+    weights = calibrator_of(config).coefficients(config, trail, now)
+    stored = sum(moment.computed for moment in trail)
+    if not isinstance(weights, (tuple, list)) or not 0 < len(weights) <= stored or not all(map(_is_finite, weights)):
+        raise ContractError(
+            f"coefficients of {type(config).__name__} returned {weights!r} for step {now.step}: it must be a tuple of "
+            f"1 to {stored} finite numbers, one for each computed step of the trail, the latest first. `values_kept` "
+            "limits these steps"
+        )
+    return tuple(weights)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 def taylor_coefficients(computed: Sequence[int], step: int) -> tuple[float, ...]:

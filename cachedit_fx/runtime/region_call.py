@@ -14,11 +14,12 @@ import torch
 
 from cachedit_fx.config.calibrators import CalibratorConfig
 from cachedit_fx.config.options import LoopSettings
+from cachedit_fx.config.rules import ContractError
 from cachedit_fx.runtime.calibrators import Moment, coefficients, values_kept
 from cachedit_fx.runtime.call import LATE, STRAY, Call
 from cachedit_fx.runtime.guard import Residual, read_differences
 from cachedit_fx.runtime.memory import BranchMemory, copy_of
-from cachedit_fx.runtime.policies.base import Action, Decision, Situation, context_start
+from cachedit_fx.runtime.policies.base import Action, Decision, Situation, context_start, decision_of
 from cachedit_fx.runtime.region import RegionInfo, RegionKey
 from cachedit_fx.runtime.stopwatch import Stopwatch
 from cachedit_fx.runtime.tracker import Evidence
@@ -102,7 +103,7 @@ class RegionCall:
             return self._difference(key, settings, memory, residual, differences)
 
         history = self.session.history(key.chain, branch, start, policy)
-        decision = policy.decide(situation, history, measure)
+        decision = decision_of(policy, situation, history, measure)
         warning = policy.warning(decision)
         if warning is not None:
             self.session.state.warn_once(warning)
@@ -197,7 +198,11 @@ class RegionCall:
             return shared[key, step]
         difference = differences.get(branch)
         if difference is None:
-            assert memory.reference is not None and residual is not None
+            if memory.reference is None or residual is None:
+                raise ContractError(
+                    f"{type(settings.policy).__name__}.decide asks for a difference, and there is none: call `measure` "
+                    "only if situation.stored is Stored.FITS and the policy's `measures` is True"
+                )
             (difference,), _ = read_differences(residual, [memory.reference])
         shared[key, step] = difference
         self.call.on_failure(lambda: shared.__delitem__((key, step)))

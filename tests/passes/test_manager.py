@@ -76,6 +76,8 @@ class Breaks(Rewrite):
     """Leaves a graph that uses a value before it is made."""
 
     name = "breaks"
+    requires: ClassVar[tuple[type, ...]] = (FlatGraph,)
+    preserves: ClassVar[tuple[type, ...]] = (FlatGraph,)
 
     def run(self, gm, facts):
         first, second = [node for node in gm.graph.nodes if node.op == "call_function"][:2]
@@ -87,6 +89,8 @@ class Silent(Rewrite):
     """Hands back what `result` says, and changes nothing."""
 
     name = "silent"
+    requires: ClassVar[tuple[type, ...]] = (FlatGraph,)
+    preserves: ClassVar[tuple[type, ...]] = (FlatGraph,)
     provides: ClassVar[tuple[type, ...]] = (Doubled,)
     result: tuple = (1, ())
 
@@ -107,7 +111,7 @@ class Needs(Analysis[TimestepSource]):
 class Meddles(Needs):
     """An analysis that changes the graph."""
 
-    requires: ClassVar[tuple[type, ...]] = ()
+    requires: ClassVar[tuple[type, ...]] = (FlatGraph,)
 
     def run(self, gm, facts):
         gm.graph.find_nodes(op="output")[0].args = ((),)
@@ -115,6 +119,7 @@ class Meddles(Needs):
 
 class Uses(Rewrite):
     name = "uses"
+    requires: ClassVar[tuple[type, ...]] = (FlatGraph,)
     uses: ClassVar[tuple[type, ...]] = (Doubled,)
     preserves: ClassVar[tuple[type, ...]] = (FlatGraph, Normalized)
 
@@ -132,6 +137,30 @@ class Egg(Uses):
     name = "egg"
     uses: ClassVar[tuple[type, ...]] = (Detection,)
     provides: ClassVar[tuple[type, ...]] = (TimestepSource,)
+
+
+class Anywhere(Rewrite):
+    """Looks for the blocks' nodes, wherever it runs."""
+
+    name = "anywhere"
+
+    def run(self, gm, facts):
+        return Rewritten(gm, 0)
+
+
+class Nameless(Rewrite):
+    requires: ClassVar[tuple[type, ...]] = (FlatGraph,)
+
+    def run(self, gm, facts):
+        return Rewritten(gm, 0)
+
+
+class Factless(Analysis[Doubled]):
+    name = "factless"
+    requires: ClassVar[tuple[type, ...]] = (FlatGraph,)
+
+    def run(self, gm, facts):
+        return None
 
 
 class Forgets(Rewrite):
@@ -208,6 +237,12 @@ def test_a_rewrite_of_the_flat_graph_may_stand_anywhere_in_the_list(place):
         ((Normalize, Forgets, DetectBlockLoops), "requires Normalized, which pass 'forgets' drops before it"),
         ((Normalize, Normalize), "'normalize' names two passes"),
         ((*ALL, Careless), "requires Detection, hence Normalized, which pass 'careless' drops before it"),
+        (
+            (*ALL, Anywhere),
+            r"'anywhere' requires no fact, .* FlatGraph, to see the nodes .* Outline, ",
+        ),
+        ((*ALL, Nameless), "Nameless has no name: give the class a `name`"),
+        ((*ALL, Factless), "analysis 'factless' has no `provides`"),
         ((*ALL, Ends), "only one pass may end FlatGraph, and these do: outline_blocks, ends"),
     ],
 )

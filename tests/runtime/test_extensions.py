@@ -7,7 +7,9 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -21,13 +23,24 @@ from cachedit_fx import (
     OptionError,
     Reason,
     TaylorSeerCalibratorConfig,
+    backend,
     compile,
     explain,
     summary,
 )
 from cachedit_fx.config.cache import CONFIGS
-from cachedit_fx.runtime.calibrators import CALIBRATORS, register_calibrator
-from cachedit_fx.runtime.policies.base import POLICIES, register
+from cachedit_fx.config.rules import ContractError
+from cachedit_fx.passes.base import FlatGraph, Rewrite, Rewritten
+from cachedit_fx.passes.normalize import Normalized
+from cachedit_fx.runtime.calibrators import (
+    CALIBRATORS,
+    Calibrator,
+    Moment,
+    coefficients,
+    register_calibrator,
+    values_kept,
+)
+from cachedit_fx.runtime.policies.base import POLICIES, Policy, Situation, Stored, decision_of, policy_of, register
 from cachedit_fx.runtime.policies.dbprune import BELOW_DYNAMIC
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,6 +137,124 @@ def test_names_are_taken_once(extensions):
         register("dbcache")(policy)
     with pytest.raises(ValueError, match="'foca' is the name of the calibrator of FoCaCalibratorConfig"):
         register_calibrator("foca", calibrator)
+
+
+def test_a_config_class_belongs_to_one_name(extensions):
+    """Otherwise the newcomer would silently take the other's place, for all models."""
+
+    other = type("Other", (POLICIES[CONFIGS["every_nth"]],), {})
+    with pytest.raises(ValueError, match="EveryNthConfig is the config of the policy 'every_nth': give 'other' a"):
+        register("other")(other)
+    with pytest.raises(ValueError, match="MeanConfig is the config of the calibrator 'mean': give 'middle' a"):
+        register_calibrator("middle", CALIBRATORS["mean"])
+    assert "other" not in CONFIGS and "middle" not in CALIBRATORS
+
+
+def test_what_is_registered_has_a_config_class(extensions):
+    with pytest.raises(TypeError, match="policy 'configless' has the config class None: it must be a subclass of DBC"):
+        register("configless")(type("Configless", (Policy,), {}))
+    not_a_calibrators: Any = DBCacheConfig
+    calibrator = Calibrator(not_a_calibrators, lambda config: 1, lambda config, trail, now: (1.0,))
+    with pytest.raises(TypeError, match="'wrong' has the config class .* a subclass of CalibratorConfig"):
+        register_calibrator("wrong", calibrator)
+
+
+anything: Any = Decision
+BROKEN_DECISIONS = [
+    (None, "EveryNth.decide returned None for Situation.*it must be a Decision of an Action and a Reason"),
+    (True, "returned True"),
+    (anything(Action.COMPUTE, "due"), "a Decision of an Action and a Reason"),
+    (anything("compute", Reason.WARMUP), "a Decision of an Action and a Reason"),
+    (Decision(Action.COMPUTE, Reason.BELOW_THRESHOLD), "the reason 'below' stands for Action.REUSE"),
+    (anything(Action.COMPUTE, Reason.WARMUP, "0.1"), "the difference must be a number, or None"),
+    (
+        Decision(Action.REUSE, Reason.BELOW_THRESHOLD),
+        "nothing can be reused if .* is Stored.OTHER_SHAPES",
+    ),
+]
+
+
+@pytest.mark.parametrize(("decision", "message"), BROKEN_DECISIONS)
+def test_a_decision_that_breaks_the_contract_is_told_why(extensions, monkeypatch, decision, message):
+    config = CONFIGS["every_nth"]
+    monkeypatch.setattr(POLICIES[config], "decide", lambda *_: decision)
+    with pytest.raises(ContractError, match=message):
+        decision_of(policy_of(config()), Situation(3, Stored.OTHER_SHAPES), 0, float)
+
+
+BROKEN_WEIGHTS = [
+    ((0.5, 0.25, 0.25), r"MeanConfig returned \(0.5, 0.25, 0.25\) for step 2: .* 1 to 2 finite numbers"),
+    ((), "1 to 2 finite numbers"),
+    (1.0, "returned 1.0 for step 2: it must be a tuple"),
+    (None, "coefficients of MeanConfig returned None"),
+    ((float("nan"), 1.0), "finite numbers"),
+    (("1",), "finite numbers"),
+    ((torch.tensor(1.0),), "finite numbers"),
+]
+
+
+@pytest.mark.parametrize(("weights", "message"), BROKEN_WEIGHTS)
+def test_weights_that_break_the_contract_are_told_why(extensions, monkeypatch, weights, message):
+    mean = CALIBRATORS["mean"]
+    monkeypatch.setitem(CALIBRATORS, "mean", replace(mean, coefficients=lambda *_: weights))
+    with pytest.raises(ContractError, match=message):
+        coefficients(mean.config_class(), [Moment(1), Moment(0)], Moment(2))
+
+
+def test_a_broken_contract_ends_the_call_and_leaves_the_model_usable(extensions, monkeypatch):
+    model, plain = make(), denoise(make())
+    policy = POLICIES[CONFIGS["every_nth"]]
+    options: dict = {"inner_backend": "eager", "cache": "every_nth", "Fn_compute_blocks": 1, "period": 3}
+    with monkeypatch.context() as patch:
+        patch.setattr(policy, "decide", lambda self, situation, history, measure: measure())
+        compile(model, **options)
+        with pytest.raises(ContractError, match="call `measure` only if situation.stored is Stored.FITS"):
+            denoise(model)
+        patch.setattr(policy, "decide", lambda *_: Decision(Action.REUSE, Reason.BELOW_THRESHOLD))
+        with pytest.raises(ContractError, match="if situation.stored is Stored.NOTHING: compute then"):
+            denoise(model)
+    with monkeypatch.context() as patch:
+        patch.setitem(CALIBRATORS, "mean", replace(CALIBRATORS["mean"], coefficients=lambda *_: (1.0,) * 9))
+        compile(model, **options, calibrator="mean")
+        with pytest.raises(ContractError, match="coefficients of MeanConfig returned"):
+            denoise(model)
+    compile(model, **options | {"period": 1})
+    assert torch.equal(denoise(model), plain)
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.0, None, True, "2"])
+def test_the_number_of_values_is_checked(extensions, monkeypatch, count):
+    config = CALIBRATORS["mean"].config_class()
+    monkeypatch.setitem(CALIBRATORS, "mean", replace(CALIBRATORS["mean"], values_kept=lambda config: count))
+    with pytest.raises(ContractError, match="values_kept of MeanConfig returned .* an integer >= 1"):
+        values_kept(config)
+
+
+class TanhGelu(Rewrite):
+    """Replaces the exact gelu in the blocks, as CONTRIBUTING tells."""
+
+    name = "tanh_gelu"
+    requires: ClassVar = (FlatGraph,)
+    preserves: ClassVar = (FlatGraph, Normalized)
+
+    def run(self, gm, facts):
+        nodes = gm.graph.find_nodes(op="call_function", target=torch.nn.functional.gelu)
+        for node in nodes:
+            node.kwargs = {"approximate": "tanh"}
+        return Rewritten(gm, len(nodes))
+
+
+def test_a_pass_reaches_the_blocks_from_the_end_of_the_list(monkeypatch):
+    whole = backend.pipeline
+    monkeypatch.setattr(backend, "pipeline", lambda options, traced: [*whole(options, traced), TanhGelu()])
+    results = []
+    for switches in ({}, {"tanh_gelu": False}):
+        model = make()
+        compile(model, inner_backend="eager", Fn_compute_blocks=1, residual_diff_threshold=0.0, passes=switches)
+        results.append(denoise(model))
+    changed, plain = results
+    assert torch.equal(plain, denoise(make()))
+    assert not torch.equal(changed, plain) and torch.allclose(changed, plain, atol=1e-2)
 
 
 def test_reasons_stay_themselves_in_copies_and_pickles():

@@ -84,6 +84,8 @@ def cells(item: Pass) -> tuple[str, ...]:
     else:
         assert isinstance(item, Rewrite)
         contract = "rewrite", needs, names(item.provides), names(item.preserves)
+    if item.name not in MEASURED:
+        raise SystemExit(f"enter {item.name!r} in MEASURED of tests/tools/passes_page.py: its seconds, and its gain")
     return (f"[`{item.name}`](#{item.name})", default, *contract, *MEASURED[item.name])
 
 

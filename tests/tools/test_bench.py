@@ -7,6 +7,7 @@ import os
 import sys
 import types
 from importlib.metadata import version
+from typing import Any
 
 import pytest
 import torch
@@ -249,7 +250,7 @@ def test_a_pipeline_that_takes_no_prompts_is_refused_with_a_way_out(monkeypatch)
         def __call__(self, prompt):
             """Is never called."""
 
-    module = types.ModuleType("promptless")
+    module: Any = types.ModuleType("promptless")
     whole = Prompted(torch.nn.Identity())
     module.labels = lambda: Unprompted(torch.nn.Identity())
     module.embeddings = lambda: without(whole, text_encoder=None, text_encoder_2=None, tokenizer=None)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from cachedit_fx.config.cache import CONFIGS, Cut, DBCacheConfig, Unit
 from cachedit_fx.config.calibrators import CalibratorConfig
-from cachedit_fx.config.rules import OptionError
+from cachedit_fx.config.rules import ContractError, OptionError, check_config_class
 
 
 class Action(Enum):
@@ -203,13 +203,21 @@ def register(name: str) -> Callable[[type[Policy[Any, Any]]], type[Policy[Any, A
     """Enter a policy under the name that `options={"cache": name}` takes.
 
     Raises:
-        ValueError: if another policy has the name.
+        TypeError: if the policy's `config_class` is no subclass of `DBCacheConfig`.
+        ValueError: if another policy has the name, or the config class.
     """
 
     def enter(policy: type[Policy[Any, Any]]) -> type[Policy[Any, Any]]:
+        check_config_class(getattr(policy, "config_class", None), DBCacheConfig, f"policy {name!r}")
         owner = POLICIES.get(CONFIGS[name]) if name in CONFIGS else None
         if owner is not None and (owner.__module__, owner.__qualname__) != (policy.__module__, policy.__qualname__):
             raise ValueError(f"{name!r} is the name of {owner.__module__}.{owner.__qualname__}: choose another name")
+        others = [other for other, config in CONFIGS.items() if config is policy.config_class and other != name]
+        if others:
+            raise ValueError(
+                f"{policy.config_class.__name__} is the config of the policy {others[0]!r}: "
+                f"give {name!r} a config_class of its own"
+            )
         CONFIGS[name] = policy.config_class
         POLICIES[policy.config_class] = policy
         return policy
@@ -227,6 +235,28 @@ def policy_of(config: DBCacheConfig) -> Policy[Any, Any]:
     if policy is None:
         raise OptionError(f"no policy is registered for {type(config).__name__}; there are {', '.join(CONFIGS)}")
     return policy(config)
+
+
+def decision_of(policy: Policy[Any, Any], situation: Situation, history: Any, measure: Measure) -> Decision:
+    """The policy's decision, checked.
+
+    Raises:
+        ContractError: if it is no `Decision`, if its reason stands for another action, or if it reuses what is not
+            stored.
+    """
+    decision = policy.decide(situation, history, measure)
+    reason = getattr(decision, "reason", None)
+    if not (isinstance(decision, Decision) and isinstance(decision.action, Action) and isinstance(reason, Reason)):
+        problem = "it must be a Decision of an Action and a Reason"
+    elif reason.action is not decision.action:
+        problem = f"the reason {reason.label!r} stands for {reason.action}"
+    elif decision.difference is not None and not isinstance(decision.difference, (int, float)):
+        problem = "the difference must be a number, or None"
+    elif decision.action is Action.REUSE and situation.stored is not Stored.FITS:
+        problem = f"nothing can be reused if situation.stored is {situation.stored}: compute then"
+    else:
+        return decision
+    raise ContractError(f"{type(policy).__name__}.decide returned {decision!r} for {situation}: {problem}")
 
 
 def context_start(config: DBCacheConfig, step: int) -> int:
