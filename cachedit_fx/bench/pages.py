@@ -100,12 +100,16 @@ def markdown(record: Record) -> str:
 
 def save(record: Record, folder: Path) -> None:
     """Write the three files."""
-    from cachedit_fx.report.plots import save_quality
-
-    settings = record.settings
-    title = f"{settings.steps} steps, {len(settings.prompts)} prompts; labelled: on the Pareto front"
     record.save(folder)
     with whole_files(folder) as staging:
         (staging / "bench.md").write_text(markdown(record))
-        shown = [row for row in record.rows if row.name != UNCACHED]
-        save_quality(shown, record.pareto(), title, staging / "bench.png")
+        save_picture(record, staging / "bench.png")
+
+
+def save_picture(record: Record, path: Path) -> None:
+    """Draw quality over work."""
+    from cachedit_fx.report.plots import save_quality
+
+    settings = record.settings
+    title = f"{settings.steps} steps, {len(settings.prompts)} prompts; in bold: on the Pareto front"
+    save_quality([row for row in record.rows if row.name != UNCACHED], record.pareto(), title, path)

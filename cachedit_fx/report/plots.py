@@ -8,6 +8,7 @@ save_bandwidth     `bandwidth.png`: the kernels' bandwidth over a copy's
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 from cachedit_fx.runtime.policies.base import Action, Reason
 
@@ -51,8 +54,10 @@ LOOKS: dict[str, dict[str, Any]] = {
     "cachedit_fx": {"color": BLUE, "marker": "o", "s": 34, "label": "cachedit_fx"},
 }
 """Of each system, from the lowest layer to the highest: at equal points ours lies on a larger square."""
-_LABEL_DISTANCE = 0.045
-"""The least distance between two labels, as a share of the axis."""
+_DIRECTIONS = ((-1, 1), (1, 1), (-1, 0), (1, 0), (-1, -1), (1, -1), (0, 1), (0, -1))
+"""Of a label from its point, the best first."""
+_DISTANCES = (5, 9, 14, 19)
+"""Of a label from its point, in typographic points."""
 
 
 def save_quality(rows: Sequence[Measured], front: Sequence[Measured], title: str, path: Path) -> None:
@@ -60,7 +65,8 @@ def save_quality(rows: Sequence[Measured], front: Sequence[Measured], title: str
 
     Args:
         rows: every row but the uncached run.
-        front: the rows on the Pareto front, from much work to little. They are labelled.
+        front: the rows on the Pareto front, from much work to little. Their names are bold. The names of all others
+            follow as far as there is room: first the best of each system.
         title: the conditions.
         path: the file.
     """
@@ -92,29 +98,73 @@ def save_quality(rows: Sequence[Measured], front: Sequence[Measured], title: str
     axes.grid(color=SHADE, linewidth=0.6)
     axes.set_axisbelow(True)
     _tidy(axes)
-    _label(axes, front)
     axes.legend(frameon=False, fontsize=9, loc="lower right")
     axes.set_title(title, fontsize=9.5, loc="left")
+    _label(figure, axes, rows, front)
     figure.savefig(path)
 
 
-def _label(axes: Any, rows: Sequence[Measured]) -> None:
-    """Names of rows, left of and above their points, pushed apart if they would meet."""
-    low, high = axes.get_ylim()
-    room = math.inf
-    for row in sorted(rows, key=lambda row: -row.mean_psnr):
-        wanted = (row.mean_psnr - low) / (high - low) + 0.025
-        room = min(wanted, room - _LABEL_DISTANCE)
-        axes.annotate(
-            row.name,
-            (row.work, row.mean_psnr),
-            xytext=(max(row.work - 0.03, 0.01), room),
-            textcoords=("data", "axes fraction"),
-            fontsize=7.5,
-            ha="right" if row.work > 0.25 else "left",
-            va="bottom",
-            arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.6, "shrinkB": 4},
-        )
+def _label(figure: Figure, axes: Any, rows: Sequence[Measured], front: Sequence[Measured]) -> None:
+    """Put names where they cover no point, no line and no other name. Names without room are left out."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    area = axes.get_window_extent()
+    points, lines = _shown_points(axes)
+    taken = [axes.get_legend().get_window_extent(), *(_around(x, 6) for x in points), *(_around(x, 2) for x in lines)]
+    for row in _by_importance(rows, front):
+        quiet = {"fontsize": 6.5, "color": LOOKS[row.system]["color"]}
+        look = {"fontsize": 7.5, "weight": "bold"} if row in front else quiet
+        for distance, direction in itertools.product(_DISTANCES, _DIRECTIONS):
+            label = axes.annotate(
+                row.name.removeprefix(f"{row.system} "),
+                (row.work, row.mean_psnr),
+                xytext=(distance * direction[0], distance * direction[1] * 0.8),
+                textcoords="offset points",
+                ha={-1: "right", 0: "center", 1: "left"}[direction[0]],
+                va={-1: "top", 0: "center", 1: "bottom"}[direction[1]],
+                arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3},
+                **look,
+            )
+            label.get_window_extent()  # puts the text into its place
+            box = Text.get_window_extent(label)
+            is_inside = area.x0 < box.x0 and box.x1 < area.x1 and area.y0 < box.y0 and box.y1 < area.y1
+            if is_inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            label.remove()
+
+
+def _by_importance(rows: Sequence[Measured], front: Sequence[Measured]) -> list[Measured]:
+    """The front, then for each system the rows than which none of its own is better, then the others."""
+
+    def is_best(row: Measured) -> bool:
+        own = (other for other in rows if other.system == row.system and other is not row)
+        return not any(other.work <= row.work and other.mean_psnr >= row.mean_psnr for other in own)
+
+    others = [row for row in rows if row not in front]
+    return [*front, *sorted(others, key=lambda row: (row.system == "uncached", not is_best(row), -row.mean_psnr))]
+
+
+Pixel = tuple[float, float]
+
+
+def _shown_points(axes: Any) -> tuple[list[Pixel], list[Pixel]]:
+    """Pixels of all markers, and pixels on all lines."""
+    markers = [pixel for group in axes.collections for pixel in axes.transData.transform(group.get_offsets())]
+    on_lines: list[Pixel] = []
+    for line in axes.lines:
+        corners = list(line.get_xydata())
+        if line.get_drawstyle() == "steps-pre":
+            corners = [point for (x, _), (u, v) in itertools.pairwise(corners) for point in ((x, v), (u, v))]
+        for (x, y), (u, v) in itertools.pairwise(map(tuple, axes.transData.transform(corners or [(0, 0)]))):
+            count = max(1, round(math.hypot(u - x, v - y) / 4))
+            on_lines += [(x + (u - x) * k / count, y + (v - y) * k / count) for k in range(count + 1)]
+    return markers, on_lines
+
+
+def _around(pixel: Pixel, reach: float) -> Bbox:
+    x, y = pixel
+    return Bbox([[x - reach, y - reach], [x + reach, y + reach]])
 
 
 @dataclass(frozen=True)

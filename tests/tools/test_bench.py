@@ -1,6 +1,7 @@
 """`cachedit bench`: what it measures, what it writes, what it refuses, and that nothing measured is lost."""
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -13,6 +14,8 @@ import pytest
 import torch
 from lib.benches import ENTRY, WorkerHere, measured, shared_system, shared_systems, stub_python
 from lib.command_line import invoke, plain
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 import cachedit_fx
@@ -486,6 +489,26 @@ def test_plot_of_few_and_of_many(tmp_path, count):
     rows.append(measured("identical", 0.9, [None]))
     save_quality(rows, record_of(rows).pareto(), "some rows", tmp_path / "bench.png")
     assert Image.open(tmp_path / "bench.png").height > 500
+
+
+def test_names_in_the_plot_cover_neither_each_other_nor_the_points(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
+    systems = ("cachedit_fx", "cache-dit", "diffusers", UNCACHED)
+    rows = [measured(f"{systems[i % 4]} row {i}", 0.2 + i / 60, [40.0 + i % 7], systems[i % 4]) for i in range(40)]
+    record = record_of(rows)
+    save_quality(rows, record.pareto(), "some rows", tmp_path / "bench.png")
+    (figure,) = figures
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    labels = [text for text in axes.texts if text.get_text()]
+    names = {text.get_text() for text in labels}
+    bold = {text.get_text() for text in labels if text.get_weight() == "bold"}
+    assert len(names) > 12 and bold == {row.name.removeprefix(f"{row.system} ") for row in record.pareto()}
+    boxes = [Text.get_window_extent(text) for text in labels]
+    assert not [1 for one, other in itertools.combinations(boxes, 2) if one.overlaps(other)]
+    points = [axes.transData.transform((row.work, row.mean_psnr)) for row in rows]
+    assert not [1 for box, point in itertools.product(boxes, points) if box.contains(*point)]
 
 
 def test_help_teaches():
