@@ -54,6 +54,8 @@ def coverage(
     """
     if out is not None:
         check_out(out.parent)
+    if (models.endswith(".py") or "/" in models) and not Path(models).exists():  # said before torch is imported
+        raise typer.BadParameter(f"{models} cannot be imported: there is no such file or folder", param_hint="MODELS")
     with quiet():
         from cachedit_fx.bench import coverage as bench
         from cachedit_fx.bench.variant_checks import check_all_with_variants, vocabulary_of

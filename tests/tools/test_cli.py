@@ -47,6 +47,7 @@ TYPOS = {
     "bench --lits": "--list",
     "bench overhead --round 3": "--rounds",
     "coverage --onyl x": "--only",
+    "coverage nowhere.py": "nowhere.py cannot be imported",
     "demo --thresholds many": "0.08,0.12,0.2",
     "bench --rounds many": "valid integer",
 }
