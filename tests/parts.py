@@ -40,7 +40,7 @@ PARTS = {
     "elsewhere": "models from outside diffusers: a second resolution, dynamic shapes, graphs without names",
     "wrappings": "LoRA and other wrappings of a transformer, in the forms that the default part leaves out",
     "fuzz": "500 random models",
-    "soak": "200 generations of each policy, which hold no more memory than 60",
+    "soak": "200 generations of each policy, which hold no more memory than 60; a server of 200 requests",
     "kernels": "every specialisation of the Triton kernels, compiled ahead of time",
     "packaging": "every module imported from each place that Python may start in",
 }

@@ -2,6 +2,8 @@
 
 import gc
 import multiprocessing
+import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from lib.toys import denoise, make, noise
 
 from cachedit_fx import DBCacheConfig, DBPruneConfig, enable_cache, summary
 
+ROOT = Path(__file__).resolve().parents[2]
 SETTLED = 60
 MODES: dict[str, dict[str, Any]] = {
     "dbcache": {"cache_config": DBCacheConfig(1, max_warmup_steps=2, residual_diff_threshold=0.1)},
@@ -71,3 +74,12 @@ def test_nothing_grows(mode, guards):
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_grows_in_200_generations(mode, guards):
     check(mode, guards, 200)
+
+
+@pytest.mark.full("soak")
+@pytest.mark.budget(200, "a server of 200 requests")
+def test_nothing_grows_in_a_server():
+    command = [sys.executable, "-W", "ignore", str(ROOT / "examples" / "server.py"), "--requests", "200"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "200 requests, 1600 steps, 600 of them cached, 0 calls uncached" in " ".join(done.stdout.split())
