@@ -3,6 +3,7 @@
 import copy
 import inspect
 import operator
+from typing import Any
 
 import pytest
 import torch
@@ -392,7 +393,7 @@ def test_untouched_graph_is_not_recompiled():
 @pytest.mark.filterwarnings("ignore")
 def test_a_triton_kernel_writes_through_a_view():
     """Without a GPU torch cannot read the kernel, and takes every argument to be written."""
-    triton = pytest.importorskip("triton", reason="the kernel is Triton's")
+    triton: Any = pytest.importorskip("triton", reason="the kernel is Triton's")
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_mutation
 
     @triton.jit
@@ -404,7 +405,7 @@ def test_a_triton_kernel_writes_through_a_view():
     x.meta["example_value"] = torch.zeros(8)
     view = graph.call_method("view", (x, -1))
     view.meta["example_value"] = x.meta["example_value"].view(-1)
-    settings = {
+    settings: dict[str, Any] = {
         "kernel_idx": kernel_side_table.add_kernel(zero),
         "constant_args_idx": kernel_side_table.add_constant_args({"n": 8}),
         "grid": [(1, 1, 1)],
