@@ -171,8 +171,8 @@ def enable_cache(
             raise OptionError(f"{name} and {name}_config are two names for one thing: pass one of them")
         if config is not None:
             options[name] = config
-    modules = transformers_of(pipe_or_module)
-    if any(map(_is_optimized, modules)):
+    modules = [_without_shell(module) for module in transformers_of(pipe_or_module)]
+    if any(unwrapped(module) is not module for module in modules):
         raise OptionError(
             "this module is what torch.compile returned; pass the options to torch.compile(..., "
             "backend='cachedit', options={...}), or call enable_cache on the module itself"
@@ -198,17 +198,19 @@ def disable_cache(pipe_or_module: Model) -> Model:
     """Make a module or pipeline uncompiled again, and return it. A module that was never enabled stays as it is.
 
     An object that `torch.compile(module, backend="cachedit")` returned becomes a plain wrapper of its module. In a
-    pipeline the module itself takes its place. Objects of other backends stay as they are.
+    pipeline the module itself takes its place. The same holds for what `torch.compile` made of an enabled module,
+    whatever the backend. Other objects of other backends stay as they are.
     """
     for module in transformers_of(pipe_or_module):
         inner = unwrapped(module)
+        is_shell = inner is not module and (is_wrapper(module) or state_of_module(inner) is not None)
         if state_of_module(inner) is not None:
             inner._compiled_call_impl = None
             stop_listening(inner)
             unregister(inner)
         elif inner._compiled_call_impl is not None and states_of(inner):
             inner._compiled_call_impl = None  # of torch.nn.Module.compile(backend="cachedit")
-        if is_wrapper(module):
+        if is_shell:
             unwrap_call(module)
             for name, component in getattr(pipe_or_module, "components", {}).items():
                 if component is module:
@@ -306,5 +308,7 @@ def end_session(pipe_or_module: Any, key: Hashable) -> None:
             state.end_session(key)
 
 
-def _is_optimized(module: torch.nn.Module) -> bool:
-    return unwrapped(module) is not module
+def _without_shell(module: torch.nn.Module) -> torch.nn.Module:
+    """The module itself if `torch.compile` was called on it after `enable_cache`; else the argument."""
+    inner = unwrapped(module)
+    return inner if state_of_module(inner) is not None else module

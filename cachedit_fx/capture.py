@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import TorchDynamoException
 from torch._guards import Guard
 
@@ -162,6 +165,17 @@ def is_wrapper(module: torch.nn.Module) -> bool:
         backend = backend._torchdynamo_orig_backend
     backend = getattr(backend, "compiler_fn", backend)
     return str(getattr(backend, "__module__", "")).startswith("cachedit_fx.")
+
+
+def called_by_wrapper(module: torch.nn.Module) -> bool:
+    """Whether the present call came through an object that `torch.compile` returned for the module."""
+    code = OptimizedModule.__call__.__code__
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is code and frame.f_locals["self"]._orig_mod is module:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def unwrap_call(module: torch.nn.Module) -> None:

@@ -3,6 +3,9 @@
 It sets the flags with which dynamo keeps data-dependent lengths in one graph, for this call alone. It makes the `Call`
 that the graphs share. If a call ran uncached, it finds the place at which the capture broke. Inputs that cannot be
 captured at all go to the plain module.
+
+An object that `torch.compile` made of the module calls it under dynamo's eye. Dynamo must not look inside: the call
+compiles the model as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_leaves
 
-from cachedit_fx.capture import capturing, first_break, isolated_compile
+from cachedit_fx.capture import called_by_wrapper, capturing, first_break, isolated_compile
 from cachedit_fx.config.rules import OptionError
 from cachedit_fx.passes.block_loops import LoopNotFound
 from cachedit_fx.runtime.call import NO_LOOP, NOT_CAPTURED, Call, current_call
@@ -74,6 +77,7 @@ class CompiledCall:
         self.capturing, self.settled = flags, is_settled
         self.compiled = isolated_compile(module._call_impl, self.backend, **self.torch_options)
 
+    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         verifier, module = self.state.verifier, self.module()
         if verifier is None or module is None:
@@ -152,6 +156,11 @@ class CompiledCall:
         """The first call's result. The call settles whether the module is captured under the flags of `capturing`."""
         module = self.module()
         assert module is not None
+        if called_by_wrapper(module):
+            self.state.warn_once(
+                f"torch.compile was called on {type(module).__name__}, whose cached call compiles the model already: "
+                "the options of torch.compile have no effect; pass them to enable_cache (inner_backend, mode, dynamic)"
+            )
         restore = snapshot((args, kwargs, list(module.buffers())))
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if tensors and all(map(on_host, tensors)):

@@ -76,6 +76,38 @@ def test_disabling_a_pipeline_gives_its_module_back():
     assert pipe.transformer is module and torch.equal(pipe(image), plain)
 
 
+def test_torch_compile_after_enabling_keeps_the_cache_and_compiles_nothing_more():
+    model = enabled()
+    expected = denoise(model)
+    graphs = []
+    refresh_context(model)
+    shell: Any = torch.compile(model, backend=lambda gm, inputs: graphs.append(gm) or gm)
+    assert torch.equal(denoise(shell), expected)
+    assert not graphs and summary(shell)[0].cached_steps
+
+
+def test_torch_compile_on_an_enabled_module_says_that_its_options_have_no_effect():
+    shell: Any = torch.compile(enabled(), backend="eager", fullgraph=True)
+    with pytest.warns(CacheWarning, match="torch.compile have no effect"):
+        denoise(shell)
+
+
+def test_torch_compile_on_an_enabled_module_can_be_enabled_again_and_disabled():
+    pipe = ToyPipeline(make())
+    module, image = pipe.transformer, noise()
+    plain = pipe(image)
+    enable_cache(pipe, ALWAYS, inner_backend="eager")
+    pipe.transformer = pipe.components["transformer"] = shell = torch.compile(module, backend="eager")
+    with pytest.warns(CacheWarning, match="torch.compile have no effect"):
+        pipe(image)
+    enable_cache(pipe, ALWAYS.reset(max_warmup_steps=3), inner_backend="eager")
+    pipe(image)
+    assert summary(pipe)[0].cached_steps == list(range(3, 8))
+    disable_cache(pipe)
+    assert pipe.transformer is module and torch.equal(pipe(image), plain)
+    assert torch.equal(shell(image, torch.ones(1), noise(1, 3)), module(image, torch.ones(1), noise(1, 3)))
+
+
 def test_disabling_leaves_other_backends_alone():
     module = make()
     compiled: Any = torch.compile(module, backend="eager")
