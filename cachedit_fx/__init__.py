@@ -7,12 +7,12 @@ use.
 from __future__ import annotations
 
 import sys as _sys
-from importlib import import_module as _import_module
 from importlib.machinery import ModuleSpec as _ModuleSpec
 from importlib.util import module_from_spec as _module_from_spec
 from pathlib import Path as _Path
-from threading import RLock as _RLock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cachedit_fx.lazy import lazy_names as _lazy_names
 
 if TYPE_CHECKING:
     from cachedit_fx.api import compile, disable_cache, enable_cache, end_session, refresh_context, summary
@@ -57,8 +57,6 @@ _MODULES = {
     "schedules.presets": ("presets",),
 }
 """Module -> the public names that it defines."""
-
-_import_lock = _RLock()
 
 __all__ = [
     "Action",
@@ -113,16 +111,4 @@ def _find_sources_of_checkout() -> None:
 
 _find_sources_of_checkout()
 
-
-def __getattr__(name: str) -> Any:
-    module = next((module for module, names in _MODULES.items() if name in names), None)
-    if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    with _import_lock:  # modules that import each other must not be begun from two ends at once
-        value = getattr(_import_module(f"{__name__}.{module}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = _lazy_names(globals(), _MODULES)

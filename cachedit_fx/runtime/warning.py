@@ -1,4 +1,4 @@
-"""Defines the package's only warning, shown at the user's line of code."""
+"""Defines the package's warnings, shown at the user's line of code."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ class CacheWarning(UserWarning):
     """The result is right, but the model runs without the gain of caching."""
 
 
-def warn(message: str) -> None:
-    """Warn as `CacheWarning`, at the user's line: the nearest frame outside this package and those that call models."""
+class SettingWarning(UserWarning):
+    """A setting or a name was accepted for compatibility, and has no effect."""
+
+
+def warn(message: str, category: type[Warning] = CacheWarning) -> None:
+    """Warn at the user's line: the nearest frame outside this package and those that call models."""
     level = 1
     frame: FrameType | None = sys._getframe()
     while frame is not None and _is_inside(frame):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, CacheWarning, stacklevel=level if frame is not None else 2)
+    warnings.warn(message, category, stacklevel=level if frame is not None else 2)
 
 
 def _is_inside(frame: FrameType) -> bool:

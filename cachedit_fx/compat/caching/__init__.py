@@ -1,0 +1,1 @@
+"""The modules of `cache_dit.caching` that scripts import from."""

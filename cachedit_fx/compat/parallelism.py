@@ -1,0 +1,163 @@
+"""Settings that only speed up, and that this package does not act on yet: parallelism, attention, torch's compilers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+
+from cachedit_fx.compat.adapters import BlockAdapter
+from cachedit_fx.compat.kept import keep
+from cachedit_fx.config.rules import OptionError, reject_unknown
+from cachedit_fx.runtime.registry import transformers_of
+from cachedit_fx.runtime.warning import SettingWarning, warn
+
+
+class ParallelismBackend(Enum):
+    """The library that would share the work out."""
+
+    AUTO = "Auto"
+    CACHE_DIT = "CACHE_DIT"
+    NATIVE_DIFFUSER = "Native_Diffuser"
+    NATIVE_PYTORCH = "Native_PyTorch"
+    NATIVE_HYBRID = "Native_Hybrid"
+    NONE = "None"
+
+    @classmethod
+    def from_str(cls, name: str) -> ParallelismBackend:
+        """The backend of a name or a value, in any case.
+
+        Raises:
+            OptionError: on an unknown name.
+        """
+        by_name = {text.lower(): each for each in cls for text in (each.name, each.value)}
+        reject_unknown([name.lower()], dict.fromkeys(by_name, "compat.ParallelismBackend"))
+        return by_name[name.lower()]
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass
+class ParallelismConfig:
+    """How the work would be shared out among devices. Accepted and kept; every device computes the whole model.
+
+    `tp_size`, `extra_parallel_modules` and `use_ray` decide what a device must hold, so `enable_cache` raises
+    NotImplementedError on them.
+    """
+
+    backend: ParallelismBackend | str = ParallelismBackend.AUTO
+    ulysses_size: int | None = None
+    ring_size: int | None = None
+    tp_size: int | None = None
+    use_ray: bool = False
+    ray_num_workers: int | None = None
+    ray_address: str | None = None
+    ray_runtime_env: dict[str, Any] | None = None
+    ray_init_kwargs: dict[str, Any] = field(default_factory=dict)
+    ray_worker_options: dict[str, Any] = field(default_factory=dict)
+    ray_master_port: int = 0
+    ray_auto_shutdown: bool = True
+    ray_transfer_backend: str = "auto"
+    ray_transfer_custom_obj: bool = True
+    ray_use_flashpack: bool = False
+    ray_use_compile: bool = False
+    ray_transfer_fn: Any = None
+    cp_plan: Any = None
+    attention_backend: str | None = None
+    ulysses_anything: bool = False
+    ulysses_float8: bool = False
+    ulysses_async: bool = False
+    extra_parallel_kwargs: dict[str, Any] = field(default_factory=dict)
+    ring_rotate_method: str = "p2p"
+    ring_convert_to_fp32: bool = True
+    extra_parallel_modules: list[Any] = field(default_factory=list)
+    parallel_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Fields in the style of older scripts; "experimental_ulysses_async" is `ulysses_async`, and so on."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.backend, str):
+            self.backend = ParallelismBackend.from_str(self.backend)
+        flat = {name.removeprefix("experimental_"): value for name, value in self.parallel_kwargs.items()}
+        reject_unknown(flat, dict.fromkeys(self.__dataclass_fields__, "compat.ParallelismConfig"))
+        for name, value in flat.items():
+            setattr(self, name, value)
+        for name in ("ulysses_size", "ring_size", "tp_size"):
+            size = getattr(self, name)
+            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+                raise OptionError(f"{name}={size!r} is not allowed: it must be a number of devices >= 1, or None")
+
+    def check(self) -> None:
+        """Raise on settings that decide what a device holds; warn that the others have no effect.
+
+        Raises:
+            NotImplementedError: for tensor parallelism, further modules, and Ray.
+        """
+        absent = {
+            f"tp_size={self.tp_size}": (self.tp_size or 1) > 1,
+            "extra_parallel_modules": bool(self.extra_parallel_modules),
+            "use_ray": self.use_ray,
+        }
+        for name, is_asked in absent.items():
+            if is_asked:
+                raise NotImplementedError(
+                    f"ParallelismConfig({name}): cachedit_fx shares no weights out among devices, and would run out of "
+                    "memory; use quantize, pipe.enable_model_cpu_offload() or diffusers' enable_group_offload"
+                )
+        sizes = {"ulysses_size": self.ulysses_size, "ring_size": self.ring_size}
+        asked = [f"{name}={size}" for name, size in sizes.items() if size is not None and size > 1]
+        if asked:
+            warn(
+                f"ParallelismConfig({', '.join(asked)}) has no effect: cachedit_fx has no context parallelism yet, and "
+                "every process computes the whole model",
+                SettingWarning,
+            )
+
+    def strify(self, details: bool = False, text_encoder: bool = False, vae: bool = False) -> str:
+        """A short name for logs and files such as "Ulysses2_TP2", with `details` a longer one."""
+        names = {"Ulysses": self.ulysses_size, "Ring": self.ring_size, "TP": self.tp_size}
+        if details:
+            sizes = {"ulysses_size": self.ulysses_size, "ring_size": self.ring_size, "tp_size": self.tp_size}
+            given = [f"{name}={size}" for name, size in sizes.items() if size is not None]
+            return f"ParallelismConfig({', '.join([f'backend={self.backend}', *given])})"
+        flags = {
+            "UAA": self.ulysses_anything,
+            "F8": self.ulysses_anything and self.ulysses_float8,
+            "UF8": self.ulysses_float8 and not self.ulysses_anything,
+            "UAS": self.ulysses_async,
+        }
+        tags = [f"{name}{size}" for name, size in names.items() if size is not None and name != "TP"]
+        tags += [name for name, is_set in flags.items() if is_set]
+        tags += [f"TP{self.tp_size}"] if self.tp_size is not None else []
+        tags += [name for name, is_set in {"TEP": text_encoder, "VAEP": vae}.items() if is_set]
+        return "_".join(tags)
+
+
+def set_attn_backend(pipe_or_adapter: Any, attention_backend: str | None = None) -> None:
+    """Keep the name of an attention backend, which has no effect yet.
+
+    diffusers itself can switch: `pipe.transformer.set_attention_backend(name)`, before or after `enable_cache`.
+    """
+    if attention_backend is None:
+        return
+    adapter = isinstance(pipe_or_adapter, BlockAdapter)
+    modules: list[torch.nn.Module] = pipe_or_adapter.modules() if adapter else transformers_of(pipe_or_adapter)
+    for module in modules:
+        keep(module, attention_backend=attention_backend)
+    if attention_backend != "native":
+        warn(
+            f"attention_backend={attention_backend!r} has no effect in cachedit_fx yet; diffusers can switch: "
+            f"pipe.transformer.set_attention_backend({attention_backend!r})",
+            SettingWarning,
+        )
+
+
+def set_compile_configs(**settings: Any) -> None:
+    """Accepted, without effect: the cached call sets what it needs for itself, and no global setting of torch."""
+    warn(
+        "set_compile_configs has no effect: cachedit_fx changes no global setting of torch; pass inner_options, mode "
+        "or recompile_limit to enable_cache",
+        SettingWarning,
+    )

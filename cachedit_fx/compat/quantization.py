@@ -1,0 +1,208 @@
+"""Quantization of linear layers by torchao, under cache-dit's names. Works on a module whose cache is enabled."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Any, Self, TypeVar
+
+import torch
+
+from cachedit_fx.compat.kept import keep
+from cachedit_fx.config.rules import OptionError, check, choice, reject_unknown
+from cachedit_fx.runtime.registry import unwrapped
+
+Module = TypeVar("Module", bound=torch.nn.Module)
+
+_ALIASES = {"float8": "float8_per_row", "int8": "int8_per_row"}
+_TYPES = (
+    "float8_per_row",
+    "float8_per_tensor",
+    "float8_weight_only",
+    "int8_per_row",
+    "int8_per_tensor",
+    "int8_weight_only",
+    "int4",
+    "int4_weight_only",
+)
+_ABSENT = "svdq", "nvfp4", "float8_per_block"
+
+
+class QuantizeBackend(Enum):
+    """The library that quantizes. There is torchao."""
+
+    AUTO = "AUTO"
+    TORCHAO = "TORCHAO"
+    CACHE_DIT = "CACHE_DIT"
+    NONE = "NONE"
+
+    @classmethod
+    def from_str(cls, name: str) -> QuantizeBackend:
+        """The backend of a name in any case; "ao" is torchao.
+
+        Raises:
+            OptionError: on an unknown name.
+        """
+        by_name = {each.value.lower(): each for each in cls}
+        by_name |= {"ao": cls.TORCHAO, "cache-dit": cls.CACHE_DIT, "cachedit": cls.CACHE_DIT}
+        reject_unknown([name.lower()], dict.fromkeys(by_name, "compat.QuantizeBackend"))
+        return by_name[name.lower()]
+
+
+@dataclass
+class QuantizeConfig:
+    """Which linear layers are quantized, and how.
+
+    `quant_type` is "float8" (dynamic, a scale per row), "float8_per_tensor", "float8_weight_only", "int8",
+    "int8_per_tensor", "int8_weight_only", "int4" or "int4_weight_only".
+
+    Raises:
+        OptionError: on an unknown type or backend.
+        NotImplementedError: for SVDQuant, NVFP4 and blockwise float8.
+    """
+
+    backend: QuantizeBackend | str = QuantizeBackend.AUTO
+    quant_type: str = "float8_per_row"
+    exclude_layers: list[str] | None = field(default_factory=lambda: ["embedder", "embed", "modulation", "mod"])
+    """Layers with one of these in their name stay as they are."""
+    regional_quantize: bool = True
+    """Only layers inside the module's repeated blocks, if it names such: `_repeated_blocks`, or `repeated_blocks`."""
+    repeated_blocks: list[str] = field(default_factory=list)
+    filter_fn: Callable[[torch.nn.Module, str], bool] | None = None
+    """Whether a module of this name is quantized; in place of `exclude_layers`."""
+    components_to_quantize: list[str] | dict[str, dict[str, Any]] | None = None
+    """Components of the pipeline, for `enable_cache`; None = the transformers. A dict has fields of each component."""
+    per_tensor_fallback: bool = True
+    """Has no effect: torchao raises on a layer that it cannot quantize."""
+    precision_plan: dict[str, str] | None = None
+    """Part of a layer's name -> its type, in place of `quant_type`."""
+    calibrate_fn: Any = None
+    serialize_to: str | None = None
+    svdq_kwargs: dict[str, Any] | None = None
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.backend, str):
+            self.backend = QuantizeBackend.from_str(self.backend)
+        self.quant_type = _checked(self.quant_type)
+        if self.backend is QuantizeBackend.CACHE_DIT or self.svdq_kwargs is not None:
+            raise NotImplementedError(_not_there("SVDQuant"))
+        for name in (self.precision_plan or {}).values():
+            _checked(name)
+
+    def update(self, **values: Any) -> Self:
+        """Set those of `values` that are not None, and return this config."""
+        reject_unknown(values, dict.fromkeys(self.__dataclass_fields__, "compat.QuantizeConfig"))
+        for name, value in values.items():
+            if value is not None:
+                setattr(self, name, value)
+        self.__post_init__()
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as a dict."""
+        return dataclasses.asdict(self)
+
+    def strify(self) -> str:
+        """A short name for logs and files: the type, or "<component:type>" for each component with fields."""
+        if not isinstance(self.components_to_quantize, dict):
+            return self.quant_type
+        return "".join(f"<{name}:{config.quant_type}>" for name, config in self.by_component().items())
+
+    def by_component(self) -> dict[str, QuantizeConfig]:
+        """A config for each component in `components_to_quantize`."""
+        components = self.components_to_quantize or []
+        changes = components if isinstance(components, dict) else dict.fromkeys(components, {})
+        return {name: replace(self, components_to_quantize=None, **more) for name, more in changes.items()}
+
+
+def quantize(module: Module, quantize_config: QuantizeConfig | None = None, **settings: Any) -> Module:
+    """Quantize the linear layers of a module in place, and return it. Its cache stays enabled.
+
+    Args:
+        module: a transformer, a text encoder, or what `torch.compile` returned for it.
+        quantize_config: or its fields as keywords, such as `quant_type="float8_weight_only"`.
+
+    Raises:
+        OptionError: on an unknown type, or one that torchao refuses on this machine.
+        NotImplementedError: for SVDQuant, NVFP4 and blockwise float8, before a weight changes.
+    """
+    reject_unknown(settings, dict.fromkeys(QuantizeConfig.__dataclass_fields__, "compat.QuantizeConfig"))
+    config = QuantizeConfig(**settings) if quantize_config is None else replace(quantize_config, **settings)
+    inner = unwrapped(module)
+    types = {name: _type_of(name, config) for name in _layers(inner, config)}
+    for kind in dict.fromkeys(types.values()):
+        _quantize_layers(inner, kind, {name for name, each in types.items() if each == kind})
+    keep(module, quantize_config=config)
+    return module
+
+
+def load(module: torch.nn.Module, quantize_config_or_path: Any) -> torch.nn.Module:
+    """cache-dit's loader of SVDQuant checkpoints, which there are none of here.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(_not_there("load(...) of a SVDQuant checkpoint"))
+
+
+def _checked(kind: str) -> str:
+    """The type by its longer name, if there is such."""
+    kind = _ALIASES.get(str(kind).lower(), str(kind).lower())
+    if kind.startswith(_ABSENT):
+        raise NotImplementedError(_not_there(f"quant_type={kind!r}"))
+    check("quant_type", kind, choice(*_TYPES, *_ALIASES))
+    return kind
+
+
+def _not_there(name: str) -> str:
+    return f"{name}: cachedit_fx has no kernels for it; these types work: {', '.join(_TYPES)}"
+
+
+def _layers(module: torch.nn.Module, config: QuantizeConfig) -> Iterable[str]:
+    """Names of the linear layers that are quantized."""
+    kinds = config.repeated_blocks or getattr(module, "_repeated_blocks", None) or []
+    named = dict(module.named_modules())
+    blocks = tuple(f"{name}." for name, child in named.items() if type(child).__name__ in kinds)
+    is_regional = config.regional_quantize and bool(kinds)
+    for name, child in named.items():
+        if not isinstance(child, torch.nn.Linear) or (is_regional and not name.startswith(blocks)):
+            continue
+        if config.filter_fn is not None:
+            if config.filter_fn(child, name):
+                yield name
+        elif not any(part in name for part in config.exclude_layers or ()):
+            yield name
+
+
+def _type_of(name: str, config: QuantizeConfig) -> str:
+    plan = config.precision_plan or {}
+    return next((_checked(kind) for part, kind in plan.items() if part in name), config.quant_type)
+
+
+def _quantize_layers(module: torch.nn.Module, kind: str, names: set[str]) -> None:
+    import torchao.quantization as ao
+
+    on_gpu = any(parameter.is_cuda for parameter in module.parameters())
+    group = ao.PerGroup(32)
+    four_bits: Any = torch.int4  # type: ignore[attr-defined]
+    makers: dict[str, Callable[[], Any]] = {
+        "float8_per_row": lambda: ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow()),
+        "float8_per_tensor": lambda: ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerTensor()),
+        "float8_weight_only": ao.Float8WeightOnlyConfig,
+        "int8_per_row": lambda: ao.Int8DynamicActivationInt8WeightConfig(granularity=ao.PerRow()),
+        "int8_per_tensor": lambda: ao.Int8DynamicActivationInt8WeightConfig(granularity=ao.PerTensor()),
+        "int8_weight_only": ao.Int8WeightOnlyConfig,
+        "int4": lambda: ao.Int8DynamicActivationIntxWeightConfig(weight_dtype=four_bits, weight_granularity=group),
+        "int4_weight_only": lambda: (
+            ao.Int4WeightOnlyConfig(group_size=32)
+            if on_gpu
+            else ao.IntxWeightOnlyConfig(weight_dtype=four_bits, granularity=group)
+        ),
+    }
+    try:
+        ao.quantize_(module, makers[kind](), filter_fn=lambda _, name: name in names)
+    except (AssertionError, ImportError) as error:  # of a machine without the hardware or the package
+        raise OptionError(f"quant_type={kind!r}: torchao refuses it here: {error}") from error
