@@ -83,6 +83,10 @@ class BlockAdapter:
             raise OptionError("BlockAdapter: pass a pipe or a transformer")
         return modules or transformers_of(self.pipe)
 
+    def pipelines(self) -> list[Any]:
+        """The pipeline, if it has components as those of diffusers have."""
+        return [self.pipe] if isinstance(getattr(self.pipe, "components", None), dict) else []
+
     def parts(self) -> list[Part]:
         """The transformers, each with the names of its block lists."""
         modules = self.modules()

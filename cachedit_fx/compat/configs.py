@@ -9,6 +9,7 @@ A field that is None is left to the shared config, or to the default. Values are
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -17,7 +18,7 @@ from typing import Any, ClassVar, Self, TypeAlias
 import cachedit_fx
 from cachedit_fx.config.cache import DBCacheConfig as OwnCacheConfig
 from cachedit_fx.config.calibrators import CalibratorConfig as OwnCalibratorConfig
-from cachedit_fx.config.rules import OptionError, check, choice, reject_unknown
+from cachedit_fx.config.rules import OptionError, check, choice, is_number, reject_unknown
 
 
 class CacheType(Enum):
@@ -72,7 +73,8 @@ class _Mutable:
     """Fields that `reset` leaves as they are."""
 
     def __post_init__(self) -> None:
-        self._check({each.name: getattr(self, each.name) for each in fields(self)})
+        for name, value in self._checked({each.name: getattr(self, each.name) for each in fields(self)}).items():
+            setattr(self, name, value)
 
     def update(self, **values: Any) -> Self:
         """Set those of `values` that are not None, and return this config.
@@ -81,8 +83,7 @@ class _Mutable:
             OptionError: on an unknown name, or a value that is not allowed.
         """
         reject_unknown(values, dict.fromkeys((each.name for each in fields(self)), f"compat.{type(self).__name__}"))
-        self._check(values)
-        for name, value in values.items():
+        for name, value in self._checked(values).items():
             if value is not None:
                 setattr(self, name, value)
         return self
@@ -106,8 +107,9 @@ class _Mutable:
         """The fields that are not None."""
         return {each.name: value for each in fields(self) if (value := getattr(self, each.name)) is not None}
 
-    def _check(self, values: Mapping[str, Any]) -> None:
-        """Check the values that `cachedit_fx` has a rule for."""
+    def _checked(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The values, checked by the rules of `cachedit_fx` that there are."""
+        return values
 
 
 @dataclass
@@ -148,11 +150,14 @@ class BasicCacheConfig(_Mutable):
             parts.append(f"CFG{int(self.enable_separate_cfg)}")
         return "_".join(parts)
 
-    def _check(self, values: Mapping[str, Any]) -> None:
+    def _checked(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        if values.get("cache_type") is not None:
+            values = {**values, "cache_type": cache_type(values["cache_type"])}
         rules = {each.name: each.metadata["rule"] for each in fields(_own_class(self))}
         for name, value in values.items():
             if value is not None and name in rules:
                 check(name, _plain(value), rules[name])
+        return values
 
 
 def _cut_and_limits(config: BasicCacheConfig) -> str:
@@ -183,6 +188,12 @@ class DBPruneConfig(BasicCacheConfig):
     def strify(self) -> str:
         """A short name for logs and files, such as "DBPrune_F8B0_W8I1M0MC0_R0.08"."""
         return _cut_and_limits(self)
+
+
+def new_config(kind: CacheType | str | None = CacheType.DBCache) -> BasicCacheConfig:
+    """A config of that cache type, with its defaults."""
+    kind = cache_type(kind)
+    return DBPruneConfig() if kind is CacheType.DBPrune else DBCacheConfig(cache_type=kind)
 
 
 @dataclass
@@ -342,6 +353,9 @@ def split_flat(
 # ---------------------------------------------------------------------------------------------------------------------
 # Translation
 
+ALWAYS = 1.0
+"""A threshold from which on cache-dit compares nothing and reuses."""
+
 
 def settings_of(config: AnyCacheConfig | None) -> dict[str, Any]:
     """The fields of a cache config that are not None, by name; empty for None.
@@ -352,12 +366,19 @@ def settings_of(config: AnyCacheConfig | None) -> dict[str, Any]:
     if config is None:
         return {}
     if isinstance(config, BasicCacheConfig):
-        values = config.settings()
         names = {each.name for each in fields(_own_class(config))}
-        return {name: _plain(value) for name, value in values.items() if name in names}
+        return {name: value for name, value in own_values(config.settings()).items() if name in names}
     if isinstance(config, OwnCacheConfig):
         return {each.name: getattr(config, each.name) for each in fields(config)}
     raise OptionError(_not_ours("cache_config", config, "DBCacheConfig or DBPruneConfig"))
+
+
+def own_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of fields in the form that `cachedit_fx` takes. A threshold of 1 or more means: always reuse."""
+    plain = {name: _plain(value) for name, value in values.items()}
+    threshold: Any = plain.get("residual_diff_threshold")
+    is_always = is_number(threshold) and threshold >= ALWAYS
+    return plain | ({"residual_diff_threshold": math.inf} if is_always else {})
 
 
 def own_cache_config(config: AnyCacheConfig | None) -> OwnCacheConfig | None:
@@ -418,7 +439,9 @@ def config_of(own: OwnCacheConfig) -> BasicCacheConfig:
     """The mutable config with the settings of a config of `cachedit_fx`."""
     config_class = DBPruneConfig if isinstance(own, cachedit_fx.DBPruneConfig) else DBCacheConfig
     names = {each.name for each in fields(config_class)} & {each.name for each in fields(own)}
-    return config_class(**{name: getattr(own, name) for name in names})
+    settings = {name: getattr(own, name) for name in names}
+    settings["residual_diff_threshold"] = min(own.residual_diff_threshold, ALWAYS)
+    return config_class(**settings)
 
 
 def calibrator_config_of(own: OwnCalibratorConfig | None) -> CalibratorConfig | None:

@@ -13,10 +13,12 @@ from cachedit_fx.compat.adapters import BlockAdapter, BlockAdapterRegister, Part
 from cachedit_fx.compat.configs import (
     AnyCacheConfig,
     AnyCalibratorConfig,
-    DBCacheConfig,
+    CacheType,
+    new_config,
     own_cache_config,
     own_calibrator_config,
     own_modifier,
+    own_values,
     settings_of,
     split_flat,
 )
@@ -24,14 +26,18 @@ from cachedit_fx.compat.kept import forget, keep
 from cachedit_fx.compat.parallelism import ParallelismConfig, set_attn_backend
 from cachedit_fx.compat.quantization import QuantizeConfig, quantize
 from cachedit_fx.config.cache import DBCacheConfig as OwnCacheConfig
-from cachedit_fx.config.options import Options, ParamsModifier
+from cachedit_fx.config.calibrators import CalibratorConfig as OwnCalibratorConfig
+from cachedit_fx.config.options import Options, ParamsModifier, Scope
 from cachedit_fx.config.rules import OptionError
-from cachedit_fx.runtime.registry import states_of, transformers_of
+from cachedit_fx.runtime.registry import states_of, transformers_of, unwrapped
 
 Model = TypeVar("Model")
 
 _OWN_OPTIONS = {each.name for each in fields(Options)} - {"cache", "calibrator", "params_modifiers"}
 _OWN_OPTIONS |= {"fullgraph", "dynamic", "recompile_limit", "guards"}
+
+ONE_CHAIN = {"FluxTransformer2DModel"}
+"""Transformers whose block lists decide together if no adapter names them, as in cache-dit 1.5.3."""
 
 
 def enable_cache(
@@ -46,8 +52,8 @@ def enable_cache(
 ) -> Model:
     """Enable caching on a pipeline, a transformer or what an adapter names, and return the argument.
 
-    Every block list decides separately, as in cache-dit: `scope="loop"` of `cachedit_fx.Options`. A second call takes
-    the place of the first.
+    Every block list decides separately, as in cache-dit: `scope="loop"` of `cachedit_fx.Options`. Those of FLUX.1
+    decide together, unless an adapter names them. A second call takes the place of the first.
 
     Args:
         cache_config: `DBCacheConfig()` if left out, unless one of the last three configs is given: then no cache.
@@ -66,20 +72,24 @@ def enable_cache(
     if parallelism_config is not None:
         parallelism_config.check()
     others = parallelism_config, attention_backend, quantize_config
+    kind = changes.pop("cache_type", CacheType.DBCache)
     if cache_config is None and (changes or flat_calibrator or all(other is None for other in others)):
-        cache_config = DBCacheConfig()
+        cache_config = new_config(kind)
     cache = own_cache_config(cache_config)
     calibrator = own_calibrator_config(flat_calibrator or calibrator_config, cache_config)
     adapter = _adapter_of(pipe_or_adapter)
     parts = adapter.parts()
     if cache is not None:
-        if calibrator is None or calibrator.calibrator_cache_type != "output":
-            options.setdefault("scope", "loop")
         modifiers = shares_of(adapter.params_modifiers or params_modifiers, parts)
         for part, share in zip(parts, modifiers, strict=True):
             loops, own = _in_order(part, [own_modifier(each) for each in share])
-            more = ({"loops": loops} if loops else {}) | ({"params_modifiers": own} if own else {})
-            api.enable_cache(part.module, cache.reset(**changes), calibrator, **options | more)
+            api.enable_cache(
+                part.module,
+                cache.reset(**own_values(changes)),
+                calibrator,
+                params_modifiers=own,
+                **{"scope": _scope_of(part, calibrator), "loops": loops} | options,
+            )
     for part in parts:
         keep(part.module, parallelism_config=parallelism_config)
     set_attn_backend(adapter, attention_backend)
@@ -92,7 +102,7 @@ def disable_cache(pipe_or_adapter: Model) -> Model:
     """Give the plain modules back, and return the argument. Quantized weights stay quantized."""
     targets: list[Any] = [pipe_or_adapter]
     if isinstance(pipe_or_adapter, BlockAdapter):
-        targets = [*pipe_or_adapter.modules(), *([pipe_or_adapter.pipe] if pipe_or_adapter.pipe is not None else [])]
+        targets = [*pipe_or_adapter.modules(), *pipe_or_adapter.pipelines()]
     for target in targets:
         for module in transformers_of(target):
             forget(module)
@@ -122,7 +132,7 @@ def refresh_context(
         OptionError: on an unknown name, or a value that is not allowed.
     """
     values, flat_calibrator = split_flat(changes, "compat.refresh_context")
-    values = settings_of(cache_config) | values
+    values = settings_of(cache_config) | own_values(values)
     calibrator = own_calibrator_config(flat_calibrator or calibrator_config, cache_config)
     for part in _adapter_of(transformer).parts():
         state = next(iter(states_of(part.module)), None)
@@ -146,6 +156,13 @@ def _refreshed(present: OwnCacheConfig, config: AnyCacheConfig | None, values: d
     """The present config with these values, or the new one if it is of another kind."""
     other = own_cache_config(config)
     return (present if other is None or type(other) is type(present) else other).reset(**values)
+
+
+def _scope_of(part: Part, calibrator: OwnCalibratorConfig | None) -> Scope | None:
+    """ "loop" where cache-dit has a cache for each block list; None leaves it to the options."""
+    is_joint = part.loops is None and type(unwrapped(part.module)).__name__ in ONE_CHAIN
+    predicts_output = calibrator is not None and calibrator.calibrator_cache_type == "output"
+    return None if is_joint or predicts_output else "loop"
 
 
 def _adapter_of(pipe_or_adapter: Any) -> BlockAdapter:

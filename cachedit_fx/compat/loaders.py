@@ -18,9 +18,7 @@ from cachedit_fx.compat.configs import (
     BasicCacheConfig,
     CacheType,
     CalibratorConfig,
-    DBCacheConfig,
-    DBPruneConfig,
-    cache_type,
+    new_config,
     split_flat,
 )
 from cachedit_fx.compat.masks import steps_mask
@@ -76,8 +74,7 @@ def load_cache_config(
         if steps is None:
             raise OptionError(f"steps_computation_mask={mask!r} names a mask: give num_inference_steps too")
         values["steps_computation_mask"] = steps_mask(total_steps=steps, mask_policy=mask)
-    kind = cache_type(values.pop("cache_type", CacheType.DBCache))
-    config = DBPruneConfig() if kind is CacheType.DBPrune else DBCacheConfig(cache_type=kind)
+    config = new_config(values.pop("cache_type", CacheType.DBCache))
     return (config.reset(**values) if reset else config.update(**values)), calibrator
 
 
