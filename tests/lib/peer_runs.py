@@ -1,14 +1,16 @@
-"""Runs cases under cache-dit's documented calls and prints which steps were cached, as JSON.
+"""Runs cases under cache-dit's documented calls and prints the steps that were cached, predictions and masks, as JSON.
 
-python tests/compat/peer_runs.py cache_dit             cache-dit itself
-python tests/compat/peer_runs.py cachedit_fx.compat    ours, with `inner_backend="eager"`
+python tests/lib/peer_runs.py cache_dit             cache-dit itself
+python tests/lib/peer_runs.py cachedit_fx.compat    ours, with `inner_backend="eager"`
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -95,8 +97,8 @@ def steps_of(cache_dit: Any, cached: Any, *lists: Any, name: str = "cached_steps
 
 def pattern_case(
     cache_dit: Any,
-    pattern: int,
     options: dict[str, Any],
+    pattern: int,
     config_class: str = "DBCacheConfig",
     calibrator_config: Any = None,
     **settings: Any,
@@ -187,45 +189,75 @@ def _family(name: str) -> tuple[Any, dict[str, Any]]:
     return family.build(), call | {"generator": torch.Generator().manual_seed(0)}
 
 
-CASES: dict[str, Callable[[Any, dict[str, Any]], Steps]] = {
-    **{
-        f"pattern {pattern}": lambda cache_dit, options, pattern=pattern: pattern_case(cache_dit, pattern, options)
-        for pattern in range(6)
-    },
-    "last blocks, limits": lambda cache_dit, options: pattern_case(
-        cache_dit, 0, options, Bn_compute_blocks=1, max_cached_steps=7, max_continuous_cached_steps=2
+def calibrated(cache_dit: Any, options: dict[str, Any], name: str) -> Steps:
+    """One stream, with a calibrator."""
+    calibrator = getattr(cache_dit, f"{name}CalibratorConfig")()
+    return pattern_case(cache_dit, options, 3, calibrator_config=calibrator)
+
+
+def masked(cache_dit: Any, options: dict[str, Any]) -> Steps:
+    """A mask, whose zeros the difference decides about."""
+    mask = cache_dit.steps_mask(compute_bins=[6, 1, 1, 1], cache_bins=[3, 3, 5])
+    return pattern_case(cache_dit, options, 1, residual_diff_threshold=0.9, steps_computation_mask=mask)
+
+
+Case = Callable[[Any, dict[str, Any]], Steps]
+CASES: dict[str, Case] = {
+    **{f"pattern {pattern}": partial(pattern_case, pattern=pattern) for pattern in range(6)},
+    "last blocks, limits": partial(
+        pattern_case, pattern=0, Bn_compute_blocks=1, max_cached_steps=7, max_continuous_cached_steps=2
     ),
-    "always": lambda cache_dit, options: pattern_case(cache_dit, 0, options, residual_diff_threshold=1.0),
-    "every second warm-up step": lambda cache_dit, options: pattern_case(
-        cache_dit, 3, options, max_warmup_steps=8, warmup_interval=2
-    ),
-    **{
-        name: lambda cache_dit, options, name=name: pattern_case(
-            cache_dit, 3, options, calibrator_config=getattr(cache_dit, f"{name}CalibratorConfig")()
-        )
-        for name in ("TaylorSeer", "FoCa")
-    },
-    "DBPrune": lambda cache_dit, options: pattern_case(
-        cache_dit, 0, options, config_class="DBPruneConfig", residual_diff_threshold=0.07
-    ),
-    "mask": lambda cache_dit, options: pattern_case(
-        cache_dit,
-        1,
-        options,
-        residual_diff_threshold=1.0,
-        steps_computation_mask=cache_dit.steps_mask(compute_bins=[6, 1, 1, 1], cache_bins=[3, 3, 5]),
-    ),
+    "always": partial(pattern_case, pattern=0, residual_diff_threshold=1.0),
+    "every second warm-up step": partial(pattern_case, pattern=3, max_warmup_steps=8, warmup_interval=2),
+    **{name: partial(calibrated, name=name) for name in ("TaylorSeer", "FoCa")},
+    "DBPrune": partial(pattern_case, pattern=0, config_class="DBPruneConfig", residual_diff_threshold=0.07),
+    "mask": masked,
     "FLUX": flux_pipeline,
     "FLUX with an adapter": flux_adapter,
     "Wan 2.2": wan_experts,
 }
 
 
-def main(name: str) -> None:
-    torch.set_num_threads(1)
+def steps_of_cases(name: str) -> dict[str, Steps]:
+    """The cached steps of every case, by the package of that name."""
     cache_dit = import_module(name)
     options = {"inner_backend": "eager"} if name.startswith("cachedit_fx") else {}
-    print(json.dumps({case: run(cache_dit, options) for case, run in CASES.items()}))
+    return {case: run(cache_dit, options) for case, run in CASES.items()}
+
+
+def predictions(name: str) -> dict[str, list[float]]:
+    """What the calibrators' classes predict on plain tensors, after five computed steps and more."""
+    package = import_module(name)
+    module = package if name.startswith("cachedit_fx") else import_module(f"{name}.caching.cache_contexts.calibrators")
+    results = {}
+    for title, arguments in (("TaylorSeer", {"n_derivatives": 1}), ("TaylorSeer", {"n_derivatives": 2}), ("FoCa", {})):
+        calibrator = getattr(module, f"{title}Calibrator")(**arguments)
+        predicted = results[f"{title} {arguments}"] = list[float]()
+        calibrator.update(torch.zeros(2))  # makes the stream
+        calibrator.reset_cache()
+        for step in range(13):  # four steps after the latest computed one: from the fifth on FoCa differs
+            value = torch.tensor([math.sin(step / 3), step**1.5])
+            calibrator.mark_step_begin()
+            if step < 5 or step in (7, 8):
+                calibrator.update(value)
+            else:
+                predicted.extend(calibrator.approximate().tolist())
+    return results
+
+
+def masks(name: str) -> dict[str, list[int]]:
+    """The masks of every policy and number of steps that cache-dit has one for."""
+    steps_mask, prefix = import_module(name).steps_mask, "cache-dit/" if name.startswith("cachedit_fx") else ""
+    return {
+        f"{policy} {steps}": steps_mask(total_steps=steps, mask_policy=prefix + policy)
+        for policy in ("slow", "medium", "fast", "ultra")
+        for steps in (4, 6, *range(8, 101))
+    }
+
+
+def main(name: str) -> None:
+    torch.set_num_threads(1)
+    print(json.dumps({"steps": steps_of_cases(name), "predictions": predictions(name), "masks": masks(name)}))
 
 
 if __name__ == "__main__":
