@@ -42,8 +42,8 @@ PARTS = {
     "fuzz": "500 random models",
     "soak": "200 generations of each policy, which hold no more memory than 60; a server of 200 requests",
     "kernels": "every specialisation of the Triton kernels, compiled ahead of time",
-    "peers": "the same settings run by cache-dit itself, in the environment that PEERS_PYTHON names, and the usual order "
-    "of its scripts' calls with inductor",
+    "peers": "the same settings run by cache-dit itself, in the environment that PEERS_PYTHON names, and the order of "
+    "calls in its scripts with inductor",
     "packaging": "every module imported from each place that Python may start in",
 }
 """Part -> what it runs. `tests/conftest.py` accepts no other name in a `full` marker."""

@@ -1,0 +1,17 @@
+from preamble import tiny_pipeline
+
+import cachedit_fx.compat as cache_dit
+from cachedit_fx.compat import DBCacheConfig, ParallelismConfig
+
+pipe = tiny_pipeline()
+cache_dit.enable_cache(
+    pipe,
+    cache_config=DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=3, residual_diff_threshold=0.5),
+    parallelism_config=ParallelismConfig(
+        ulysses_size=2,
+        parallel_kwargs={"experimental_ulysses_anything": True, "attention_backend": "sage"},
+    ),
+)
+cache_dit.set_attn_backend(pipe, "flash")
+output = pipe("a cat")
+stats = cache_dit.summary(pipe)
