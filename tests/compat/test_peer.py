@@ -56,6 +56,13 @@ def test_masks_by_name_are_the_same_to_the_bit(both):
     assert ours == theirs
 
 
+@pytest.mark.parametrize("title", peer_runs.CONFIGS)
+def test_fields_and_defaults_are_the_same(both, title):
+    ours, theirs = (each["fields"][title] for each in both)
+    assert list(ours) == list(theirs)
+    assert {name: (value, theirs[name]) for name, value in ours.items() if value != theirs[name]} == {}
+
+
 def test_every_public_name_is_here(both):
     """Names of modules and helpers that its documents do not mention aside."""
     code = "import cache_dit, types; print(*(name for name, value in vars(cache_dit).items() "

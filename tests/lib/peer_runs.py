@@ -6,6 +6,7 @@ python tests/lib/peer_runs.py cachedit_fx.compat    ours, with `inner_backend="e
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -255,9 +256,38 @@ def masks(name: str) -> dict[str, list[int]]:
     }
 
 
+CONFIGS = (
+    "DBCacheConfig",
+    "DBPruneConfig",
+    "TaylorSeerCalibratorConfig",
+    "FoCaCalibratorConfig",
+    "DMDCalibratorConfig",
+    "ParallelismConfig",
+    "QuantizeConfig",
+    "BlockAdapter",
+    "CacheStats",
+)
+
+
+def fields_of(name: str) -> dict[str, dict[str, str]]:
+    """Class -> public field -> its default, which is "" if a function makes it."""
+    package = import_module(name)
+    statistics = package if hasattr(package, "CacheStats") else import_module(f"{name}.summary")
+    classes = {title: getattr(statistics if title == "CacheStats" else package, title) for title in CONFIGS}
+    return {
+        title: {
+            each.name: "" if each.default is dataclasses.MISSING else str(each.default)
+            for each in dataclasses.fields(kind)
+            if each.name[0] != "_"
+        }
+        for title, kind in classes.items()
+    }
+
+
 def main(name: str) -> None:
     torch.set_num_threads(1)
-    print(json.dumps({"steps": steps_of_cases(name), "predictions": predictions(name), "masks": masks(name)}))
+    answers = {"steps": steps_of_cases, "predictions": predictions, "masks": masks, "fields": fields_of}
+    print(json.dumps({title: answer(name) for title, answer in answers.items()}))
 
 
 if __name__ == "__main__":
