@@ -57,6 +57,16 @@ def test_enable_quantize_compile_keeps_the_cache_and_compiles_once():
     assert torch.equal(pipe(noise()), expected)
 
 
+def test_compiling_the_blocks_compiles_nothing_more():
+    """As `compile_repeated_blocks` of diffusers does."""
+    pipe, outer = ToyPipeline(make()), CountingBackend()
+    cache_dit.enable_cache(pipe, cache_dit.DBCacheConfig(**CONFIG), inner_backend="eager")
+    for block in pipe.transformer.blocks:
+        block.compile(backend=outer)
+    pipe(noise())
+    assert cache_dit.summary(pipe, logging=False)[0].cached_steps and outer.pieces == 0
+
+
 @pytest.mark.budget(120, "inductor compiles")
 @pytest.mark.full("peers")
 def test_the_usual_order_with_inductor():
