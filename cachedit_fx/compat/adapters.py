@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from cachedit_fx.compat.configs import ParamsModifier
-from cachedit_fx.compat.patterns import ForwardPattern, PatchFunctor, check_pattern
+from cachedit_fx.compat.patterns import PatchFunctor, check_pattern
 from cachedit_fx.config.rules import OptionError, check, choice, nearest
 from cachedit_fx.runtime.registry import transformers_of, unwrapped
 
@@ -268,13 +268,3 @@ def shares_of(modifiers: Any, parts: Sequence[Part]) -> list[list[ParamsModifier
     if rest:
         raise OptionError(f"params_modifiers has {len(rest)} more entries than there are block lists")
     return shares
-
-
-__all__ = [
-    "BlockAdapter",
-    "BlockAdapterRegister",
-    "ForwardPattern",
-    "get_adapter",
-    "supported_matrix",
-    "supported_pipelines",
-]

@@ -46,6 +46,10 @@ class _Calibrator:
         """Forget all tensors and steps: a new generation begins."""
         self._streams = {name: _Stream() for name in self._streams}
 
+    def maybe_init_state(self, name: str = "default") -> None:
+        """Make the stream, if there is none of this name: only streams that exist count steps."""
+        self._streams.setdefault(name, _Stream())
+
     def mark_step_begin(self, *_: Any, **__: Any) -> None:
         """The next step of every stream begins."""
         for stream in self._streams.values():
@@ -87,7 +91,8 @@ class _Calibrator:
         return not stream.values
 
     def _stream(self, name: str) -> _Stream:
-        return self._streams.setdefault(name, _Stream())
+        self.maybe_init_state(name)
+        return self._streams[name]
 
 
 class TaylorSeerCalibrator(_Calibrator):

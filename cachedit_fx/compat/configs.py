@@ -69,6 +69,8 @@ def block_range(start: int, end: int, step: int = 1) -> list[int]:
 class _Mutable:
     """A config whose fields may be None, and change."""
 
+    own: ClassVar[str]
+    """Name of the config of `cachedit_fx` that has rules for the fields."""
     kept: ClassVar[tuple[str, ...]] = ()
     """Fields that `reset` leaves as they are."""
 
@@ -109,6 +111,10 @@ class _Mutable:
 
     def _checked(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
         """The values, checked by the rules of `cachedit_fx` that there are."""
+        own_fields = getattr(getattr(cachedit_fx, self.own, None), "__dataclass_fields__", {})
+        for name, value in values.items():
+            if value is not None and name in own_fields:
+                check(name, _plain(value), own_fields[name].metadata["rule"])
         return values
 
 
@@ -116,6 +122,7 @@ class _Mutable:
 class BasicCacheConfig(_Mutable):
     """When the blocks in the middle are bypassed: the fields of `cachedit_fx.DBCacheConfig`, and `cache_type`."""
 
+    own: ClassVar[str] = "DBCacheConfig"
     kept: ClassVar[tuple[str, ...]] = ("cache_type",)
 
     cache_type: CacheType = CacheType.DBCache
@@ -153,11 +160,7 @@ class BasicCacheConfig(_Mutable):
     def _checked(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
         if values.get("cache_type") is not None:
             values = {**values, "cache_type": cache_type(values["cache_type"])}
-        rules = {each.name: each.metadata["rule"] for each in fields(_own_class(self))}
-        for name, value in values.items():
-            if value is not None and name in rules:
-                check(name, _plain(value), rules[name])
-        return values
+        return super()._checked(values)
 
 
 def _cut_and_limits(config: BasicCacheConfig) -> str:
@@ -176,6 +179,8 @@ class DBCacheConfig(BasicCacheConfig):
 @dataclass
 class DBPruneConfig(BasicCacheConfig):
     """DBPrune: every block of the middle is bypassed separately."""
+
+    own: ClassVar[str] = "DBPruneConfig"
 
     cache_type: CacheType = CacheType.DBPrune
     enable_dynamic_prune_threshold: bool = False
@@ -200,6 +205,7 @@ def new_config(kind: CacheType | str | None = CacheType.DBCache) -> BasicCacheCo
 class CalibratorConfig(_Mutable):
     """How a bypassed region's results are predicted; the base of the calibrators' own configs."""
 
+    own: ClassVar[str] = "CalibratorConfig"
     kept: ClassVar[tuple[str, ...]] = ("calibrator_type",)
 
     enable_calibrator: bool = False
@@ -223,6 +229,8 @@ class CalibratorConfig(_Mutable):
 class TaylorSeerCalibratorConfig(CalibratorConfig):
     """A Taylor expansion over the computed steps."""
 
+    own: ClassVar[str] = "TaylorSeerCalibratorConfig"
+
     enable_calibrator: bool = True
     enable_encoder_calibrator: bool = True
     taylorseer_order: int = 1
@@ -241,6 +249,8 @@ class TaylorSeerCalibratorConfig(CalibratorConfig):
 class FoCaCalibratorConfig(CalibratorConfig):
     """Forecast, then calibrate."""
 
+    own: ClassVar[str] = "FoCaCalibratorConfig"
+
     enable_calibrator: bool = True
     enable_encoder_calibrator: bool = True
     calibrator_type: str = "foca"
@@ -253,6 +263,8 @@ class FoCaCalibratorConfig(CalibratorConfig):
 @dataclass
 class DMDCalibratorConfig(CalibratorConfig):
     """Dynamic mode decomposition of the latest computed steps."""
+
+    own: ClassVar[str] = "DMDCalibratorConfig"
 
     enable_calibrator: bool = True
     enable_encoder_calibrator: bool = True
@@ -407,7 +419,7 @@ def own_calibrator_config(
     if not config.enable_calibrator and not config.enable_encoder_calibrator:
         return None
     check("calibrator_type", config.calibrator_type, choice(*_CALIBRATORS))
-    own_class: Any = getattr(cachedit_fx, _CALIBRATORS[config.calibrator_type].__name__, None)
+    own_class: Any = getattr(cachedit_fx, _CALIBRATORS[config.calibrator_type].own, None)
     if own_class is None:
         raise NotImplementedError(
             f"calibrator_type={config.calibrator_type!r}: cachedit_fx has no such calibrator yet; "
@@ -446,7 +458,7 @@ def config_of(own: OwnCacheConfig) -> BasicCacheConfig:
 
 def calibrator_config_of(own: OwnCalibratorConfig | None) -> CalibratorConfig | None:
     """The mutable config with the settings of a calibrator's config of `cachedit_fx`; None if cache-dit has no such."""
-    config_class = {each.__name__: each for each in _CALIBRATORS.values()}.get(type(own).__name__)
+    config_class = {each.own: each for each in _CALIBRATORS.values()}.get(type(own).__name__)
     if own is None or config_class is None:
         return None
     names = {each.name for each in fields(config_class)} & {each.name for each in fields(own)}

@@ -114,6 +114,8 @@ def test_a_config_comes_back_with_its_settings():
         (lambda: cache_dit.DBCacheConfig().update(max_warm_up_steps=4), "nearest known one is 'max_warmup_steps'"),
         (lambda: cache_dit.DBCacheConfig().reset(Fn_compute_blocks=-1), "an integer >= 0"),
         (lambda: cache_dit.DBCacheConfig(steps_computation_policy="statik"), "did you mean 'static'"),
+        (lambda: cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=ANY("two")), "taylorseer_order='two'"),
+        (lambda: cache_dit.FoCaCalibratorConfig(calibrator_cache_type="residuals"), "did you mean 'residual'"),
         (lambda: cache_dit.TaylorSeerCalibratorConfig().update(order=2), "'taylorseer_order'"),
         (lambda: cache_dit.ParamsModifier(max_warm_up=4), "'max_warmup_steps'"),
         (

@@ -135,6 +135,17 @@ def test_every_list_has_an_entry_and_settings_of_its_own():
     assert [entry.cached_steps for entry in cache_dit.summary(adapter, logging=False)] == [[1, 2, 3]] * 2
 
 
+def test_the_lists_of_flux_decide_together_unless_an_adapter_names_them():
+    model = type("FluxTransformer2DModel", (TwoLoops,), {})()
+    cache_dit.enable_cache(model, cache_config=always(), **EAGER)
+    run_two_loops(model)
+    (stats,) = cache_dit.summary(model, logging=False)
+    assert stats.cached_steps == [2, 3]
+    cache_dit.enable_cache(BlockAdapter(transformer=model, blocks=list(lists(model).values())), always(), **EAGER)
+    run_two_loops(model)
+    assert [entry.cached_steps for entry in cache_dit.summary(model, logging=False)] == [[2, 3]] * 2
+
+
 def test_only_the_named_blocks_are_bypassed():
     model = two_loops()
     name, blocks = list(lists(model).items())[-1]

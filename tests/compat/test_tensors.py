@@ -12,8 +12,8 @@ def value(step):
 
 def test_taylorseer_continues_a_line():
     calibrator = cache_dit.TaylorSeerCalibrator(n_derivatives=1)
+    calibrator.maybe_init_state()
     for step in range(6):
-        calibrator._stream("default")
         calibrator.mark_step_begin()
         if step < 3:
             calibrator.update(value(step))
@@ -37,7 +37,7 @@ def test_steps_compute_in_the_warm_up_and_at_the_interval():
 
 def test_foca_continues_a_line_and_moves_back_after_the_third_step():
     calibrator = cache_dit.FoCaCalibrator()
-    calibrator._stream("default")
+    calibrator.maybe_init_state()
     predictions = []
     for step in range(9):
         calibrator.mark_step_begin()

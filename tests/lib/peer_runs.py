@@ -234,8 +234,7 @@ def predictions(name: str) -> dict[str, list[float]]:
     for title, arguments in (("TaylorSeer", {"n_derivatives": 1}), ("TaylorSeer", {"n_derivatives": 2}), ("FoCa", {})):
         calibrator = getattr(module, f"{title}Calibrator")(**arguments)
         predicted = results[f"{title} {arguments}"] = list[float]()
-        calibrator.update(torch.zeros(2))  # makes the stream
-        calibrator.reset_cache()
+        calibrator.maybe_init_state()
         for step in range(13):  # four steps after the latest computed one: from the fifth on FoCa differs
             value = torch.tensor([math.sin(step / 3), step**1.5])
             calibrator.mark_step_begin()

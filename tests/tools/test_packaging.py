@@ -178,9 +178,12 @@ def test_constraints_pin_every_dependency_within_its_range():
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     pins = dict(line.lower().replace("_", "-").split("==") for line in lines)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for text in [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]:
+    extras = project["optional-dependencies"]
+    for text in [*project["dependencies"], *sum(extras.values(), [])]:
         requirement = packaging_requirements.Requirement(text)
-        if requirement.name != "triton":  # depends on the build of torch: see constraints.txt
+        if requirement.name == project["name"]:
+            assert requirement.extras <= extras.keys(), text
+        elif requirement.name != "triton":  # depends on the build of torch: see constraints.txt
             assert requirement.specifier.contains(pins[requirement.name]), text
 
 
