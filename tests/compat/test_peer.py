@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lib import peer_runs
+from lib import peer_claims, peer_runs
 
 import cachedit_fx.compat as cache_dit
 
@@ -54,6 +54,13 @@ def test_calibrators_predict_the_same(both):
 def test_masks_by_name_are_the_same_to_the_bit(both):
     ours, theirs = (each["masks"] for each in both)
     assert ours == theirs
+
+
+def test_the_page_is_right_about_cache_dit():
+    run = subprocess.run([PYTHON, peer_claims.__file__], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    claims = json.loads(run.stdout.splitlines()[-1])
+    assert claims == dict.fromkeys(claims, True) and claims
 
 
 @pytest.mark.parametrize("title", peer_runs.CONFIGS)

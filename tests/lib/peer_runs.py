@@ -89,7 +89,7 @@ def denoise(model: Any) -> None:
 
 
 def steps_of(cache_dit: Any, cached: Any, *lists: Any, name: str = "cached_steps") -> Steps:
-    """The cached steps of each block list. cache-dit 1.5.3 keeps them on the list, and leaves them out of `summary`."""
+    """The cached steps of each block list. cache-dit 1.5.3 keeps them on the list; its `summary` has another order."""
     entries = [vars(blocks).get(f"_{name}") for blocks in lists]
     if all(entry is None for entry in entries):
         entries = [getattr(entry, name) for entry in cache_dit.summary(cached, logging=False)]
