@@ -27,6 +27,7 @@ WHERE := $(shell pwd -P | cksum | cut -d' ' -f1)
 CREATED := $(VENV)/.stamp-created-$(WHERE)
 INSTALLED := $(VENV)/.stamp-installed
 INSTALLED_DEV := $(VENV)/.stamp-installed-dev
+INSTALLED_PEERS := $(VENV)/.stamp-installed-peers
 
 .PHONY: help demo test test-all test-newest lint format typecheck pytest faults fuzz compiler clean distclean
 
@@ -46,7 +47,7 @@ demo: compiler $(INSTALLED) ## pictures with the bundled model, without and with
 
 test: compiler lint typecheck pytest ## lint, type-check, and the tests that run by default
 
-test-all: compiler lint typecheck ## all tests, in parts that go on where they stopped (PART); writes docs/tested.md
+test-all: compiler lint typecheck $(INSTALLED_PEERS) ## all tests, in parts that go on where they stopped (PART); writes docs/tested.md
 	$(PY) tests/parts.py $(addprefix --part ,$(PART)) -- $(PYTEST_ARGS)
 
 test-newest: ## the default tests with the newest torch, in .venv-newest (6 GB if only a CUDA build is to be had)
@@ -132,6 +133,11 @@ $(INSTALLED): $(CREATED) pyproject.toml $(CONSTRAINTS)
 $(INSTALLED_DEV): $(CREATED) pyproject.toml $(CONSTRAINTS)
 	$(call install,.[dev$(comma)quantization])
 	@touch $@ $(INSTALLED)
+
+# cache-dit, which the part `peers` runs.
+$(INSTALLED_PEERS): $(INSTALLED_DEV)
+	$(call install,.[peers])
+	@touch $@
 
 clean: ## remove caches and builds
 	rm -rf build dist *.egg-info .mypy_cache $(MYPY_TREE) .pytest_cache .ruff_cache .hypothesis

@@ -172,7 +172,8 @@ def called_by_wrapper(module: torch.nn.Module) -> bool:
     code = OptimizedModule.__call__.__code__
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if frame.f_code is code and frame.f_locals["self"]._orig_mod is module:
+        caller = frame.f_locals["self"] if frame.f_code is code else None
+        if isinstance(caller, OptimizedModule) and caller._orig_mod is module:
             return True
         frame = frame.f_back
     return False

@@ -90,14 +90,14 @@ class BlockAdapter:
     def parts(self) -> list[Part]:
         """The transformers, each with the names of its block lists."""
         modules = self.modules()
-        given = self.blocks if self.blocks is not None else self.blocks_name
-        if given is None:
+        blocks = self.blocks if self.blocks is not None else self.blocks_name
+        if blocks is None:
             return [Part(module, None) for module in modules]
-        shares = [given] if len(modules) == 1 else given
+        shares = [blocks] if len(modules) == 1 else blocks
         if not isinstance(shares, (list, tuple)) or len(shares) != len(modules):
             raise OptionError(f"blocks: {len(modules)} transformers need a list of {len(modules)}, one entry for each")
         return [
-            Part(module, tuple(_name_of(blocks, module) for blocks in flat(share)))
+            Part(module, tuple(_name_of(each, module) for each in flat(share)))
             for module, share in zip(modules, shares, strict=True)
         ]
 

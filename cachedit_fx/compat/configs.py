@@ -347,9 +347,9 @@ def split_flat(
     Raises:
         OptionError: on an unknown name, or more than one calibrator.
     """
-    known = {each.name for config in (DBCacheConfig, DBPruneConfig) for each in fields(config)}
+    cache_fields = {each.name for config in (DBCacheConfig, DBPruneConfig) for each in fields(config)}
     switches = {f"enable_{kind}": config_class for kind, config_class in _CALIBRATORS.items()}
-    reject_unknown(settings, dict.fromkeys(sorted({*known, *switches, *_FLAT_CALIBRATOR_NAMES, *more}), owner))
+    reject_unknown(settings, dict.fromkeys(sorted({*cache_fields, *switches, *_FLAT_CALIBRATOR_NAMES, *more}), owner))
     flags = [name for name in switches if settings.get(name)]
     if len(flags) > 1:
         raise OptionError(f"{' and '.join(flags)} are mutually exclusive: set one of them to true")
@@ -359,7 +359,7 @@ def split_flat(
         owned = {each.name for each in fields(config_class)}
         values = {_FLAT_CALIBRATOR_NAMES.get(name, ""): value for name, value in settings.items()}
         calibrator = config_class().update(**{name: value for name, value in values.items() if name in owned})
-    return {name: value for name, value in settings.items() if name in known}, calibrator
+    return {name: value for name, value in settings.items() if name in cache_fields}, calibrator
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -120,8 +120,8 @@ class ParallelismConfig:
         names = {"Ulysses": self.ulysses_size, "Ring": self.ring_size, "TP": self.tp_size}
         if details:
             sizes = {"ulysses_size": self.ulysses_size, "ring_size": self.ring_size, "tp_size": self.tp_size}
-            given = [f"{name}={size}" for name, size in sizes.items() if size is not None]
-            return f"ParallelismConfig({', '.join([f'backend={self.backend}', *given])})"
+            words = [f"{name}={size}" for name, size in sizes.items() if size is not None]
+            return f"ParallelismConfig({', '.join([f'backend={self.backend}', *words])})"
         flags = {
             "UAA": self.ulysses_anything,
             "F8": self.ulysses_anything and self.ulysses_float8,
