@@ -23,6 +23,7 @@ from cachedit_fx.passes.base import NOTHING_KNOWN, Facts, Pass, Traced
 from cachedit_fx.passes.detect_block_loops import DetectBlockLoops
 from cachedit_fx.passes.find_timestep import FindTimestep
 from cachedit_fx.passes.gather_inputs import GatherInputs
+from cachedit_fx.passes.infer_dependence import InferDependence
 from cachedit_fx.passes.insert_cache_branch import InsertCacheBranch
 from cachedit_fx.passes.manager import Outcome, PassManager
 from cachedit_fx.passes.normalize import Normalize
@@ -91,6 +92,7 @@ def pipeline(options: Options, traced: Traced) -> list[Pass]:
     return [
         Normalize(),
         FindTimestep(options.timestep, traced.numbers),
+        InferDependence(traced.sample),
         DetectBlockLoops(options.loops, traced=traced),
         PlanRegions(cuts, options.scope or "model", options.predicts_output, traced.kept),
         OutlineBlocks(options.granularity, canonical_layout=options.inner_backend != "eager"),

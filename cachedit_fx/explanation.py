@@ -16,6 +16,7 @@ from cachedit_fx.capture import capturing, ends_at_break, first_break, isolated_
 from cachedit_fx.config.options import Options, Verify
 from cachedit_fx.passes.base import Traced
 from cachedit_fx.passes.block_loops import BlockLoop, Detection
+from cachedit_fx.passes.infer_dependence import Dependence, Level
 from cachedit_fx.passes.manager import Outcome
 from cachedit_fx.passes.plan_regions import RegionPlan, RegionReport
 from cachedit_fx.runtime.compiled_call import CAPTURE_ERRORS, CompiledCall
@@ -35,6 +36,9 @@ class Explanation:
         notes: detection's decisions, a sentence each.
         code: the rewritten graphs as Python code.
         work: loop name -> its share of the work of all loops.
+        weights: "sample", "timestep", "conditions" or "weights" -> the share of the weights' elements whose results
+            change with it. "weights" is for results that never change. A weight counts for the first of the four that
+            its results change with.
     """
 
     loops: tuple[BlockLoop, ...]
@@ -43,6 +47,7 @@ class Explanation:
     notes: tuple[str, ...]
     code: str
     work: dict[str, float]
+    weights: dict[str, float]
 
     def __str__(self) -> str:
         lines = ["Block loops" if self.loops else "Block loops: none"]
@@ -66,6 +71,9 @@ class Explanation:
                 f"{region.num_blocks} may be bypassed; {len(region.live_outs)} results of "
                 f"{region.result_bytes / 2**20:.3g} MiB in all, {whole} stored whole"
             )
+        if self.weights:
+            shares = ", ".join(f"{name} {share:.1%}" for name, share in self.weights.items() if share)
+            lines.append(f"Weights, by what their results change with: {shares}")
         lines.extend(f"Note: {note}" for note in self.notes)
         count = self.code.count("\n")
         return "\n".join([*lines, f"The rewritten graph has {count} lines of code: print(explanation.code)"])
@@ -172,6 +180,16 @@ def _has_chain(outcome: Outcome) -> bool:
     return detection is not None and bool(detection.chain)
 
 
+def _shares(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Name of a level -> its share of the weights of all graphs."""
+    dependences = [each for outcome in outcomes if (each := outcome.facts.get(Dependence)) is not None]
+    names = {Level.SAMPLE: "sample", Level.TIME: "timestep", Level.CONDITIONS: "conditions", Level.WEIGHTS: "weights"}
+    total = sum(sum(dependence.weights.values()) for dependence in dependences)
+    if not total:
+        return {}
+    return {name: sum(each.weights[level] for each in dependences) / total for level, name in names.items()}
+
+
 def _explanation(outcomes: Sequence[Outcome], notes: tuple[str, ...]) -> Explanation:
     detections = [detection for outcome in outcomes if (detection := outcome.facts.get(Detection)) is not None]
     reports = [report for outcome in outcomes if (report := outcome.facts.get(RegionReport)) is not None]
@@ -188,4 +206,5 @@ def _explanation(outcomes: Sequence[Outcome], notes: tuple[str, ...]) -> Explana
         notes=(*notes, *remarks),
         code="\n".join(outcome.graph_module.print_readable(print_output=False) for outcome in outcomes),
         work={loop.name: loop.cost / total for loop in loops},
+        weights=_shares(outcomes),
     )

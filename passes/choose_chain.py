@@ -56,7 +56,7 @@ def choose_chain(
     """
     notes: list[str] = []
     argument = next((node for node in gm.graph.nodes if _is_sample(node, traced.sample)), None)
-    sample = argument or _sample_input(gm)
+    sample = argument or sample_input(gm)
     stream = dependents({sample}, nodes) | {sample} if sample is not None else set()
     carries_sample = [any(value.inputs[0] in stream for value in loop.carried) for loop in loops]
     if not loops:
@@ -138,7 +138,7 @@ def _is_sample(node: fx.Node, name: str | None) -> bool:
     return tensor is not None and tensor.dtype.is_floating_point and source_name(node) == name
 
 
-def _sample_input(gm: fx.GraphModule) -> fx.Node | None:
+def sample_input(gm: fx.GraphModule) -> fx.Node | None:
     """The graph input that holds the noisy sample: the one that looks most like the output."""
     output = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
     results = [tensor for value in input_nodes(output) if (tensor := tensor_of(value)) is not None]

@@ -21,6 +21,7 @@ from torch import fx
 from .base import Facts, Rewrite, Rewritten
 from .block_loops import Detection
 from .find_timestep import TimestepSource
+from .infer_dependence import Dependence
 from .insert_cache_branch import CacheBranch
 from .plan_regions import RegionReport
 
@@ -42,7 +43,7 @@ class GatherInputs(Rewrite):
     name: ClassVar[str] = "gather_inputs"
     requires: ClassVar[tuple[type, ...]] = (CacheBranch,)
     provides: ClassVar[tuple[type, ...]] = (GatheredInputs,)
-    preserves: ClassVar[tuple[type, ...]] = (CacheBranch, TimestepSource, Detection, RegionReport)
+    preserves: ClassVar[tuple[type, ...]] = (CacheBranch, TimestepSource, Dependence, Detection, RegionReport)
 
     def run(self, gm: fx.GraphModule, facts: Facts) -> Rewritten:
         region_call, *inputs = gm.graph.find_nodes(op="placeholder")

@@ -206,6 +206,12 @@ def _aten(name: str) -> Operation | None:
     return packet if isinstance(packet, torch._ops.OpOverloadPacket) else None
 
 
+def overloads_of(target: Any) -> list[torch._ops.OpOverload]:
+    """The overloads of the operation that has the target's schema; none for functions written in Python."""
+    operation = _operation(function_of(target))
+    return [] if operation is None else _overloads(operation)
+
+
 def _overloads(operation: Operation) -> list[torch._ops.OpOverload]:
     if isinstance(operation, torch._ops.OpOverload):
         return [operation]

@@ -30,6 +30,7 @@ from .block_loops import Detection
 from .find_timestep import TimestepSource
 from .graph_aliases import write_spans
 from .graph_values import body_nodes, input_nodes, is_data_movement, open_contexts, tensor_of, value_of
+from .infer_dependence import Dependence
 from .normalize import Normalized
 from .plan_regions import RegionPlan, RegionReport
 
@@ -80,7 +81,7 @@ class OutlineBlocks(Rewrite):
     requires: ClassVar[tuple[type, ...]] = (FlatGraph, Detection)
     uses: ClassVar[tuple[type, ...]] = (RegionReport, Normalized)
     provides: ClassVar[tuple[type, ...]] = (Outline,)
-    preserves: ClassVar[tuple[type, ...]] = (TimestepSource, Detection, RegionReport)
+    preserves: ClassVar[tuple[type, ...]] = (TimestepSource, Dependence, Detection, RegionReport)
 
     def __init__(self, granularity: str = "block", canonical_layout: bool = True) -> None:
         self.granularity = granularity

@@ -356,8 +356,9 @@ def test_explain_finds_the_loops_and_runs_no_kernel(state):
     assert all(len(loop.carried) == 2 for loop in found.loops)
     assert found.chain == ("transformer_blocks", "single_transformer_blocks")
     assert len(found.regions) == (0 if state == "plain" else 1)  # the default F of 8 is more than there is
+    assert sum(found.weights.values()) == pytest.approx(1) and 0.3 < found.weights["timestep"] < 0.4
     printed = str(found)
-    assert "3 blocks (chain" in printed and "class CachedTransformer" in found.code
+    assert "3 blocks (chain" in printed and "timestep 3" in printed and "class CachedTransformer" in found.code
     if state == "plain":
         assert "leaves nothing to bypass of 7 blocks" in printed
     else:

@@ -18,6 +18,7 @@ PASSES = Path(__file__).resolve().parents[2] / "passes"
 MEASURED = {
     "normalize": ("0.03", "right differences for blocks that write in place; else 0 or NaN"),
     "find_timestep": ("0.002", "nobody announces steps and generations"),
+    "infer_dependence": ("0.25", "`explain` shows how much of the weights serves the timestep alone"),
     "detect_block_loops": ("0.39", "no adapter for a model"),
     "plan_regions": ("0.06", "no rule per model for the results of its blocks"),
     "outline_blocks": ("0.48", "compiling takes 15 s; 132 s by plain `torch.compile`"),
