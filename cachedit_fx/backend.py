@@ -1,7 +1,7 @@
 """The whole way on one screen: from dynamo's graph to a callable that reuses the results of earlier steps.
 
-    dynamo graph ─► normalize ─► find_timestep ─► detect_block_loops ─► plan_regions ─► outline_blocks
-                                                       ─► insert_cache_branch ─► gather_inputs ─► lower ─► CachedGraph
+    dynamo graph ─► normalize ─► find_timestep ─► infer_dependence ─► detect_block_loops ─► plan_regions
+                                  ─► outline_blocks ─► insert_cache_branch ─► gather_inputs ─► lower ─► CachedGraph
 
 `torch.compile(model, backend="cachedit", options={...})` finds `cachedit` below through an entry point.
 `cachedit_fx.compile` binds `compile_graph` to one module's state.

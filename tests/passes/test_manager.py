@@ -260,6 +260,7 @@ def test_the_order_of_the_backend():
     assert names_of(pass_manager(parse_options({"Fn_compute_blocks": 1})).passes) == [
         "normalize",
         "find_timestep",
+        "infer_dependence",
         "detect_block_loops",
         "plan_regions",
         "outline_blocks",
@@ -276,7 +277,7 @@ def test_the_order_of_the_backend():
 
 
 @pytest.mark.parametrize("case", TOYS)
-@pytest.mark.parametrize("place", [2, 3])
+@pytest.mark.parametrize("place", [3, 4])
 def test_a_node_more_before_each_attention_leaves_no_fact_stale(case, place):
     """Before and after the regions are planned: what was detected at other positions is detected anew."""
     module, inputs = TOYS[case]()
