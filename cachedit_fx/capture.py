@@ -1,7 +1,7 @@
 """Holds all code that touches dynamo: its flags, an isolated compile, the first break, numbers in the frame.
 
-Tested with torch 2.13.0 and 2.14.1, which need no different code. A difference between versions belongs here or, for
-inner compilers, into `lowering.py`.
+Tested with torch 2.13.0 and 2.14.1. They differ in one place: how the tracer records `x.data = y`, for which
+`graph_aliases.is_assignment` has the words.
 """
 
 from __future__ import annotations

@@ -241,8 +241,11 @@ def changes_form(node: fx.Node) -> bool:
 
 
 def is_assignment(node: fx.Node) -> bool:
-    """Whether the node is `x.data = y`. It changes which memory x names, and writes to none."""
-    if target_name(node) != "set_" or node.kwargs or len(node.args) != 2:
+    """Whether the node is `x.data = y`. It changes which memory x names, and writes to none.
+
+    The tracer of torch 2.13 records `set_`, that of 2.14 `shallow_copy_data_`.
+    """
+    if target_name(node) not in ("set_", "shallow_copy_data_") or node.kwargs or len(node.args) != 2:
         return False
     return all(isinstance(argument, fx.Node) and tensor_of(argument) is not None for argument in node.args)
 
