@@ -216,6 +216,16 @@ def is_weight(node: fx.Node) -> bool:
     return node.op == "placeholder" and is_parameter
 
 
+def is_of_module(node: fx.Node) -> bool:
+    """Whether the node is a parameter, a buffer or another tensor of the module, and no argument of the call.
+
+    The tracer names an input by the way to it from the frame's arguments, of which `self` may have another name.
+    """
+    target = str(node.target).lower()
+    is_registered = "_buffers_" in target or "_parameters_" in target
+    return node.op == "get_attr" or (node.op == "placeholder" and (is_registered or target.startswith("l_self_")))
+
+
 def closes_context(node: fx.Node) -> bool:
     """Whether the node leaves autocast or inference mode."""
     return target_name(node) in ("_exit_autocast", "_exit_inference_mode")

@@ -28,7 +28,7 @@ from .choose_chain import sample_input
 from .find_timestep import TimestepSource, source_name
 from .graph_aliases import Memory, arguments_of, memory_of, overloads_of, written_by
 from .graph_cost import numel_of
-from .graph_values import is_weight, target_name, value_of
+from .graph_values import is_of_module, is_weight, target_name, tensor_of, value_of
 from .normalize import Normalized
 
 
@@ -68,7 +68,8 @@ class Dependence:
     """Fact: the sources of every value of the flat graph.
 
     Attributes:
-        sources: node -> the inputs that its value depends on.
+        sources: node -> the inputs that its value depends on, when the node is made. Later writes to its memory do not
+            count.
         weights: level -> number of weight elements that serve values of this level at most. A weight that values of
             several levels read counts for the highest.
         timed_weights: number of weight elements that serve values of the timestep alone, conditions left out.
@@ -121,7 +122,7 @@ def _input_sources(gm: fx.GraphModule, timestep: TimestepSource | None, sample: 
     samples = [node for node in inputs if sample is not None and _is_member(source_name(node), sample)]
     samples = samples or [node for node in (sample_input(gm),) if node is not None]
     sources = dict.fromkeys(inputs, Source.CONDITION)
-    sources |= {node: Source.NONE for node in inputs if _is_of_module(node)}
+    sources |= {node: Source.NONE for node in inputs if is_of_module(node)}
     if timestep is not None and timestep.input_index is not None:
         sources[inputs[timestep.input_index]] = Source.TIME
     return sources | dict.fromkeys(samples, Source.SAMPLE)
@@ -132,40 +133,26 @@ def _is_member(name: str, argument: str) -> bool:
     return re.fullmatch(rf"{re.escape(argument)}(_\d+)*", name) is not None
 
 
-def _is_of_module(node: fx.Node) -> bool:
-    """Whether the input is a parameter, a buffer or another tensor that the module holds."""
-    return is_weight(node) or str(node.target).startswith("L_self_")
-
-
 def _propagate(gm: fx.GraphModule, sources: dict[fx.Node, Source]) -> None:
-    """Give every node the sources of the values that it reads.
+    """Give every node the sources of the values that it reads, in graph order.
 
-    A write in place makes the memory depend on what is written. Whatever names that memory depends on it, earlier in the
-    graph too, which errs on the safe side.
+    A write in place adds to the sources of the memory, which every later reader of that memory takes on.
     """
     nodes = [node for node in gm.graph.nodes if node.op not in ("placeholder", "output")]
-    writes = {
-        node: [memory for to in targets for memory in memory_of(to)] for node in nodes if (targets := written_by(node))
-    }
+    targets = ((node, written_by(node)) for node in nodes)
+    writes = {node: [memory for to in each for memory in memory_of(to)] for node, each in targets if each}
     written: dict[Memory, int] = dict.fromkeys((memory for each in writes.values() for memory in each), 0)
     names = {node: each for node in gm.graph.nodes if written and (each := memory_of(node) & written.keys())}
-    reads = [(node, _own_source(gm, node).value, _value_inputs(node)) for node in nodes]
     bits = {node: source.value for node, source in sources.items()}  # joining members of a Flag is slow
-    is_stable = False
-    while not is_stable:
-        for node, own, inputs in reads:
-            for source in inputs:
-                own |= bits[source]
-            bits[node] = own
-            for memory in names.get(node, ()):
-                bits[node] |= written[memory]
-            for memory in writes.get(node, ()):
-                written[memory] |= bits[node]
-        is_stable = True
-        for node, memories in names.items():
-            for memory in memories:
-                is_stable &= not written[memory] & ~bits[node]
-                bits[node] |= written[memory]
+    for node in nodes:
+        read = _own_source(gm, node).value
+        for source in _value_inputs(node):
+            read |= bits[source]
+            for memory in names.get(source, ()):
+                read |= written[memory]
+        bits[node] = read
+        for memory in writes.get(node, ()):
+            written[memory] |= read
     sources |= {node: Source(each) for node, each in bits.items()}
 
 
@@ -186,7 +173,7 @@ def _value_inputs(node: fx.Node) -> list[fx.Node]:
     """The inputs whose numbers the node reads. Of others it reads shape, dtype or device alone."""
     name, inputs = target_name(node), node.all_input_nodes
     first = node.args[0] if node.args else node.kwargs.get("input")
-    if name in _FORMS or (name == "getattr" and node.args[1:] != ("data",)):
+    if name in _FORMS or (name == "getattr" and tensor_of(node) is None):
         return [source for source in inputs if source is not first]
     if name in _FORM_OF_SECOND and isinstance(first, fx.Node):
         return [first]
@@ -194,7 +181,7 @@ def _value_inputs(node: fx.Node) -> list[fx.Node]:
 
 
 def _own_source(gm: fx.GraphModule, node: fx.Node) -> Source:
-    """What a node adds to the sources of its inputs: random numbers, lengths that depend on data, the size of inputs."""
+    """What a node adds to the sources of its inputs: random numbers, lengths that depend on data, sizes of inputs."""
     if node.op == "get_attr":
         return Source.NONE
     if node.op == "call_module" or _is_random(gm, node) or _has_data_dependent_size(value_of(node)):

@@ -38,7 +38,7 @@ from .graph_aliases import (
     returns_its_input,
     written_by,
 )
-from .graph_values import body_nodes, describe_layout, target_name, tensor_of, value_of
+from .graph_values import body_nodes, describe_layout, is_of_module, target_name, tensor_of, value_of
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class _Purifier:
         output = next(node for node in reversed(self.graph.nodes) if node.op == "output")
         for source, result in self._latest.items():
             self._write_back("call_method", "copy_", source, result)
-            if _is_of_module(source):  # what wrote to a buffer is assigned to its name, and is the buffer itself
+            if is_of_module(source):  # what wrote to a buffer is assigned to its name, and is the buffer itself
                 output.replace_input_with(result, source)
         return changes
 
@@ -300,11 +300,6 @@ class _Purifier:
 VERSION_STEP = "_lower_version_count_by_1"
 """Dynamo's step after `x.data = y`: hides the assignment from autograd, which is off here."""
 _BY_LAYOUT = frozenset({"as_strided", "contiguous", "flatten", "ravel", "reshape", "reshape_as", "to", "unflatten"})
-
-
-def _is_of_module(source: fx.Node) -> bool:
-    """Whether the graph input is a buffer or parameter of the module, and no argument of the call."""
-    return source.op == "get_attr" or str(source.target).lower().startswith("l_self_")
 
 
 def _memory(nodes: Iterable[fx.Node]) -> frozenset[Memory]:

@@ -51,6 +51,7 @@ from .graph_values import (
     same_kind,
     tensor_of,
 )
+from .infer_dependence import Dependence, Level
 from .normalize import Normalized
 from .side_effects import SideEffects, hoisted_nodes
 from .trace_bases import BaseTracer, Continuation
@@ -143,7 +144,7 @@ class PlanRegions(Analysis[RegionReport]):
 
     name: ClassVar[str] = "plan_regions"
     requires: ClassVar[tuple[type, ...]] = (FlatGraph, Detection)
-    uses: ClassVar[tuple[type, ...]] = (Normalized,)
+    uses: ClassVar[tuple[type, ...]] = (Normalized, Dependence)
     provides: ClassVar[type] = RegionReport
 
     def __init__(
@@ -169,6 +170,7 @@ class PlanRegions(Analysis[RegionReport]):
             return RegionReport((), impurities)
         nodes = body_nodes(gm.graph)
         effects = SideEffects(gm.graph, self.kept)
+        dependence = facts.get(Dependence)
         regions: list[RegionPlan] = []
         refusals: list[str] = []
         for index, chain in enumerate([whole] if self.scope == "model" else [[entry] for entry in whole]):
@@ -176,7 +178,8 @@ class PlanRegions(Analysis[RegionReport]):
             for block in _units(chain, cut):
                 try:
                     region = self._region(f"region_{len(regions)}", chain, nodes, cut, block)
-                    loss = next(effects.lost(region), None)
+                    of_sample = _results_of_sample(region, whole, nodes, dependence) if effects else ()
+                    loss = next(effects.lost(region, of_sample), None)
                     if loss is not None:
                         raise RegionRefused(f"{' + '.join(region.loops)}: {loss}")
                     regions.append(replace(region, loop=index if self.scope == "loop" else None))
@@ -339,6 +342,20 @@ def _comparison(
         return None, None
     head = BaseTracer(_block_inputs(chain), positions_of(nodes), chain[0][0].blocks[0].start)
     return hidden_out, head.finish() if head.add(hidden_out) else None
+
+
+def _results_of_sample(
+    region: RegionPlan, chain: Sequence[tuple[BlockLoop, int]], nodes: Sequence[fx.Node], dependence: Dependence | None
+) -> set[fx.Node]:
+    """The region's results that continue the sample. Others continue a text, or a state that the caller keeps."""
+    start, positions, inputs = chain[0][0].blocks[0].start, positions_of(nodes), _block_inputs(chain)
+    results = set()
+    for result in region.live_outs:
+        tracer = BaseTracer(inputs, positions, start)
+        if dependence is not None and tracer.add(result):
+            roots = tracer.finish().inputs
+            results |= {result for root in roots if dependence.level(root) is Level.SAMPLE}
+    return results
 
 
 def _refuse_odd_results(title: str, outs: Sequence[fx.Node]) -> None:

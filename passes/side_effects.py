@@ -4,13 +4,14 @@
     self.calls += 1          in block 4, on nothing carried: hoisted out of the region, so that it always runs.
 
 Normalized writes to graph inputs stand at the graph's end. The written values are results of the region then. A result
-may be written to an input only if it is a stream that the rest of the model uses as well, as hidden states are that
-blocks change in place: the caller finds in them the values that the model went on with.
+may be written to an input, or kept, only if it continues the sample and the rest of the model uses it as well, as
+hidden states are that blocks change in place: the caller finds in them the values that the model went on with. Other
+results continue a state that outlives the call (a sum, a maximum). A predicted state would be wrong for good.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -70,8 +71,16 @@ class SideEffects:
         output = next(node for node in reversed(graph.nodes) if node.op == "output")
         self._kept = [value for index, value in enumerate(output.args[0]) if index in kept]
 
-    def lost(self, region: RegionPlan) -> Iterator[str]:
-        """Why the region cannot be bypassed, a clause each."""
+    def __bool__(self) -> bool:
+        """Whether the graph has writes or kept results at all."""
+        return bool(self._writes or self._kept)
+
+    def lost(self, region: RegionPlan, of_sample: Collection[fx.Node]) -> Iterator[str]:
+        """Why the region cannot be bypassed, a clause each.
+
+        Args:
+            of_sample: the region's results that continue the sample.
+        """
         results = set(region.live_outs)
         place = {write: self._position[write.node] for write in self._writes}
         inside = [write for write in self._writes if region.start <= place[write] < region.end]
@@ -88,6 +97,7 @@ class SideEffects:
             result
             for result, has_base in zip(region.live_outs, region.continued, strict=True)
             if has_base
+            and result in of_sample
             and not any(_share_memory(write, [result]) for write in inside)
             and self._is_used_beside_writes(result, region.end)
         }

@@ -36,19 +36,16 @@ def snapshot(arguments: Any) -> Callable[[], None]:
 def attribute_snapshot(module: nn.Module) -> Callable[[], None]:
     """Copy the attributes of `module` and its submodules. The result restores them, and drops those added since.
 
-    Lists, dicts and sets are copied one level deep and restored in place. Values of tensors are not copied: give
-    `attribute_tensors` to `snapshot` for that.
+    The tensors under the names of buffers are restored too, parameters are not. Lists, dicts and sets are copied one
+    level deep and restored in place. Values of tensors are not copied: give `attribute_tensors` to `snapshot` for that.
     """
     owners = [
         (owner, {name: value for name, value in vars(owner).items() if name not in _INTERNAL})
         for owner in module.modules()
     ]
-    containers = [
-        (value, value.copy())
-        for _, attributes in owners
-        for value in attributes.values()
-        if type(value) in (list, dict, set)
-    ]
+    held = (value for _, attributes in owners for value in attributes.values() if type(value) in (list, dict, set))
+    registered = (owner._buffers for owner, _ in owners)  # an assignment to a buffer's name replaces its tensor
+    containers: list[tuple[Any, Any]] = [(value, value.copy()) for value in (*held, *registered)]
 
     def restore() -> None:
         for owner, attributes in owners:
@@ -73,3 +70,8 @@ def attribute_tensors(module: nn.Module) -> list[torch.Tensor]:
         for leaf in tree_leaves(value)
         if isinstance(leaf, torch.Tensor)
     ]
+
+
+def parameter_versions(module: nn.Module) -> dict[str, int]:
+    """Name of a parameter -> the number of its in-place changes so far; parameters without a count are left out."""
+    return {name: each._version for name, each in module.named_parameters() if not each.is_inference()}

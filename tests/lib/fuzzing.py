@@ -9,6 +9,7 @@ at any case (`spec_of`; `tests/fuzz.py`). A Spec's repr names what is not defaul
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -62,14 +63,14 @@ def expected(spec: Spec) -> tuple[int, ...] | None:
 def _shown_by_argument(spec: Spec) -> bool:
     """Whether an argument of the caller may end with a value that only bypassed blocks give.
 
-    Blocks that write in place to an argument leave there the value of the last one that does. It is safe if the model
-    goes on with that value after a region, or if its block is always computed.
+    Blocks that write in place to an argument leave there the value of the last one that does. It is safe if its block
+    is always computed, or if it is the sample and the model goes on with it after a region.
     """
     last, end = _last_to_write(spec), spec.num_blocks - 1
     if last is None:
         return False
-    borders = {sum(loop.blocks for loop in spec.loops[:number]) - 1 for number in range(1, len(spec.loops))}
-    sound = borders if spec.scope == "loop" else set()
+    counts = [loop.blocks for loop in spec.loops[:-1]] if spec.scope == "loop" else []
+    borders = [number - 1 for number in itertools.accumulate(counts)]
     hidden = text = extra = last
     if spec.skips != "none":  # a skip makes other hidden states, from the middle on
         hidden = min(hidden, (spec.num_blocks + 1) // 2 - 1)
@@ -77,9 +78,9 @@ def _shown_by_argument(spec: Spec) -> bool:
         hidden = min(hidden, spec.loops[0].blocks - 1)
     if spec.loops[-1].last_drops_text:
         text = min(text, end - 1)
-    returned = sound | ({end} if spec.result == "tuple" else set())
-    shown = [(hidden, sound | {end})] * (not spec.embed) + [(text, returned), (extra, returned)][: spec.streams - 1]
-    return any(index >= spec.first and index not in allowed for index, allowed in shown)
+    others = (text, extra)[: spec.streams - 1]
+    is_lost = hidden >= spec.first and hidden not in (*borders, end)
+    return (is_lost and not spec.embed) or any(index >= spec.first for index in others)
 
 
 def _last_to_write(spec: Spec) -> int | None:

@@ -38,7 +38,7 @@ def test_500_random_models(first):
 @pytest.mark.parametrize(
     "spec",
     [
-        Spec(loops=(Loop(blocks=2, write="iadd", last_drops_text=True),), streams=3, result="tuple"),
+        Spec(loops=(Loop(blocks=2, write="iadd"),), embed=False),
         Spec(loops=(Loop(write="clone"), Loop(write="mul_add_", glue="slice")), dtype="bfloat16", batch=3),
         Spec(loops=(Loop(), Loop(glue="linear")), streams=2, result="tuple", resize="tokens", dynamic=True),
     ],
@@ -46,6 +46,13 @@ def test_500_random_models(first):
 )
 def test_cases_that_once_failed(spec):
     assert check(spec).regions == (spec.num_blocks,)
+
+
+def test_streams_of_the_caller_that_blocks_change_are_never_predicted():
+    spec = Spec(loops=(Loop(blocks=2, write="iadd", last_drops_text=True),), streams=3, result="tuple")
+    assert expected(spec) is None
+    outcome = check(spec)
+    assert outcome.regions == () and "its blocks write to extra" in outcome.warnings[0]
 
 
 def test_where_nothing_continues_the_larger_loop_is_the_region():

@@ -161,3 +161,64 @@ def same(got: list[list[torch.Tensor]], wanted: list[list[torch.Tensor]]) -> Non
     for call, (tensors, others) in enumerate(zip(got, wanted, strict=True)):
         for index, (a, b) in enumerate(zip(tensors, others, strict=True)):
             assert torch.equal(a, b), f"call {call}, tensor {index}: off by {(a - b).abs().max()}"
+
+
+class Accumulating(nn.Module):
+    """A state that every block takes on, as it takes on the hidden states. The module's name for itself is `model`."""
+
+    total: torch.Tensor
+
+    def __init__(self, accumulate, reads):
+        super().__init__()
+        torch.manual_seed(0)
+        self.accumulate, self.reads = accumulate, reads
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)) for _ in range(5))
+        self.register_buffer("total", torch.zeros(1, 4, 8))
+        self.seen = nn.Module()
+        self.seen.register_buffer("total", self.total)
+        self.peak = torch.zeros(1, 4, 8)
+
+    def forward(model, hidden_states, timestep, states):
+        x = hidden_states * 2
+        for block in model.blocks:
+            change = block(x) * (1 + timestep / 1000)
+            model.accumulate(model, states, change)
+            x = x + change
+        return x + model.peak + states["key"] + model.seen.total if model.reads else x * 2
+
+
+def _peak(model, states, change):
+    model.peak = torch.maximum(model.peak, change.abs())
+
+
+def _key(model, states, change):
+    states["key"] = states["key"] * 0.5 + change
+
+
+def _buffer(model, states, change):
+    model.total += change
+
+
+def _rebound(model, states, change):
+    model.total = model.total + change
+
+
+@pytest.mark.parametrize("reads", [False, True])
+@pytest.mark.parametrize("accumulate", [_peak, _key, _buffer, _rebound])
+@torch.no_grad()
+def test_a_state_that_blocks_hand_on_is_never_predicted(accumulate, reads):
+    runs = []
+    for cached in (False, True):
+        model, states = Accumulating(accumulate, reads).eval(), {"key": torch.zeros(1, 4, 8)}
+        if cached:
+            compiled(model, **POLICIES["TaylorSeer"])
+        results = []
+        for step, timestep in enumerate((900.0, 800.0, 700.0, 600.0)):
+            start = torch.full((1, 4, 8), 1 + step / 10)
+            results += [model(start, torch.tensor([timestep]), states), model.peak, states["key"], model.total.clone()]
+        runs.append((results, model.total is model.seen.total))
+        if cached:
+            assert {region.uncached_calls for region in cachedit_fx.summary(model)} == {4}
+    (wanted, is_one), (got, stays_one) = runs
+    same(got, wanted)
+    assert is_one == stays_one == (accumulate is not _rebound)

@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import cachedit_fx.backend
-from cachedit_fx import DBCacheConfig, OptionError, VerificationError, compile, explain, summary
+from cachedit_fx import CacheWarning, DBCacheConfig, OptionError, VerificationError, compile, explain, summary
 from cachedit_fx.passes.base import FlatGraph, Rewrite, Rewritten
 from cachedit_fx.passes.block_loops import Detection
 from cachedit_fx.passes.find_timestep import TimestepSource
@@ -236,6 +236,57 @@ def test_the_state_in_attributes_is_that_of_one_call():
             model(x, timestep)
         states.append((model.calls, model.times, model.steps, model.latest.tolist(), model.table.tolist()))
     assert states[0] == states[1] and states[0][0] == 2
+
+
+class Sums(Chain):
+    """Adds to a buffer, by an augmented assignment or by an assignment, or to a parameter."""
+
+    total: torch.Tensor
+    weight: torch.Tensor
+
+    def __init__(self, *args, write="augmented", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.write = write
+        self.register_buffer("total", torch.zeros(8))
+        self.weight = nn.Parameter(torch.zeros(8))
+
+    def prepare(self, x, timestep):
+        if self.write == "augmented":
+            self.total += x.mean()
+        elif self.write == "assigned":
+            self.total = self.total + x.mean()
+        else:
+            self.weight += x.mean()
+        return x * 1
+
+
+@pytest.mark.parametrize("write", ["augmented", "assigned"])
+def test_buffers_are_those_of_one_call(write):
+    totals = []
+    for compiled in (False, True):
+        model, (x, timestep) = make(Sums), models.inputs()
+        model.write, held = write, model.total
+        if compiled:
+            verified(model)
+        for _ in range(2):
+            model(x, timestep)
+        totals.append((model.total.tolist(), held.tolist(), model.total is held))
+    assert totals[0] == totals[1] and totals[0][2] is (write == "augmented")
+
+
+def test_a_parameter_that_is_written_to_is_not_verified_and_counts_once():
+    models_run = []
+    for compiled in (False, True):
+        model, (x, timestep) = make(Sums), models.inputs()
+        model.write = "parameter"
+        if compiled:
+            verified(model)
+            with pytest.warns(CacheWarning, match="forward writes to the parameter weight"):
+                model(x, timestep)
+        else:
+            model(x, timestep)
+        models_run.append(model.weight.tolist())
+    assert models_run[0] == models_run[1]
 
 
 def off_by(error):
