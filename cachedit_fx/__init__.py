@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cachedit_fx.config.cache import DBCacheConfig
     from cachedit_fx.config.calibrators import (
         CalibratorConfig,
+        DMDCalibratorConfig,
         FoCaCalibratorConfig,
         LagrangeCalibratorConfig,
         TaylorSeerCalibratorConfig,
@@ -40,6 +41,7 @@ _MODULES = {
     "config.cache": ("DBCacheConfig",),
     "config.calibrators": (
         "CalibratorConfig",
+        "DMDCalibratorConfig",
         "FoCaCalibratorConfig",
         "LagrangeCalibratorConfig",
         "TaylorSeerCalibratorConfig",
@@ -66,6 +68,7 @@ __all__ = [
     "CalibratorConfig",
     "DBCacheConfig",
     "DBPruneConfig",
+    "DMDCalibratorConfig",
     "Decision",
     "Explanation",
     "FoCaCalibratorConfig",

@@ -46,6 +46,26 @@ class FoCaCalibratorConfig(CalibratorConfig):
 
 
 @dataclass(frozen=True)
+class DMDCalibratorConfig(CalibratorConfig):
+    """Dynamic mode decomposition: the latest change continues as a linear map takes each change to the next one.
+
+    The map is the least-squares fit to the stored computed steps (Schmid, J. Fluid Mech. 656, 2010). Snapshots are
+    changes per step, not values, so a constant part needs no mode. The changes count as evenly spaced, by the mean
+    spacing of the computed steps. A line is continued exactly, and so is an exponential if the spacing is even. With
+    two values the prediction is a line. One fit serves the whole batch.
+
+    Only inner products of the stored values enter the fit. After a gap the host waits for the device once more: at the
+    first reuse after computed steps. docs/choosing.md has the gain.
+    """
+
+    dmd_history: int = setting(5, integer(2, "a number of values"))
+    """Number of computed steps that the map is fitted to. So many values are stored for every result of a region and
+    every CFG branch."""
+    dmd_rank: int = setting(0, integer(0, "a number of modes"))
+    """The number of modes, at most: the strongest ones are kept. 0 keeps all that stand out from rounding."""
+
+
+@dataclass(frozen=True)
 class LagrangeCalibratorConfig(CalibratorConfig):
     """Lagrange extrapolation over the real timestep, of the model's output, with deferred correction.
 

@@ -4,7 +4,8 @@
 
 Every predictor in use is linear in the stored values: the prediction is `sum_j c_j * Y_j`, with `Y_0` the value of the
 latest computed step, `Y_1` of the computed step before it, and so on. So a calibrator is a pure function from the steps
-so far to the coefficients `c_j`. Each value is stored unchanged in a buffer of its own, and a prediction reads each
+so far to the coefficients `c_j`. A calibrator that fits its weights to the values (DMD) needs no more than their inner
+products, which come with the trail. Each value is stored unchanged in a buffer of its own, and a prediction reads each
 buffer once. Derivatives are never stored, and a computed step writes one buffer at any order.
 
 `cachedit bench` measures the predictions' accuracy on the bundled model; docs/choosing.md has the table.
@@ -20,11 +21,13 @@ from typing import Any, NamedTuple
 
 from cachedit_fx.config.calibrators import (
     CalibratorConfig,
+    DMDCalibratorConfig,
     FoCaCalibratorConfig,
     LagrangeCalibratorConfig,
     TaylorSeerCalibratorConfig,
 )
 from cachedit_fx.config.rules import ContractError, OptionError, check_config_class, reject_unknown
+from cachedit_fx.runtime.dmd import dmd_weights
 
 CORRECTED_RUN = 2
 """Highest number of computed steps after a gap with which the gap is still corrected. Each needs one more value."""
@@ -39,6 +42,9 @@ class Moment(NamedTuple):
     """Its timestep, in the model's unit; None if it is not known."""
     computed: bool = True
     """Whether the region was computed. Its values are then stored."""
+    products: tuple[float, ...] = ()
+    """Inner products of its stored value with the values of this and the earlier computed steps, the latest first. A
+    value is all results of the region. Empty unless the calibrator asks for it (`Calibrator.uses_products`)."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +58,14 @@ class Calibrator:
             holds the steps so far, computed and reused, the latest first. At least one is computed. There is one weight
             for each computed step of the trail, in the trail's order. The weights sum to 1; zeros at the end may be
             left out.
+        uses_products: whether the computed steps of the trail shall have `Moment.products`. They are computed with each
+            stored value, and read back at the first reuse after computed steps.
     """
 
     config_class: type[CalibratorConfig]
     values_kept: Callable[[Any], int]
     coefficients: Callable[[Any, Sequence[Moment], Moment], tuple[float, ...]]
+    uses_products: bool = False
 
 
 CALIBRATORS: dict[str, Calibrator] = {}
@@ -271,6 +280,13 @@ def foca_coefficients(trail: Sequence[Moment], step: int) -> tuple[float, ...]:
     return tuple(old + factor * (new - old) for new, old in zip(present, latest, strict=True))
 
 
+def dmd_coefficients(config: DMDCalibratorConfig, trail: Sequence[Moment], now: Moment) -> tuple[float, ...]:
+    """Dynamic mode decomposition of the computed steps; see `dmd_weights`."""
+    computed = [moment for moment in trail if moment.computed]
+    return dmd_weights([moment.products for moment in computed], [moment.step for moment in computed], now.step,
+                       config.dmd_rank)
+
+
 def _lagrange_values(config: LagrangeCalibratorConfig) -> int:
     return config.lagrange_order + 1 + CORRECTED_RUN * bool(config.deferred_correction)
 
@@ -291,3 +307,6 @@ register_calibrator(
     Calibrator(FoCaCalibratorConfig, lambda config: 3, lambda config, trail, now: foca_coefficients(trail, now.step)),
 )
 register_calibrator("lagrange", Calibrator(LagrangeCalibratorConfig, _lagrange_values, lagrange_coefficients))
+register_calibrator(
+    "dmd", Calibrator(DMDCalibratorConfig, lambda config: config.dmd_history, dmd_coefficients, uses_products=True)
+)

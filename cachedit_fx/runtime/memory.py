@@ -11,6 +11,7 @@ import torch
 from cachedit_fx.kernels.residual_apply import residual_apply
 from cachedit_fx.kernels.residual_store import residual_dtype, residual_like, residual_store
 from cachedit_fx.runtime.calibrators import Moment
+from cachedit_fx.runtime.guard import read_back
 from cachedit_fx.runtime.policies.base import Stored
 
 
@@ -27,6 +28,8 @@ class BranchMemory:
     """The step at which the present context began (`policies.base.context_start`)."""
     trail: list[Moment] = field(default_factory=list)
     """The steps since the earliest one with stored values, the latest first."""
+    unread: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Step -> `Moment.products` of computed steps in `trail` whose products are still on the device."""
     stored: list[list[torch.Tensor]] = field(default_factory=list)
     """For each result of the region, the values of the computed steps in `trail`, the latest first. A value is the
     result's residual, or the result if it has no base."""
@@ -40,10 +43,10 @@ class BranchMemory:
 
         The context can be restored until the next `store`.
         """
-        before = {"start": self.start, "signature": self.signature, "trail": self.trail}
+        before = {"start": self.start, "signature": self.signature, "trail": self.trail, "unread": self.unread}
         self.start = start
         self.signature = None
-        self.trail = []
+        self.trail, self.unread = [], {}
         return lambda: vars(self).update(before)
 
     def stored_for(self, signature: Hashable) -> Stored:
@@ -59,6 +62,7 @@ class BranchMemory:
         now: Moment,
         count: int,
         dtype: str = "wider",
+        products: bool = False,
     ) -> None:
         """Store the residuals of a computed step.
 
@@ -68,6 +72,7 @@ class BranchMemory:
             now: the step.
             count: number of computed steps whose values are stored afterwards, this one included.
             dtype: see `CalibratorConfig.calibrator_state_dtype`.
+            products: whether `Moment.products` are wanted.
         """
         if len(self.stored) != len(results):
             self.stored = [[] for _ in results]
@@ -81,6 +86,22 @@ class BranchMemory:
         residual_store(results, bases, oldest)
         for buffers, buffer in zip(self.stored, oldest, strict=True):
             buffers.insert(0, buffer)
+        if products:
+            computed = {moment.step for moment in self.trail if moment.computed}
+            self.unread = {step: row for step, row in self.unread.items() if step in computed}
+            self.unread[now.step] = _inner_products(self.stored, len(computed))
+
+    def read_trail(self) -> list[Moment]:
+        """The trail, its products read back in one transfer if they were asked for and are still on the device."""
+        if self.unread:
+            rows, numbers = self.unread, iter(read_back(list(self.unread.values())))
+            products = {step: tuple(itertools.islice(numbers, row.numel())) for step, row in rows.items()}
+            self.trail = [
+                moment._replace(products=products[moment.step]) if moment.step in products else moment
+                for moment in self.trail
+            ]
+            self.unread = {}
+        return self.trail
 
     def restore(self, bases: Sequence[torch.Tensor | None], weights: Sequence[float]) -> tuple[torch.Tensor, ...]:
         """The region's results from the bases of the present step and the weights of the stored values.
@@ -107,6 +128,21 @@ def _since_computed(trail: Sequence[Moment], count: int) -> list[Moment]:
     """The trail back to its `count`-th computed step."""
     ends = [index for index, moment in enumerate(trail) if moment.computed][:count]
     return list(trail[: ends[-1] + 1])
+
+
+def _inner_products(stored: Sequence[Sequence[torch.Tensor]], count: int) -> torch.Tensor:
+    """<Y_0, Y_j> of the latest `count` values, summed over all results of floating point: [count].
+
+    Sums are float64, float32 on Metal. Their differences count, which are small.
+    """
+    device = stored[0][0].device
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    total = torch.zeros(count, dtype=dtype, device=device)
+    for buffers in stored:
+        if buffers[0].is_floating_point():
+            sums = [(buffers[0] * buffer).sum(dtype=dtype) for buffer in buffers[:count]]
+            total += torch.stack(sums).to(device)
+    return total
 
 
 def _strides(value: torch.Tensor) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ import torch
 from cachedit_fx.config.calibrators import CalibratorConfig
 from cachedit_fx.config.options import LoopSettings
 from cachedit_fx.config.rules import ContractError
-from cachedit_fx.runtime.calibrators import Moment, coefficients, values_kept
+from cachedit_fx.runtime.calibrators import Moment, calibrator_of, coefficients, values_kept
 from cachedit_fx.runtime.call import LATE, STRAY, Call
 from cachedit_fx.runtime.guard import Residual, read_differences
 from cachedit_fx.runtime.memory import BranchMemory, copy_of
@@ -255,7 +255,7 @@ def _restored(
 ) -> tuple[torch.Tensor, ...]:
     """The region's results from stored values."""
     memory, calibrator = entry.memory, entry.settings.calibrator
-    weights = coefficients(calibrator, memory.trail, now)
+    weights = coefficients(calibrator, memory.read_trail(), now)
     shapes = [buffers[0].shape for buffers in memory.stored]
     return memory.restore(_bases(calibrator, bases(*base_inputs), shapes), weights)
 
@@ -269,11 +269,12 @@ def _store(
     """Keep the results of a computed step for later ones."""
     memory, calibrator = entry.memory, entry.settings.calibrator
     if entry.signature != memory.signature:
-        memory.trail = []
+        memory.trail, memory.unread = [], {}
     memory.signature = entry.signature
     dtype = calibrator.calibrator_state_dtype if calibrator is not None else "wider"
     result_bases = _bases(calibrator, bases, [result.shape for result in results])
-    memory.store(results, result_bases, now, values_kept(calibrator), dtype)
+    uses_products = calibrator_of(calibrator).uses_products
+    memory.store(results, result_bases, now, values_kept(calibrator), dtype, uses_products)
 
 
 def _bases(
