@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from cachedit_fx.bench.process import Worker, uninterrupted
 from cachedit_fx.bench.progress import Tell, silent
 from cachedit_fx.bench.rows import OURS, UNCACHED, Row, RowError, fewer_steps
 from cachedit_fx.bench.systems import Drawing, Setup, System
-from cachedit_fx.metrics.image import mean_psnr, psnr, ssim
+from cachedit_fx.metrics import PictureError, mean_psnr, psnr, ssim
 from cachedit_fx.runtime.stats import CacheStats
 
 SAME = 0.99
@@ -231,7 +232,10 @@ class Bench:
         """The row, and what its drawings show."""
         pictures = torch.cat([drawing.pictures for drawing in drawings])
         held = [drawing.bytes_held for drawing in drawings if drawing.bytes_held is not None]
-        against = psnr(pictures, self._pictures)
+        try:
+            against = psnr(pictures, self._pictures)
+        except PictureError as error:
+            raise BenchmarkError(f"{row.name}: {error}") from error
         steps = row.steps or self.settings.steps
         work, cached_steps = (
             self._by_flops(drawings) if self.settings.work == "flops" else self._by_blocks(drawings, steps)
@@ -244,7 +248,7 @@ class Bench:
             work=work,
             cached_steps=cached_steps,
             psnr=[value if math.isfinite(value) else None for value in against],
-            ssim=ssim(pictures, self._pictures),
+            ssim=ssim(pictures, self._pictures) if find_spec("torchmetrics") else None,
             accuracy=self._accuracy(pictures),
             bytes_held=max(held, default=None),
             cached_by_call=[drawing.cached_steps for drawing in drawings],

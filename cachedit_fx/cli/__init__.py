@@ -15,6 +15,7 @@ from cachedit_fx.cli.cold import cold
 from cachedit_fx.cli.coverage import coverage
 from cachedit_fx.cli.demo import demo
 from cachedit_fx.cli.kernels import bandwidth, kernels, verify
+from cachedit_fx.cli.metrics import metrics
 from cachedit_fx.cli.overhead import overhead
 from cachedit_fx.report.files import versions
 
@@ -74,6 +75,6 @@ benches = typer.Typer(
 benches.callback(help=_unwrapped(bench))(bench)
 _add(benches, overhead=overhead, cold=cold)
 app.add_typer(benches)
-_add(app, coverage=coverage)
+_add(app, coverage=coverage, metrics=metrics)
 _add(kernels, verify=verify, bench=bandwidth)
 app.add_typer(kernels)

@@ -283,8 +283,9 @@ def foca_coefficients(trail: Sequence[Moment], step: int) -> tuple[float, ...]:
 def dmd_coefficients(config: DMDCalibratorConfig, trail: Sequence[Moment], now: Moment) -> tuple[float, ...]:
     """Dynamic mode decomposition of the computed steps; see `dmd_weights`."""
     computed = [moment for moment in trail if moment.computed]
-    return dmd_weights([moment.products for moment in computed], [moment.step for moment in computed], now.step,
-                       config.dmd_rank)
+    return dmd_weights(
+        [moment.products for moment in computed], [moment.step for moment in computed], now.step, config.dmd_rank
+    )
 
 
 def _lagrange_values(config: LagrangeCalibratorConfig) -> int:

@@ -17,10 +17,12 @@ import numpy as np
 NOISE = 1e-10
 """Inner products are exact to this share. Modes that are weaker are rounding."""
 MAX_GROWTH = 2.0
-"""A mode grows at most by this factor from one rate to the next. Otherwise changes that begin suddenly would explode."""
+"""A mode grows at most by this factor from one rate to the next. Changes that begin suddenly would explode."""
 
 
-def dmd_weights(products: Sequence[Sequence[float]], steps: Sequence[int], step: int, rank: int = 0) -> tuple[float, ...]:
+def dmd_weights(
+    products: Sequence[Sequence[float]], steps: Sequence[int], step: int, rank: int = 0
+) -> tuple[float, ...]:
     """The weights of the values `Y_j` in the prediction for `step`; they sum to 1.
 
     One value is repeated, two are continued on a line. Values that do not change are repeated, and so is the latest

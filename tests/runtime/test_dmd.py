@@ -9,6 +9,7 @@ from lib.shared import SharedCapture
 from lib.toys import denoise, make
 
 from cachedit_fx import DBCacheConfig, DMDCalibratorConfig, OptionError
+from cachedit_fx.config.calibrators import Target
 from cachedit_fx.runtime import memory as memories
 from cachedit_fx.runtime.calibrators import Moment, coefficients, values_kept
 from cachedit_fx.runtime.dmd import dmd_weights
@@ -153,7 +154,7 @@ MASK = DBCacheConfig(
 @pytest.mark.keep_compiled
 @pytest.mark.parametrize("target", ["residual", "output"])
 def test_a_model_is_predicted_better_than_by_repetition_and_read_once_a_gap(
-    monkeypatch: pytest.MonkeyPatch, target: str
+    monkeypatch: pytest.MonkeyPatch, target: Target
 ) -> None:
     sizes: list[int] = []
 
