@@ -27,8 +27,10 @@ from cachedit_fx.bench.errors import BenchmarkError
 from cachedit_fx.bench.process import Worker, uninterrupted
 from cachedit_fx.bench.progress import Tell, silent
 from cachedit_fx.bench.rows import OURS, UNCACHED, Row, RowError, fewer_steps
+from cachedit_fx.bench.scorers import load_scorers
 from cachedit_fx.bench.systems import Drawing, Setup, System
 from cachedit_fx.metrics import PictureError, mean_psnr, psnr, ssim
+from cachedit_fx.metrics.text import prompt_scores
 from cachedit_fx.runtime.stats import CacheStats
 
 SAME = 0.99
@@ -53,6 +55,10 @@ class Settings:
     """Calls of the pipeline in a timed round, at most."""
     calibration: tuple[str, ...] = ()
     """Prompts that peers are calibrated on."""
+    clip: str | None = None
+    """The CLIP that scores pictures with their prompts: a folder, a name, or `DEFAULT_CLIP`; None: no score."""
+    image_reward: str | None = None
+    """The folder of ImageReward's weights; None: no score."""
     work: str = "flops"
     """The unit of work: "flops" of the transformer's calls, or "blocks" executed, which ours alone counts."""
     plain: str = "whole"
@@ -109,6 +115,12 @@ class Measured:
     """Of each picture against the uncached one; None: torchmetrics is not installed."""
     accuracy: dict[str, float] | None = None
     """By category; None: these prompts cannot be checked."""
+    clip_score: list[float] | None = None
+    """Of each picture with its prompt; None: not asked for, or no weights."""
+    image_reward: list[float] | None = None
+    """Of each picture with its prompt; None: not asked for, or no weights."""
+    flops: float | None = None
+    """Of the transformer's calls for one picture, the mean; None if they were not counted."""
     bytes_held: int | None = None
     """Of stored values, the most; None: the system does not tell."""
     cached_by_call: list[list[int] | None] = field(default_factory=list)
@@ -135,6 +147,16 @@ class Measured:
     def mean_ssim(self) -> float | None:
         """None: torchmetrics is not installed."""
         return statistics.fmean(self.ssim) if self.ssim else None
+
+    @property
+    def mean_clip_score(self) -> float | None:
+        """None: not asked for, or no weights."""
+        return statistics.fmean(self.clip_score) if self.clip_score else None
+
+    @property
+    def mean_image_reward(self) -> float | None:
+        """None: not asked for, or no weights."""
+        return statistics.fmean(self.image_reward) if self.image_reward else None
 
     @property
     def wall(self) -> float | None:
@@ -166,6 +188,7 @@ class Bench:
         self._flops: list[list[int]] = []
         self.reference: Measured | None = None
         """The uncached run."""
+        self.scorers = load_scorers(settings.clip, settings.image_reward)
 
     def check(self, rows: Sequence[Row]) -> None:
         """Raise `RowError` on arguments that ours does not take; nothing is compiled or drawn."""
@@ -234,6 +257,10 @@ class Bench:
         held = [drawing.bytes_held for drawing in drawings if drawing.bytes_held is not None]
         try:
             against = psnr(pictures, self._pictures)
+            similarity = ssim(pictures, self._pictures) if find_spec("torchmetrics") else None
+            scores: dict[str, Any] = {
+                name: prompt_scores(pictures, self.settings.prompts, scorer) for name, scorer in self.scorers.items()
+            }
         except PictureError as error:
             raise BenchmarkError(f"{row.name}: {error}") from error
         steps = row.steps or self.settings.steps
@@ -248,12 +275,14 @@ class Bench:
             work=work,
             cached_steps=cached_steps,
             psnr=[value if math.isfinite(value) else None for value in against],
-            ssim=ssim(pictures, self._pictures) if find_spec("torchmetrics") else None,
+            ssim=similarity,
             accuracy=self._accuracy(pictures),
+            flops=sum(sum(drawing.flops) for drawing in drawings) / len(pictures) or None,
             bytes_held=max(held, default=None),
             cached_by_call=[drawing.cached_steps for drawing in drawings],
             pictures=pictures if self._keeps else None,
             stats=drawings[-1].stats if self._keeps else None,
+            **scores,
         )
 
     def _by_flops(self, drawings: Sequence[Drawing]) -> tuple[float, float]:

@@ -41,6 +41,55 @@ def _cells(row: Measured) -> tuple[str, ...]:
     )
 
 
+FIDELITY = ("config", "CLIP score", "ImageReward", "PSNR dB", "TFLOPs", "speed-up")
+
+
+def fidelity(record: Record) -> Table:
+    """The table of cache-dit's README: scores with the prompt, PSNR, TFLOPs of a picture, speed-up.
+
+    Columns without a value are left out.
+    """
+    lines = [_fidelity_cells(row) for row in record.by_work()]
+    kept = [column for column in range(len(FIDELITY)) if any(line[column] for line in lines)]
+    result = Table(tuple(FIDELITY[column] for column in kept))
+    for line in lines:
+        result.add(*(line[column] for column in kept))
+    return result
+
+
+def _fidelity_cells(row: Measured) -> tuple[str, ...]:
+    clip, reward = row.mean_clip_score, row.mean_image_reward
+    *_, psnr, _, _, _ = _cells(row)
+    return (
+        row.name,
+        "" if clip is None else f"{clip:.4f}",
+        "" if reward is None else f"{reward:.4f}",
+        psnr,
+        "" if row.flops is None else f"{row.flops / 1e12:.4g}",
+        "" if row.wall is None else f"{1 / row.wall:.2f}x",
+    )
+
+
+def _fidelity_legend(record: Record) -> list[str]:
+    """What the columns of `fidelity` are, and why others are left out."""
+    reasons = [
+        "TFLOPs: of the transformer's calls for one picture; a multiply-add is 2. speed-up: 1 / wall. CLIP score: 100 "
+        "times the cosine of picture and prompt."
+    ]
+    if all(row.clip_score is None for row in record.rows):
+        reasons.append("No CLIP score: no CLIP of transformers in the hub's cache; --clip names a folder.")
+    if all(row.image_reward is None for row in record.rows):
+        reasons.append("No ImageReward: --image-reward names the folder of its weights.")
+    if all(row.wall is None for row in record.rows):
+        reasons.append("No speed-up: nothing was timed (--rounds 0).")
+    return reasons
+
+
+def _has_fidelity(record: Record) -> bool:
+    settings = record.settings
+    return settings.clip is not None or settings.image_reward is not None
+
+
 def explanations(record: Record) -> list[str]:
     """The meaning of the columns, the conditions, and what makes the figures hard to compare."""
     settings = record.settings
@@ -56,6 +105,7 @@ def explanations(record: Record) -> list[str]:
         "whole model. right: pictures that show what the prompt says. MiB held: stored values, if the system tells.",
         "N steps: no cache, as many steps as cost the same work as a cached row. In bold: on the Pareto front, no row "
         "being better at equal or less work.",
+        *(_fidelity_legend(record) if _has_fidelity(record) else []),
         *([against.LEGEND] if against.pairs_of(record.rows) else []),
         f"{record.machine}; {', '.join(f'{name} {version}' for name, version in record.versions.items())}.",
         f"Made by `{record.command}`.",
@@ -81,7 +131,8 @@ def parts(record: Record) -> list[Part]:
     pairs = against.pairs_of(record.rows)
     verdicts = [f"{'yes' if holds else 'NO'}: {words}" for holds, words in against.verdicts(pairs)]
     compared: list[Part] = [against.table(pairs), verdicts] if pairs else []
-    return [table(record), *compared, explanations(record)]
+    scores: list[Part] = [fidelity(record)] if _has_fidelity(record) else []
+    return [table(record), *scores, *compared, explanations(record)]
 
 
 def markdown(record: Record) -> str:

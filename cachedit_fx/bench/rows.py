@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,8 +40,9 @@ class Row:
 def read_rows(path: Path, steps: int) -> list[Row]:
     """The rows of a TOML file: each table is one, its name the row's, its keys keyword arguments of `enable_cache`.
 
-    `presets = true` above the tables adds a row for each of `cachedit_fx.presets(steps)`. A table with
-    `system = "cache-dit"` or `"diffusers"` holds that system's arguments instead.
+    A table without keys may have a name that says them, see `named_arguments`. `presets = true` above the tables adds a
+    row for each of `cachedit_fx.presets(steps)`. A table with `system = "cache-dit"` or `"diffusers"` holds that
+    system's arguments instead.
 
     Raises:
         RowError: if the file is missing, is no TOML, or holds something else.
@@ -62,12 +64,58 @@ def read_rows(path: Path, steps: int) -> list[Row]:
         system = arguments.pop("system", OURS)
         if system not in SYSTEMS:
             raise RowError(f"{path}, row {name!r}: system={system!r} is not one of {', '.join(SYSTEMS)}")
-        rows.append(Row(name, system, arguments))
+        rows.append(Row(name, system, arguments or named_arguments(name) or {}))
     if with_presets:
         rows += preset_rows(steps)
     if not rows:
         raise RowError(f'{path} has no rows: add a table, such as ["DBCache 0.2"], or `presets = true`')
     return rows
+
+
+_NAME = re.compile(
+    r"(?:DBCache_)?F(?P<Fn_compute_blocks>\d+)B(?P<Bn_compute_blocks>\d+)"
+    r"_W(?P<max_warmup_steps>\d+)(?:I(?P<warmup_interval>\d+))?"
+    r"(?:M(?P<max_cached_steps>\d+))?(?:MC(?P<max_continuous_cached_steps>\d+))?"
+    r"_R(?P<residual_diff_threshold>\d+(?:\.\d+)?)(?:_T1O(?P<taylorseer_order>\d))?"
+)
+"""`F8B0_W4MC2_R0.12`, as cache-dit's tables name a configuration; `_T1O2` at its end is TaylorSeer of order 2."""
+
+
+def named_arguments(name: str) -> dict[str, Any] | None:
+    """The arguments that a name in the style of cache-dit's tables says; None if it is no such name.
+
+    `F8B0_W4MC2_R0.12` has 8 first and 0 last blocks, 4 warm-up steps, at most 2 cached steps in a row, threshold 0.12.
+    `I` is the interval of warm-up steps, `M` the limit of cached steps. A limit of 0 is none.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    fields = {field: text for field, text in match.groupdict().items() if text is not None}
+    order = fields.pop("taylorseer_order", None)
+    threshold = fields.pop("residual_diff_threshold")
+    arguments: dict[str, Any] = {field: int(text) for field, text in fields.items()}
+    for limit in ("max_cached_steps", "max_continuous_cached_steps"):
+        if arguments.get(limit) == 0:
+            del arguments[limit]
+    arguments["residual_diff_threshold"] = float(threshold)
+    if order is not None:
+        arguments["calibrator"] = {"name": "taylorseer", "taylorseer_order": int(order)}
+    return arguments
+
+
+def named_row(name: str) -> Row:
+    """The row of a name such as `F8B0_W4MC2_R0.12`.
+
+    Raises:
+        RowError: if it is no such name.
+    """
+    arguments = named_arguments(name)
+    if arguments is None:
+        raise RowError(
+            f"{name!r} names no configuration: write one such as F8B0_W4MC2_R0.12 (blocks, warm-up, limit, "
+            "threshold), and _T1O2 after it for TaylorSeer of order 2"
+        )
+    return Row(name, arguments=arguments)
 
 
 def preset_rows(steps: int) -> list[Row]:

@@ -15,7 +15,18 @@ from cachedit_fx.bench.errors import BenchmarkError
 from cachedit_fx.bench.measure import Bench
 from cachedit_fx.bench.process import PEER_VERSION, check_peer
 from cachedit_fx.bench.record import Record
-from cachedit_fx.bench.rows import CACHE_DIT, DEFAULT, OURS, UNCACHED, Row, RowError, peer_rows, read_rows, select
+from cachedit_fx.bench.rows import (
+    CACHE_DIT,
+    DEFAULT,
+    OURS,
+    UNCACHED,
+    Row,
+    RowError,
+    named_row,
+    peer_rows,
+    read_rows,
+    select,
+)
 from cachedit_fx.bench.systems import check_arguments
 
 
@@ -33,16 +44,22 @@ class Plan:
         return [row for group in self.groups for row in group]
 
 
-def plan_rows(config: Path | None, steps: int, only: Sequence[str], peers: bool, peer_python: str) -> Plan:
+def plan_rows(
+    config: Path | None, steps: int, only: Sequence[str], peers: bool, peer_python: str, names: Sequence[str] = ()
+) -> Plan:
     """A group for each row of `config` (the default ones if None), and for each of the peers'.
 
+    With `names`, rows such as `F8B0_W4MC2_R0.12` take the place of the default ones.
     Rows of cache-dit are left out with a note if `peer_python` does not have it.
 
     Raises:
         RowError: if the rows cannot be used.
         BenchmarkError: if no row is left.
     """
-    rows = _checked(select(read_rows(config or DEFAULT, steps) + (peer_rows() if peers else []), only), steps)
+    own = [named_row(name) for name in names]
+    if config is not None or not names:
+        own += read_rows(config or DEFAULT, steps)
+    rows = _checked(select(own + (peer_rows() if peers else []), only), steps)
     notes: list[str] = []
     if any(row.system == CACHE_DIT for row in rows):
         try:

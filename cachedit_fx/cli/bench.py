@@ -94,6 +94,15 @@ class Rows:
             show_default="this one",
         ),
     ] = sys.executable
+    row: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A row by its settings, as cache-dit's tables name them: [b]F8B0_W4MC2_R0.12[/b] is 8 first and 0 "
+            "last blocks, 4 warm-up steps, 2 cached steps in a row at most, threshold 0.12. [b]_T1O2[/b] after it is "
+            "TaylorSeer of order 2. May be repeated.",
+        ),
+    ] = None
     list_rows: Annotated[bool, typer.Option("--list", help="Show the rows, and exit.")] = False
 
 
@@ -110,6 +119,18 @@ class Pictures:
             "with [b]pipe[/b] and [b]generate(pipe, prompts, steps, seed)[/b]. That returns float pictures "
             "\\[B, 3, H, W] in 0..1, picture i from the noise of seed + i, and may pass embeddings.",
         ),
+    ] = None
+    clip: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|NAME",
+            help="CLIP score by this CLIP of transformers: a folder, or a model of the hub that is in the local "
+            "cache.  [dim]\\[default: with --pipeline openai/clip-vit-large-patch14, if it is there][/dim]",
+        ),
+    ] = None
+    image_reward: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="ImageReward by the weights in this folder; see cachedit metrics."),
     ] = None
     prompts: Annotated[
         str | None,
@@ -231,7 +252,8 @@ def bench(
     [bold]work[/bold] is the FLOPs of the transformer's calls over the uncached run's. [bold]wall[/bold] is time over
     the uncached run's for the same prompt in the same round, the median; compiling is left out. PSNR and SSIM (from the
     extra [bold]metrics[/bold]) are against the uncached pictures from the same noise. [bold]right[/bold] is the share
-    of the bundled model's pictures that show what the prompt says.
+    of the bundled model's pictures that show what the prompt says. With a pipeline of yours, or [bold]--clip[/bold], a
+    second table has CLIP score, ImageReward, TFLOPs and speed-up.
     """
     if ctx.invoked_subcommand is not None:
         return
@@ -244,7 +266,7 @@ def bench(
         if what.against is not None:
             plan = plan_pairs(config, pictures.steps, what.only or (), what.peer_python)
         else:
-            plan = plan_rows(config, pictures.steps, what.only or (), what.peers, what.peer_python)
+            plan = plan_rows(config, pictures.steps, what.only or (), what.peers, what.peer_python, what.row or ())
         if what.list_rows:
             show(_list(plan))
             return
@@ -266,6 +288,7 @@ def _no_file(config: Path, commands: list[str]) -> str:
 def _settings(pictures: Pictures, running: Running, is_paired: bool) -> Settings:
     from cachedit_fx.bench.measure import Settings
     from cachedit_fx.bench.prompts import PromptError, calibration_prompts, chosen_prompts, known_prompts
+    from cachedit_fx.bench.scorers import DEFAULT_CLIP
 
     if pictures.prompts is not None and pictures.held_out is not None:
         raise typer.BadParameter("--prompts and --held-out are two ways to say what is drawn; give one of them")
@@ -290,6 +313,8 @@ def _settings(pictures: Pictures, running: Running, is_paired: bool) -> Settings
         batch=pictures.batch,
         rounds=running.rounds,
         timed=len(prompts) if is_paired else Settings.timed,
+        clip=pictures.clip or (DEFAULT_CLIP if pictures.pipeline else None),
+        image_reward=pictures.image_reward,
         calibration=calibration_prompts(prompts, pictures.pipeline, pictures.prompt_seed),
         granularity=running.granularity.value,
         peer_compile=running.peer_compile.value,

@@ -58,7 +58,7 @@ def ssim(pictures: Source, reference: Source, window: Window = "gaussian") -> li
     - "uniform": 7 x 7, covariances over n - 1, only pixels whose window is inside. scikit-image's default.
 
     Args:
-        pictures, reference: as wide and high as the window, or larger.
+        pictures, reference: 6 pixels or more wide and high, 7 with the uniform window.
         window: one of these two.
 
     Raises:
@@ -71,7 +71,7 @@ def ssim(pictures: Source, reference: Source, window: Window = "gaussian") -> li
     values = []
     for name, picture, other in paired(pictures, reference):
         if min(picture.shape[:2]) < size:
-            raise PictureError(f"picture {name} is smaller than SSIM's window: it must be {size} pixels or more")
+            raise PictureError(f"picture {name} is too small for SSIM: it must be {size} pixels or more on a side")
         values.append(compute(picture, other))
     return values
 
@@ -92,5 +92,5 @@ def _uniform(picture: np.ndarray, reference: np.ndarray) -> float:
     return float(structural_similarity(picture, reference, channel_axis=2, data_range=1.0))
 
 
-_WINDOWS = {"gaussian": (11, _gaussian), "uniform": (7, _uniform)}
-"""Name -> pixels on a side, and the value of one picture."""
+_WINDOWS = {"gaussian": (6, _gaussian), "uniform": (7, _uniform)}
+"""Name -> pixels that a side must have, and the value of one picture. Mirrored borders need half a window."""

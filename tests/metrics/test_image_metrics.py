@@ -119,7 +119,7 @@ BAD = [
     (lambda: psnr(__file__, GREY), "is no picture: its name must end with one of"),
     (lambda: psnr(3, GREY), "int is no picture"),  # type: ignore[arg-type]
     (lambda: psnr(Image.new("I;16", (12, 12)), GREY), "more than 8 bits a channel"),
-    (lambda: ssim(GREY[:9], GREY[:9]), "smaller than SSIM's window: it must be 11 pixels"),
+    (lambda: ssim(GREY[:5], GREY[:5]), "too small for SSIM: it must be 6 pixels"),
     (lambda: ssim(GREY, GREY, window="box"), "must be one of gaussian, uniform"),  # type: ignore[arg-type]
     (lambda: compare(Inputs(GREY, GREY), ["psrn"]), "'psrn' is no metric: choose from psnr, ssim"),
     (lambda: compare(Inputs(GREY), ["psnr"]), "there is no reference"),
