@@ -410,7 +410,6 @@ def own_calibrator_config(
 
     Raises:
         OptionError: if it is no calibrator's config of this package.
-        NotImplementedError: for DMD, which is not there yet.
     """
     if config is None or isinstance(config, OwnCalibratorConfig):
         return config
@@ -419,12 +418,7 @@ def own_calibrator_config(
     if not config.enable_calibrator and not config.enable_encoder_calibrator:
         return None
     check("calibrator_type", config.calibrator_type, choice(*_CALIBRATORS))
-    own_class: Any = getattr(cachedit_fx, _CALIBRATORS[config.calibrator_type].own, None)
-    if own_class is None:
-        raise NotImplementedError(
-            f"calibrator_type={config.calibrator_type!r}: cachedit_fx has no such calibrator yet; "
-            "TaylorSeerCalibratorConfig and FoCaCalibratorConfig work"
-        )
+    own_class: Any = getattr(cachedit_fx, _CALIBRATORS[config.calibrator_type].own)
     names = {each.name for each in fields(own_class)}
     values = {name: value for name, value in config.settings().items() if name in names}
     if isinstance(cache_config, DBPruneConfig) and cache_config.force_reduce_calibrator_vram:

@@ -7,6 +7,7 @@ folder of such files                        ┘
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,12 +116,12 @@ def named(source: Source) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _files(source: Source) -> Mapping[str, Path] | None:
-    """Name -> file, sorted by name; None if the source is no folder. Folders inside are searched too."""
+    """Name -> file, sorted by name, numbers by value; None if the source is no folder. Folders inside are searched."""
     folder = Path(source) if isinstance(source, (str, Path)) else None
     if folder is None or not folder.is_dir():
         return None
     files: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(folder.rglob("*"), key=_by_number):
         if path.suffix.lower() in KINDS and path.is_file():
             name = path.relative_to(folder).with_suffix("").as_posix()
             if name in files:
@@ -129,6 +130,12 @@ def _files(source: Source) -> Mapping[str, Path] | None:
     if not files:
         raise PictureError(f"{folder} has no pictures: it must hold files such as {', '.join(sorted(KINDS))}")
     return files
+
+
+def _by_number(path: Path) -> list[tuple[int, str]]:
+    """`2.png` comes before `10.png`: prompts are numbered so."""
+    parts = re.split(r"(\d+)", path.as_posix())
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def _count(source: Source) -> int:

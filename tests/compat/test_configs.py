@@ -141,11 +141,13 @@ def test_objects_of_the_other_package_are_recognised():
             translate(other)
 
 
-def test_calibrators_that_are_off_or_not_there():
+def test_calibrators_that_are_off():
     assert own_calibrator_config(cache_dit.TaylorSeerCalibratorConfig(False, False)) is None
-    if not hasattr(cachedit_fx, "DMDCalibratorConfig"):
-        with pytest.raises(NotImplementedError, match="TaylorSeerCalibratorConfig and FoCaCalibratorConfig work"):
-            own_calibrator_config(cache_dit.DMDCalibratorConfig())
+
+
+def test_dmd_has_cache_dits_history_and_rank():
+    own = own_calibrator_config(cache_dit.DMDCalibratorConfig(dmd_rank=2))
+    assert own == cachedit_fx.DMDCalibratorConfig(dmd_history=6, dmd_rank=2)
 
 
 def test_our_own_configs_pass_through():

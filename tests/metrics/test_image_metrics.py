@@ -90,6 +90,12 @@ def test_folders_are_paired_by_name_and_the_rest_is_listed(tmp_path: Path) -> No
     assert psnr(tmp_path / "a", tmp_path / "b") == [math.inf, math.inf]
 
 
+def test_files_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for name in ("10", "9", "img_2", "img_10", "img_1"):
+        Image.new("RGB", (2, 2)).save(tmp_path / f"{name}.png")
+    assert paired(tmp_path, tmp_path).names == ("9", "10", "img_1", "img_2", "img_10")
+
+
 def test_videos_are_compared_frame_by_frame(tmp_path: Path) -> None:
     frames = levels(0, 5, 12, 12, 3)
     for folder, part in (("a", frames), ("b", frames[:3])):
