@@ -14,7 +14,7 @@ import typer
 from cachedit_fx.bench.errors import RequestError
 from cachedit_fx.cli.options import check_out, grouped
 from cachedit_fx.cli.terminal import command_line, console, quiet, reported, show, warn
-from cachedit_fx.report.tables import Heading, Part, Table
+from cachedit_fx.report.tables import Heading, Part, Table, markdown
 
 if TYPE_CHECKING:
     from cachedit_fx.metrics import Inputs, Scores
@@ -104,10 +104,36 @@ class Networks:
     ] = 16
 
 
+class PsnrType(StrEnum):
+    """Both are one definition here."""
+
+    custom = "custom"
+    skimage = "skimage"
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """Other flags of cache-dit-metrics-cli"""
+
+    markdown: Annotated[
+        bool, typer.Option("--gen-markdown-table", "-table", help="Print the table as Markdown, and nothing else.")
+    ] = False
+    summary: Annotated[bool, typer.Option("--summary", "-s", help="No effect: the table is the summary.")] = False
+    verbose: Annotated[bool, typer.Option("--enable-verbose", "-verbose", help="No effect.")] = False
+    psnr_type: Annotated[
+        PsnrType, typer.Option(help="No effect: both have scikit-image's definition, which is right for 8 bits.")
+    ] = PsnrType.skimage
+    perf_log: Annotated[
+        Path | None,
+        typer.Option("--perf-log", "-plog", metavar="FILE", help="An error: [b]cachedit bench[/b] measures times."),
+    ] = None
+
+
 @grouped
 def metrics(
     given: Given,
     networks: Networks,
+    accepted: Accepted,
     names: Annotated[
         list[Name] | None,
         typer.Argument(metavar="METRIC...", show_default=False, help="One or more of " + ", ".join(Name) + "."),
@@ -133,6 +159,8 @@ def metrics(
     with reported(lambda: "; nothing was written"):
         wanted = None if Name.all in (names or ()) else [name.value for name in names or [Name.psnr]]
         _check(given)
+        if accepted.perf_log is not None:
+            raise typer.BadParameter("times are not read from logs: cachedit bench measures them", param_hint="-plog")
         if out is not None:
             check_out(out)
         with quiet():
@@ -143,7 +171,10 @@ def metrics(
             except PictureError as error:
                 raise RequestError(str(error)) from error
         page = [_table(results), *_notes(results)]
-        show(*page)
+        if accepted.markdown:
+            typer.echo(markdown(page[0]))
+        else:
+            show(*page)
         if out is not None:
             _save(out, results, page)
             console.print()

@@ -179,6 +179,14 @@ def test_the_command_compares_folders_and_leaves_files(folders: Path) -> None:
     assert "| 3 | 24.0484 | 256.0000 |" in table and "alone.png (no reference)" in table
 
 
+def test_flags_of_cache_dits_command_are_taken(folders: Path) -> None:
+    pictures = ("-i1", folders / "uncached", "-i2", folders / "runs/far")
+    result = invoke("metrics", *pictures, "-s", "-table", "-verbose", "--psnr-type", "custom", "-b", 2)
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines() == ["| pictures | n | PSNR dB↑ |", "| --- | ---: | ---: |",
+                                          f"| {folders / 'runs/far'} | 3 | 24.0484 |"]  # fmt: skip
+
+
 def test_all_computes_what_can_be_and_says_why_the_rest_is_not(folders: Path) -> None:
     result = invoke("metrics", "all", "-i1", folders / "uncached", "-i2", folders / "runs/far", columns=300)
     assert result.exit_code == 0, result.output
@@ -197,6 +205,7 @@ def test_all_computes_what_can_be_and_says_why_the_rest_is_not(folders: Path) ->
         (("fid", "-i1", "uncached", "-i2", "runs/near"), "FID needs an Inception"),
         (("clip_score", "-p", "none.txt", "-i2", "runs/near"), "none.txt is no file of prompts"),
         (("psnr", "-r", "uncached", "-d", "uncached"), "holds no folders and no videos"),
+        (("psnr", "-r", "uncached", "-d", "runs", "-plog", "log"), "cachedit bench measures them"),
     ],
 )
 def test_the_command_tells_bad_requests(folders: Path, monkeypatch, arguments: tuple[str, ...], message: str) -> None:

@@ -34,6 +34,7 @@ COMMANDS = (
     ["bench", "overhead"],
     ["bench", "cold"],
     ["coverage"],
+    ["metrics"],
     ["kernels"],
     ["kernels", "verify"],
     ["kernels", "bench"],
