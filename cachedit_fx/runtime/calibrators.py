@@ -281,8 +281,10 @@ def foca_coefficients(trail: Sequence[Moment], step: int) -> tuple[float, ...]:
 
 
 def dmd_coefficients(config: DMDCalibratorConfig, trail: Sequence[Moment], now: Moment) -> tuple[float, ...]:
-    """Dynamic mode decomposition of the computed steps; see `dmd_weights`."""
-    computed = [moment for moment in trail if moment.computed]
+    """Dynamic mode decomposition of the computed steps; see `dmd_weights`. Steps without products are left out."""
+    computed = [moment for moment in trail if moment.computed and moment.products]
+    if not computed:
+        return (1.0,)
     return dmd_weights(
         [moment.products for moment in computed], [moment.step for moment in computed], now.step, config.dmd_rank
     )

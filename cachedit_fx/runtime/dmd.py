@@ -3,9 +3,11 @@
     values Y_0 (latest), Y_1, ...  ──►  rates v_j = (Y_j - Y_{j+1}) / steps between  ──►  v_{j-1} = A v_j, least squares
     prediction  Y_0 + w (A + A^2 + ... + A^p) v_0          w: mean spacing in steps,  p: steps to go / w
 
-Schmid 2010 fits `A` to the values themselves; the rates leave out the constant part, which would need a mode. On
-recorded outputs of the bundled model rates were better at every history from 3 to 6 values. `A v_0` lies in the span of
-the rates, so `A` is never made: the matrix `K` of `A` in this span follows from inner products.
+Schmid 2010 fits `A` to the values themselves. Rates leave out the constant part, which would need a mode. On the
+bundled model without guidance (examples/benchmarks/dmd.toml) values gave 48.3 dB in place of 50.1 for the output, 48.1
+in place of 51.5 for residuals, and 48.5 in place of 51.9 with a threshold.
+
+`A v_0` lies in the span of the rates, so `A` is never made: its matrix `K` in this span follows from inner products.
 """
 
 from __future__ import annotations

@@ -140,6 +140,14 @@ def test_a_new_generation_forgets_the_products_and_may_take_them_back() -> None:
     assert memory.read_trail() == [Moment(0, products=(18.0,))]
 
 
+def test_steps_without_products_are_left_out() -> None:
+    """As after a change of the calibrator in the middle of a generation."""
+    config, now = DMDCalibratorConfig(), Moment(4)
+    assert coefficients(config, [Moment(1), Moment(0)], now) == (1.0,)
+    trail = [Moment(3, products=(4.0, 3.0, 1.0)), Moment(2, products=(2.5, 1.0)), Moment(1)]
+    assert coefficients(config, trail, now) == pytest.approx((2.0, -1.0))
+
+
 def test_settings_are_checked() -> None:
     with pytest.raises(OptionError, match="dmd_history=1 is not allowed: it must be an integer >= 2"):
         DMDCalibratorConfig(dmd_history=1)

@@ -10,6 +10,7 @@ from lib.toys import FALLING, Timeless, denoise, make, noise
 
 from cachedit_fx import DBCacheConfig, Reason, enable_cache, refresh_context, summary
 from cachedit_fx.runtime import clock, guard, session
+from cachedit_fx.runtime import memory as memories
 from cachedit_fx.runtime.calibrators import Moment
 from cachedit_fx.runtime.guard import read_back
 from cachedit_fx.runtime.memory import BranchMemory
@@ -127,7 +128,7 @@ class Readings:
             self.sizes.append(len(values))
             return read_back(values)
 
-        for module in (guard, clock, session):
+        for module in (guard, clock, session, memories):
             monkeypatch.setattr(module, "read_back", counting)
 
     def take(self):
