@@ -133,14 +133,15 @@ def _since_computed(trail: Sequence[Moment], count: int) -> list[Moment]:
 def _inner_products(stored: Sequence[Sequence[torch.Tensor]], count: int) -> torch.Tensor:
     """<Y_0, Y_j> of the latest `count` values, summed over all results of floating point: [count].
 
-    Sums are float64, float32 on Metal. Their differences count, which are small.
+    Products are float32 or wider, sums float64 (float32 on Metal): the differences of the sums count, which are small.
     """
     device = stored[0][0].device
     dtype = torch.float32 if device.type == "mps" else torch.float64
     total = torch.zeros(count, dtype=dtype, device=device)
     for buffers in stored:
         if buffers[0].is_floating_point():
-            sums = [(buffers[0] * buffer).sum(dtype=dtype) for buffer in buffers[:count]]
+            latest = buffers[0].to(torch.promote_types(buffers[0].dtype, torch.float32))
+            sums = [(latest * buffer).sum(dtype=dtype) for buffer in buffers[:count]]
             total += torch.stack(sums).to(device)
     return total
 
