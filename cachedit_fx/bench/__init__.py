@@ -3,6 +3,7 @@
     rows.py        which configurations: a TOML file's, the presets, the peers'
     prompts.py     which pictures
     systems.py     a pipeline with one cache switched on, whoever made the cache; draws, counts, takes the time
+    scorers.py     CLIP score and ImageReward, if their weights are there
     process.py     the same in a process of its own, for peers that patch the pipeline's class (worker.py runs there)
     measure.py     groups of rows in, measured rows out
     run.py         rows into groups, groups into a record.py, which can be resumed; pages.py shows the record
