@@ -101,7 +101,7 @@ def test_clip_score_is_the_cosine(tmp_path: Path) -> None:
 
 
 def test_image_reward_depends_on_picture_and_prompt_and_is_normed(tmp_path: Path) -> None:
-    """The translation of names was compared with the authors' code once: equal to seven digits."""
+    """The translation of names was compared with the code of the authors once: equal to four digits."""
     save_image_reward(tmp_path)
     score = load_image_reward(tmp_path)
     pictures = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (48, 40, 3), dtype=np.uint8)) for i in (0, 1)]
