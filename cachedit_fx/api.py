@@ -16,7 +16,7 @@ from cachedit_fx.capture import is_wrapper, on_compile, unwrap_call
 from cachedit_fx.config.cache import DBCacheConfig
 from cachedit_fx.config.calibrators import CalibratorConfig
 from cachedit_fx.config.options import Options, ParamsModifier, parse_options
-from cachedit_fx.config.rules import OptionError
+from cachedit_fx.config.rules import FLAG, OptionError, check, integer, optional
 from cachedit_fx.kernels.cpu import compiler
 from cachedit_fx.passes.base import Traced
 from cachedit_fx.runtime.compiled_call import CompiledCall, Guards
@@ -43,6 +43,13 @@ RECOMPILE_LIMIT = 64
 """Graphs of one model. Dynamo's default of eight is soon used up: every loaded adapter makes a graph, as do autocast,
 grad modes, a batch of one, other inputs. Calls beyond the limit run eager, uncached."""
 
+TORCH_RULES = {
+    "fullgraph": FLAG,
+    "dynamic": optional(FLAG),
+    "recompile_limit": integer(1, "a number of graphs"),
+}
+"""Keyword of `torch.compile` -> the values that it may have."""
+
 
 def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa: A001 - the name torch uses
     """Compile `module` in place with the cachedit backend, and return it.
@@ -64,8 +71,9 @@ def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa
     Raises:
         OptionError: on an unknown or invalid option, before anything is compiled.
     """
-    torch_names = ("fullgraph", "dynamic", "recompile_limit")
-    changes: dict[str, Any] = {name: options.pop(name) for name in torch_names if name in options}
+    changes: dict[str, Any] = {name: options.pop(name) for name in TORCH_RULES if name in options}
+    for name, value in changes.items():
+        check(name, value, TORCH_RULES[name])
     guards: Guards | None = options.pop("guards", None)
     if guards not in (None, *get_args(Guards)):
         raise OptionError(f"guards={guards!r}: expected {' or '.join(map(repr, get_args(Guards)))}")

@@ -48,10 +48,10 @@ def read_rows(path: Path, steps: int) -> list[Row]:
         RowError: if the file is missing, is no TOML, or holds something else.
     """
     try:
-        page = tomllib.loads(path.read_text())
+        page = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise RowError(f"{path} cannot be read ({error.strerror})") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RowError(f"{path} is not TOML: {error}") from None
     with_presets = page.pop("presets", False)
     rows = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import inspect
 import io
 import json
@@ -252,16 +253,11 @@ def load_entry(entry: str | None, guidance: float = 1.0) -> tuple[Any, Generate]
             return generate(pipe, prompts, steps, seed, true_cfg_scale=guidance)
 
         return load_pipeline(), draw
-    module, _, name = entry.partition(":")
-    if os.getcwd() not in sys.path:  # as it is under `python -m`
-        sys.path.insert(0, os.getcwd())
+    module, name = _parts_of(entry)
     try:
         made = getattr(importlib.import_module(module), name)()
     except (ImportError, AttributeError, ValueError) as error:
-        raise EntryError(
-            f"{entry!r} gives no pipeline ({error}): name a function as MODULE:FUNCTION, in the current folder or "
-            "installed, that takes no arguments and returns a pipeline"
-        ) from error
+        raise _no_pipeline(entry, error) from error
     if hasattr(made, "pipe") and callable(getattr(made, "generate", None)):
         return made.pipe, made.generate
     if hasattr(made, "components") and callable(made):
@@ -272,6 +268,32 @@ def load_entry(entry: str | None, guidance: float = 1.0) -> tuple[Any, Generate]
     raise EntryError(
         f"{entry!r} returned a {type(made).__name__}: return a diffusers pipeline, or an object with `pipe` and "
         "`generate(pipe, prompts, steps, seed)`, which returns float pictures [B, 3, H, W] in 0..1"
+    )
+
+
+def check_entry(entry: str) -> None:
+    """Raise `EntryError` if there is no module that `load_entry` could import. The module itself is not imported."""
+    module, name = _parts_of(entry)
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise _no_pipeline(entry, error) from error
+    if spec is None or not name:
+        raise _no_pipeline(entry, f"no module named {module!r}" if spec is None else "no function is named")
+
+
+def _parts_of(entry: str) -> tuple[str, str]:
+    """The names of module and function. Modules are found in the current folder too, as under `python -m`."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    module, _, name = entry.partition(":")
+    return module, name
+
+
+def _no_pipeline(entry: str, reason: object) -> EntryError:
+    return EntryError(
+        f"{entry!r} gives no pipeline ({reason}): name a function as MODULE:FUNCTION, in the current folder or "
+        "installed, that takes no arguments and returns a pipeline"
     )
 
 

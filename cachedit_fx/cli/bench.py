@@ -262,12 +262,15 @@ def bench(
     with reported(lambda: "; nothing was measured"):
         with quiet():
             from cachedit_fx.bench.run import plan_pairs, plan_rows
+            from cachedit_fx.bench.systems import check_entry
 
         if what.against is not None:
             plan = plan_pairs(config, pictures.steps, what.only or (), what.peer_python)
         else:
             plan = plan_rows(config, pictures.steps, what.only or (), what.peers, what.peer_python, what.row or ())
         if what.list_rows:
+            if pictures.pipeline is not None:
+                check_entry(pictures.pipeline)
             show(_list(plan))
             return
         settings = _settings(pictures, running, is_paired=what.against is not None)

@@ -8,6 +8,7 @@ position, and the numbering of its regions. A graph that is called alone (plain 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -36,10 +37,17 @@ NO_LOOP = "no block loop"
 
 @dataclass(frozen=True)
 class Uncached:
-    """The reason why a graph, or a whole call, runs uncached: a label for statistics, and a sentence for people."""
+    """The reason why a graph, or a whole call, runs uncached.
+
+    Attributes:
+        cause: a label for statistics.
+        explanation: a sentence for people.
+        is_step: whether such a call may be a step of a generation that is cached otherwise.
+    """
 
     cause: str
     explanation: str
+    is_step: bool = True
 
 
 class current_call:  # noqa: N801 - a context manager, and used like a function
@@ -183,16 +191,25 @@ class Call:
         uncached = self.uncached
         if uncached is not None:
             with self.session.lock:
-                self._place_uncached()
-                self.session.record_uncached(uncached.cause)
+                self._place_uncached(uncached.is_step)
+                self.session.record_uncached(uncached.cause, uncached.is_step)
             self.session.state.warn_once(uncached.explanation, (lambda: diagnose(self)) if diagnose else None)
 
-    def _place_uncached(self) -> None:
-        """Let an uncached call begin a generation too, if that is known without waiting for a device."""
+    def _place_uncached(self, is_step: bool) -> None:
+        """Let an uncached call begin a generation too, if that is known without waiting for a device.
+
+        A call that is no step begins a generation only among the calls that are none.
+        """
         tracker = self.session.tracker
         if self.is_located or (not tracker.is_clocked(self.tick) and (self.time.waits or self.time() is None)):
             return
-        position = tracker.observe(Evidence(None, self.branch_name, self.tick, self.time))
+        evidence = Evidence(None, self.branch_name, self.tick, self.time)
+        if not is_step:
+            if tracker.begins_aside(evidence):
+                self.session.aside = Counter()
+            return
+        self.session.end_aside(tracker.joins_aside(evidence))
+        position = tracker.observe(evidence)
         if position is not None and position.generation != self.session.generation:
             self.session.begin(position.generation)
         self.session.tick = self.tick

@@ -8,7 +8,8 @@ their own. Nothing is patched, and no tensor is read: everything is on the host.
 
 `index` comes from the first of two sources that the pipeline has:
 
-- `scheduler.step_index`, which `scheduler.step` advances. Until the first step it is the index to begin with.
+- `scheduler.step_index`, which `scheduler.step` advances. Until the first step it is the index to begin with. What is
+  no integer is no index.
 - `pipe._current_timestep`, if it is an element of `scheduler.timesteps`: its place in that tensor's memory.
 
 Of several schedulers (inversion has its own) those that made their last step are left out, unless all did.
@@ -17,9 +18,11 @@ Of several schedulers (inversion has its own) those that made their last step ar
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Real
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -76,6 +79,7 @@ class Tick(NamedTuple):
         indices: the place of each scheduler in its timesteps; None if it is not known.
         steps: number of steps of the generation; None if it is not known.
         is_over: whether all schedulers have made their last step.
+        kinds: the schedulers' classes.
     """
 
     method: CodeType
@@ -83,6 +87,7 @@ class Tick(NamedTuple):
     indices: tuple[int | None, ...]
     steps: int | None
     is_over: bool = False
+    kinds: tuple[type, ...] = ()
 
     @property
     def tells_steps(self) -> bool:
@@ -103,6 +108,10 @@ class Tick(NamedTuple):
             one is not None and two is not None and one < two
             for one, two in zip(self.indices, other.indices, strict=True)
         )
+
+    def same_clock(self, other: Tick) -> bool:
+        """Whether both ticks are of one method's schedulers, or of others of their classes."""
+        return self.method is other.method and self.kinds == other.kinds
 
     @property
     def is_last(self) -> bool:
@@ -143,6 +152,7 @@ def clock() -> Tick | None:
         tuple(reading.index for reading in running),
         running[0].steps if len(running) == 1 else None,
         all(reading.is_over for reading in running),
+        tuple(reading.kind for reading in running),
     )
 
 
@@ -176,11 +186,12 @@ def _outermost(pipeline: Any, frame: FrameType) -> FrameType:
     return outermost
 
 
-def guidance() -> tuple[float | None, bool]:
+def guidance() -> tuple[Any, bool]:
     """The scale of classifier-free guidance of the pipeline that is calling, and whether it says that it guides.
 
-    The scale is None if it is not known. A pipeline that guides by one call a step doubles the batch. `true_cfg_scale`
-    comes first: if a pipeline has it, `guidance_scale` is an input of the model.
+    The scale is as the pipeline has it: the first number, or else the first other value but None. `true_cfg_scale`
+    comes first: if a pipeline has it, `guidance_scale` is an input of the model. A pipeline that guides by one call a
+    step doubles the batch.
     """
     pipeline, frame = _calling_pipeline(sys._getframe(1))
     if frame is None:
@@ -192,7 +203,8 @@ def guidance() -> tuple[float | None, bool]:
         variables.get("guidance_scale"),
         _attribute(_attribute(pipeline, "guider"), "guidance_scale"),
     )
-    scale = next((float(value) for value in scales if isinstance(value, (int, float))), None)
+    values = [value for value in scales if value is not None]
+    scale = next((value for value in values if isinstance(value, Real)), values[0] if values else None)
     words = (_attribute(pipeline, "do_classifier_free_guidance"), variables.get("do_classifier_free_guidance"))
     return scale, any(word is True for word in words)
 
@@ -209,7 +221,8 @@ def _schedulers(owner: Any) -> Iterator[Any]:
     """The attributes of `owner` that are schedulers."""
     for value in getattr(owner, "__dict__", {}).values():
         kind: type = type(value)
-        if _has_timesteps(kind) and isinstance(_attribute(value, "timesteps"), torch.Tensor):
+        timesteps = _attribute(value, "timesteps") if _has_timesteps(kind) else None
+        if isinstance(timesteps, torch.Tensor) and timesteps.dim():
             yield value
 
 
@@ -225,6 +238,7 @@ class _Reading:
     timesteps: torch.Tensor
     index: int | None
     steps: int
+    kind: type
 
     @property
     def is_over(self) -> bool:
@@ -242,18 +256,17 @@ def _reading(scheduler: Any, pipeline: Any) -> _Reading:
     begin = _attribute(scheduler, "begin_index")
     if not isinstance(begin, int):
         begin = count - total if isinstance(total, int) and 0 < total <= count else 0
-    index: int | None
-    if hasattr(scheduler, "step_index"):
-        step = _attribute(scheduler, "step_index")
-        index = begin if step is None else int(step)
-    else:
+    try:
+        step = scheduler.step_index
+        index = begin if step is None else operator.index(step)
+    except Exception:  # there is none, or it is no integer, such as a method
         index = _place(_attribute(pipeline, "_current_timestep"), timesteps)
-    return _Reading(timesteps, index, count - begin)
+    return _Reading(timesteps, index, count - begin, type(scheduler))
 
 
 def _place(element: Any, timesteps: torch.Tensor) -> int | None:
     """The index of `element` in `timesteps`, if it is a view of it."""
-    if not isinstance(element, torch.Tensor) or element.dim() or timesteps.dim() != 1:
+    if not isinstance(element, torch.Tensor) or element.dim() or timesteps.dim() != 1 or not timesteps.stride(0):
         return None
     if element.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
         return None

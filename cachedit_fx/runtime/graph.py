@@ -21,7 +21,7 @@ from cachedit_fx.runtime.region import RegionInfo
 from cachedit_fx.runtime.region_call import RegionCall
 from cachedit_fx.runtime.registry import StateFinder
 
-GRADIENTS = Uncached("gradients wanted", "gradients wanted: nothing is cached under grad mode")
+GRADIENTS = Uncached("gradients wanted", "gradients wanted: nothing is cached under grad mode", is_step=False)
 
 
 class RewrittenGraph:

@@ -227,11 +227,14 @@ class RegionCall:
         before = tracker.generation
         call.on_failure(lambda: tracker.restore(before))
         call.is_located = True
-        call.position = tracker.observe(Evidence(signature, call.branch_name, call.tick, call.time))
+        evidence = Evidence(signature, call.branch_name, call.tick, call.time)
+        joins_aside = tracker.joins_aside(evidence)
+        call.position = tracker.observe(evidence)
         if call.position is None:
             call.on_success(lambda: self.session.record_uncached(LATE))
             return {}
         call.on_success(lambda: setattr(self.session, "tick", call.tick))
+        call.on_success(lambda: self.session.end_aside(joins_aside))
         if call.position.generation == self.session.generation:
             return differences
         call.on_failure(self.session.begin(call.position.generation))

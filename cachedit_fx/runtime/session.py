@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextvars
+import math
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -127,7 +129,7 @@ class Session:
         self.state, self.name, self.is_stray = state, name, is_stray
         self.lock = threading.RLock()
         """Held while memory and statistics change, and while they are read."""
-        self.tracker = Tracker(state.config or DBCacheConfig())
+        self.tracker = Tracker(state.config or DBCacheConfig(), state.warn_once)
         self.generation = -1
         self.memories: dict[tuple[RegionKey, int], BranchMemory] = {}
         self._histories: dict[tuple[ChainKey, int], tuple[int, Any]] = {}
@@ -139,6 +141,8 @@ class Session:
         self.stats: dict[ChainKey, CacheStats] = {}
         self.configs: dict[ChainKey, DBCacheConfig] = {}
         self.uncached: Counter[str] = Counter()
+        self.aside: Counter[str] | None = None
+        """Causes of calls that are no steps, of a generation that had no step yet; None if there is none."""
         self.failed_calls = 0
         """Calls of the present generation that raised, and those since the last one that did not."""
         self._failures = 0
@@ -199,7 +203,21 @@ class Session:
         steps = len(place[0]) - place[1] + step if place is not None else None
         scale, doubles_batch = guidance()
         is_guided = doubles_batch or len(self.tracker.generation.shapes) > 1
-        return GenerationFacts(steps, scale if is_guided else 1.0)
+        return GenerationFacts(steps, self._finite(scale) if is_guided else 1.0)
+
+    def _finite(self, scale: Any) -> float | None:
+        """A pipeline's scale of guidance as a number; None, with a warning, if it is no finite number."""
+        if scale is None:
+            return None
+        with suppress(OverflowError):
+            if isinstance(scale, Real) and math.isfinite(scale):
+                return float(scale)
+        words = str(scale) if isinstance(scale, float) else f"of type {type(scale).__name__}"
+        self.state.warn_once(
+            f"the pipeline's guidance scale, {words}, is no finite number: the preset is as careful as for the "
+            "strongest guidance"
+        )
+        return None
 
     def schedule_time(self, tick: Tick) -> float | None:
         """The time of a clock's place, as a number. The schedule is read once in a generation."""
@@ -290,9 +308,16 @@ class Session:
             )
         return self.stats[chain]
 
-    def record_uncached(self, cause: str) -> None:
+    def record_uncached(self, cause: str, is_step: bool = True) -> None:
         """Count a call about which no policy decided."""
-        self.uncached[cause] += 1
+        counts = self.uncached if is_step or self.aside is None else self.aside
+        counts[cause] += 1
+
+    def end_aside(self, is_joined: bool) -> None:
+        """A step comes. If it joins the generation of the calls that are no steps, they count in its generation."""
+        aside, self.aside = self.aside, None
+        if aside and is_joined:
+            self.uncached.update(aside)
 
     def summary(self) -> list[CacheStats]:
         """The present generation's statistics: one entry for each region, or with DBPrune for each chain.
@@ -308,9 +333,10 @@ class Session:
             for stats, action, watch in watches:
                 stats.record_seconds(action, watch.seconds())
             self._measure_bytes()
-            entries = [stats.copy() for stats in self.stats.values()]
-            if not entries and (self.uncached or self.failed_calls):
-                entries = [CacheStats("uncached", 0, 0, 0, uncached_causes=Counter(self.uncached))]
+            uncached = self.uncached if self.aside is None else self.aside
+            entries = [stats.copy() for stats in self.stats.values()] if self.aside is None else []
+            if not entries and (uncached or self.failed_calls):
+                entries = [CacheStats("uncached", 0, 0, 0, uncached_causes=Counter(uncached))]
             for stats in entries:
                 stats.session, stats.failed_calls = self.name, self.failed_calls
         return entries

@@ -50,6 +50,8 @@ from cachedit_fx.runtime.clock import Tick, Timestep
 
 MAX_UNNAMED_BRANCHES = 4
 """Highest number of branches distinguished by the timestep alone; some video models have four."""
+MAX_LONE_STEPS = 4
+"""Fewest generations in a row, of one step each and beside each other, that are taken for steps of one generation."""
 
 
 class Position(NamedTuple):
@@ -101,6 +103,17 @@ class Generation:
     """Branch -> shape, for every branch that had a call in the generation."""
     suspicion: int = 0
     """Calls that the clock does not explain: after its last step, or before its first one."""
+    alone: int = 0
+    """Generations just before this one that had one step each, each beside the next one in the clock's schedule.
+
+    Negative if the clock's index fell from each to the next.
+    """
+    aside: "Generation | None" = None
+    """The calls since the latest step that are no steps, such as those that want gradients."""
+
+    def is_left_by(self, evidence: Evidence, timestep: float | None) -> bool:
+        """Whether a call certainly belongs to a later generation."""
+        return bool(self.calls) and (_other_schedule(self.tick, evidence.tick) or self.turns_back(timestep))
 
     def turns_back(self, timestep: float | None) -> bool:
         """Whether the timestep goes against the generation's direction."""
@@ -124,6 +137,7 @@ class Generation:
             tick=evidence.tick,
             in_step=(*in_step, (evidence.name, place.branch)),
             suspicion=self.suspicion if place.step == 0 else 0,
+            alone=self.alone if place.step == 0 else 0,
             branches=self.branches if place.key is None else {**self.branches, place.key: place.branch},
             shapes={**self.shapes, place.branch: evidence.shape},
         )
@@ -140,16 +154,21 @@ class Place(NamedTuple):
 class Tracker:
     """The positions of the calls of one model in one session.
 
-    Attributes:
+    Args:
         config: may be replaced between calls.
+        warn: called with a sentence for people when a clock turns out to tell no steps.
+
+    Attributes:
         generation: the calls so far.
     """
 
-    def __init__(self, config: DBCacheConfig) -> None:
-        self.config = config
+    def __init__(self, config: DBCacheConfig, warn: Callable[[str], None] = lambda message: None) -> None:
+        self.config, self._warn = config, warn
         self.generation = Generation(0)
         self._stopped: Tick | None = None
         """Of a clock that stood still while steps went on."""
+        self._restless: list[Tick] = []
+        """One tick of each clock that showed another generation at every step."""
 
     def observe(self, evidence: Evidence) -> Position | None:
         """Find the position of the next call; None if it comes after the last step of the clock's schedule."""
@@ -157,17 +176,37 @@ class Tracker:
         if evidence.tick is not None and evidence.tick.is_over:
             self.generation = replace(self.generation, suspicion=self.generation.suspicion + 1)
             return None
-        timestep = None if self.is_clocked(evidence.tick) else evidence.timestep()
-        if timestep is not None and math.isnan(timestep):
-            timestep = None
+        timestep = self._time_of(evidence)
         place = self._place(evidence, timestep)
         if self._begins_generation(evidence, timestep, place):
             stays = self.is_clocked(evidence.tick) and _same_tick(self.generation.tick, evidence.tick)
             suspicion = self.generation.suspicion + 1 if stays else 0
-            self.generation = Generation(self.generation.number + 1, suspicion=suspicion)
+            alone = self._lone_steps(evidence.tick)
+            self.generation = Generation(self.generation.number + 1, suspicion=suspicion, alone=alone)
             place = self._place(evidence, timestep)
         self.generation = self.generation.with_call(evidence, timestep, place)
         return Position(self.generation.number, place.step, place.branch)
+
+    def begins_aside(self, evidence: Evidence) -> bool:
+        """Take note of a call that is no step. Returns whether it begins a generation, as far as that is certain.
+
+        The position of the next step is the same as without the call.
+        """
+        evidence = self._with_running_clock(evidence)
+        timestep, latest = self._time_of(evidence), self.generation.aside or self.generation
+        begins = not latest.calls or latest.is_left_by(evidence, timestep)
+        base = Generation(latest.number + 1) if begins else replace(latest, aside=None)
+        self.generation = replace(self.generation, aside=base.with_call(evidence, timestep, Place(0, 0)))
+        return begins
+
+    def joins_aside(self, evidence: Evidence) -> bool:
+        """Whether the next call, a step, is of one generation with the calls since the latest step that are none."""
+        aside, evidence = self.generation.aside, self._with_running_clock(evidence)
+        if aside is None:
+            return False
+        timestep = self._time_of(evidence)
+        is_near = aside.rising is not None or timestep in (None, aside.timestep)
+        return is_near and not aside.is_left_by(evidence, timestep)
 
     def is_clocked(self, tick: Tick | None) -> TypeGuard[Tick]:
         """Whether a clock tells the step of a call, so that its timestep need not be read."""
@@ -179,7 +218,7 @@ class Tracker:
 
     def refresh(self) -> None:
         """Let the next call start a new generation. Repeated calls of `refresh` in between have no effect."""
-        if self.generation.calls:
+        if self.generation.calls or self.generation.aside is not None:
             self.generation = Generation(self.generation.number + 1)
 
     def candidates(self, name: str | None = None) -> tuple[int, ...]:
@@ -249,20 +288,54 @@ class Tracker:
         return evidence.timestep() != now.first.timestep()
 
     def _with_trusted_clock(self, evidence: Evidence) -> Evidence:
-        """The evidence without its tick, if the clock is known to stand still.
+        """The evidence without its tick, if the clock is known to stand still, or to be restless.
 
-        A clock stands still if it shows one step for more calls of a name than a step has branches.
+        A clock stands still if it shows one step for more calls of a name than a step has branches. A clock is restless
+        if it shows one generation after the other of one step each, and these steps are beside each other. Its schedule
+        is another tensor at each step, or its index counts down.
         """
         now, tick = self.generation, evidence.tick
-        if tick is None or self.config.enable_separate_cfg is not None:
+        if tick is None:
             return evidence
         repeats = sum(name == evidence.name for name, _ in now.in_step) if _same_tick(now.tick, tick) else 0
-        if max(repeats, now.suspicion) >= MAX_UNNAMED_BRANCHES:
+        is_still = max(repeats, now.suspicion) >= MAX_UNNAMED_BRANCHES
+        if is_still and self.config.enable_separate_cfg is None:
             self._stopped = tick
-        return replace(evidence, tick=None) if self._is_stopped(tick) else evidence
+        if abs(self._lone_steps(tick)) >= MAX_LONE_STEPS and not self._is_stopped(tick):
+            self._restless.append(tick)
+            names = ", ".join(kind.__name__ for kind in tick.kinds)
+            self._warn(
+                f"the scheduler ({names}) seems to begin a generation at every step, by new timesteps or by an index "
+                "that goes back: it is not believed from now on, and the timestep tells the steps"
+            )
+        return self._with_running_clock(evidence)
+
+    def _lone_steps(self, tick: Tick | None) -> int:
+        """`Generation.alone` of the generation that would begin at the tick. Calls of one step may be generations too."""
+        now = self.generation
+        if now.step or now.tick is None or tick is None or not tick.same_clock(now.tick):
+            return 0
+        pairs = zip(now.tick.indices, tick.indices, strict=True)
+        moves = {after - before for before, after in pairs if before is not None and after is not None} - {0}
+        if not moves:
+            return now.alone
+        move = moves.pop()
+        if moves or abs(move) > 1:
+            return 0
+        return move + (now.alone if now.alone * move > 0 else 0)
+
+    def _with_running_clock(self, evidence: Evidence) -> Evidence:
+        is_stopped = evidence.tick is not None and self._is_stopped(evidence.tick)
+        return replace(evidence, tick=None) if is_stopped else evidence
+
+    def _time_of(self, evidence: Evidence) -> float | None:
+        """The timestep, if no clock tells the steps."""
+        timestep = None if self.is_clocked(evidence.tick) else evidence.timestep()
+        return None if timestep is None or math.isnan(timestep) else timestep
 
     def _is_stopped(self, tick: Tick) -> bool:
-        return self._stopped is not None and tick.same_schedule(self._stopped)
+        is_still = self._stopped is not None and tick.same_schedule(self._stopped)
+        return is_still or any(tick.same_clock(other) for other in self._restless)
 
 
 def _same_tick(one: Tick | None, two: Tick | None) -> bool:

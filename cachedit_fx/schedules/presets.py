@@ -29,7 +29,7 @@ from typing import Any
 
 from cachedit_fx.config.cache import DBCacheConfig
 from cachedit_fx.config.calibrators import LagrangeCalibratorConfig
-from cachedit_fx.config.rules import OptionError, check, integer, nearest
+from cachedit_fx.config.rules import OptionError, Rule, check, integer, is_number, nearest, optional
 
 SHARES: Mapping[str, float] = MappingProxyType({"careful": 0.5, "balanced": 0.43, "fast": 0.33, "fastest": 0.25})
 """Preset -> the share of the steps that is computed, rounded down to whole steps."""
@@ -59,7 +59,7 @@ def presets(steps: int, guidance: float | None = 1.0) -> dict[str, dict[str, Any
             scale that the model takes as an input (`guidance`) is none in this sense.
 
     Raises:
-        OptionError: if `steps` is not a number of steps.
+        OptionError: if `steps` is not a number of steps, or `guidance` no number.
     """
     return {name: preset(name, steps, guidance) for name in SHARES}
 
@@ -68,7 +68,8 @@ def preset(name: str, steps: int, guidance: float | None = 1.0) -> dict[str, Any
     """The keyword arguments of one preset; see `presets`.
 
     Raises:
-        OptionError: on an unknown name, with the nearest known one, or if `steps` is not a number of steps.
+        OptionError: on an unknown name, with the nearest known one. Also if `steps` is not a number of steps, or
+            `guidance` no number.
     """
     if name not in SHARES:
         raise OptionError(
@@ -76,6 +77,7 @@ def preset(name: str, steps: int, guidance: float | None = 1.0) -> dict[str, Any
             f"did you mean {nearest(str(name), SHARES)!r}?"
         )
     check("steps", steps, integer(1, "denoising steps of a generation"))
+    check("guidance", guidance, optional(Rule(is_number, "a number (1 = one branch)")))
     computed = max(MIN_COMPUTED, int(steps * SHARES[name])) if steps >= MIN_STEPS else steps
     excess = 0.0 if guidance is None else abs(guidance - 1)
     calibrator = calibrator_for(excess / computed)

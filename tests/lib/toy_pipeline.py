@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -162,3 +162,22 @@ class SlicesTimesteps(ToyPipeline):
     def timesteps(self, steps: int, skip: int) -> torch.Tensor:
         self.scheduler.set_timesteps(steps)
         return self.scheduler.timesteps[skip:]
+
+
+class WantsGradients(ToyPipeline):
+    """Guides by gradients: calls the model with gradients before, or after, the call that is a step."""
+
+    def __init__(self, transformer: Any, before: Collection[int] = (), after: Collection[int] = (), **arguments: Any):
+        super().__init__(transformer, **arguments)
+        self.before, self.after = before, after
+
+    def predict(self, latents: torch.Tensor, timestep: torch.Tensor, step: int) -> torch.Tensor:
+        self.want_gradients(latents, timestep, step in self.before)
+        prediction = super().predict(latents, timestep, step)
+        self.want_gradients(latents, timestep, step in self.after)
+        return prediction
+
+    def want_gradients(self, latents: torch.Tensor, timestep: torch.Tensor, wanted: bool) -> None:
+        if wanted:
+            with torch.enable_grad():
+                self.transformer(latents.clone().requires_grad_(), timestep.expand(1) / 1.0, TEXTS[0]).sum().backward()

@@ -422,3 +422,19 @@ def test_the_first_compile_shows_its_steps_on_a_terminal(monkeypatch, capsys):
     assert "capturing Toy" in text and "Toy captured and compiled in" in text
     denoise(model)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"dynamic": "yes"}, "dynamic='yes' is not allowed: it must be True or False, or None"),
+        ({"fullgraph": 2}, "fullgraph=2 is not allowed: it must be True or False"),
+        ({"fullgraph": None}, "fullgraph=None is not allowed"),
+        ({"recompile_limit": -1}, "recompile_limit=-1 is not allowed: it must be an integer >= 1"),
+        ({"recompile_limit": True}, "recompile_limit=True is not allowed"),
+    ],
+)
+def test_options_of_torch_are_checked(options, told):
+    for enable in (cachedit_fx.compile, cachedit_fx.enable_cache):
+        with pytest.raises(OptionError, match=told):
+            enable(make(), **options)

@@ -1,6 +1,7 @@
 """Generations, steps and branches of calls by a pipeline, whose scheduler is the clock."""
 
 import threading
+import types
 import warnings
 
 import pytest
@@ -22,6 +23,7 @@ from lib.toy_pipeline import (
     TellsTheTimestep,
     ToyPipeline,
     UsesACopy,
+    WantsGradients,
 )
 from lib.toys import make, noise
 
@@ -185,6 +187,99 @@ def test_a_scheduler_that_stands_still_is_no_clock(pipeline, texts):
     assert patterns(pipe) == ["crrrrrrr"] * len(texts)
 
 
+class Scheduler:
+    """A scheduler as users write them."""
+
+    timesteps, num_inference_steps, number = None, None, 0
+
+    def set_timesteps(self, steps):
+        self.num_inference_steps, self.number = steps, 0
+        self.timesteps = torch.linspace(1000, 1000 / steps, steps)
+
+    def step(self, prediction, timestep, sample):
+        self.number += 1
+        return types.SimpleNamespace(prev_sample=sample - prediction / self.num_inference_steps)
+
+
+class WithAMethod(Scheduler):
+    """Its index is a method."""
+
+    def step_index(self):
+        return self.number
+
+
+class WithAWord(Scheduler):
+    """Its index is no number."""
+
+    step_index = "first"
+
+
+class RaisesWhenAsked(Scheduler):
+    """Its index cannot be read."""
+
+    @property
+    def step_index(self):
+        raise RuntimeError("not set")
+
+
+class CountsDown(Scheduler):
+    """Its index is the number of steps to go, less one."""
+
+    @property
+    def step_index(self):
+        return self.num_inference_steps - 1 - self.number
+
+
+class MakesTimesteps(Scheduler):
+    """Its timesteps are another tensor each time."""
+
+    @property
+    def step_index(self):
+        return self.number
+
+    @property
+    def timesteps(self):
+        return torch.linspace(1000, 1000 / (self.num_inference_steps or 1), self.num_inference_steps or 1)
+
+    @timesteps.setter
+    def timesteps(self, value):
+        """Are made anew."""
+
+
+@pytest.mark.keep_compiled
+@pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS], ids=["one branch", "two"])
+@pytest.mark.parametrize("kind", [WithAMethod, WithAWord, RaisesWhenAsked])
+def test_what_is_no_integer_is_no_index(pipeline, kind, texts):
+    pipe = pipeline(config=STATIC, texts=texts, scheduler=kind())
+    assert_fresh(pipe, lambda: pipe(IMAGE), OTHER)
+    assert patterns(pipe) == ["ccrcrcrc"] * len(texts)
+
+
+@pytest.mark.keep_compiled
+@pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS], ids=["one branch", "two"])
+@pytest.mark.parametrize("kind", [CountsDown, MakesTimesteps])
+def test_a_scheduler_that_begins_anew_at_every_step_is_no_clock(kind, texts):
+    transformer = enable_cache(make(), STATIC, inner_backend="eager")
+    pipe = ToyPipeline(transformer, texts, kind())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pipe(IMAGE, steps=12)
+        for _ in range(2):
+            pipe(IMAGE)
+            assert patterns(pipe) == ["ccrcrcrc"] * len(texts)
+    (message,) = [str(w.message) for w in caught if "is not believed" in str(w.message)]
+    assert kind.__name__ in message
+
+
+@pytest.mark.keep_compiled
+@pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS], ids=["one branch", "two"])
+def test_generations_of_one_step_keep_their_clock(pipeline, texts):
+    pipe = pipeline(texts=texts)
+    for _ in range(6):
+        pipe(IMAGE, steps=1)
+    assert_fresh(pipe, lambda: pipe(IMAGE, steps=1), OTHER)
+
+
 @pytest.mark.keep_compiled
 @pytest.mark.parametrize("kind", [ToyPipeline, TellsTheTimestep])
 def test_a_scheduler_without_an_index(pipeline, kind):
@@ -204,6 +299,41 @@ def test_another_method_than_the_one_that_was_cancelled(pipeline, texts, config)
             pipe(IMAGE, callback=cancel_at(2))
         assert torch.equal(pipe.refine(OTHER, steps=1), plain.refine(OTHER, steps=1))
         assert summary(pipe.transformer)[0].cached_steps == []
+
+
+class HasNoClock:
+    """FLUX's scheduler without `set_timesteps` in its class: the timestep alone tells the steps."""
+
+    def __init__(self):
+        self.scheduler = FlowMatchEulerDiscreteScheduler()
+
+    def __getattr__(self, name):
+        return getattr(self.scheduler, "set_timesteps" if name == "begin" else name)
+
+
+class SetsNoClock(WantsGradients):
+    """Its scheduler is none that a clock can read."""
+
+    def timesteps(self, steps, skip):
+        self.scheduler.begin(steps)
+        return self.scheduler.timesteps[skip:]
+
+
+@pytest.mark.keep_compiled
+@pytest.mark.parametrize(("kind", "scheduler"), [(WantsGradients, None), (SetsNoClock, HasNoClock())])
+@pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS], ids=["one branch", "two"])
+@pytest.mark.parametrize("config", [ALWAYS, STATIC], ids=["threshold", "static"])
+def test_calls_that_want_gradients_leave_no_trace_among_the_steps(pipeline, kind, scheduler, texts, config):
+    pipe = pipeline(kind, config, scheduler=scheduler, texts=texts)
+    expected, decided = fresh(pipe, IMAGE)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "steps_computation_mask")
+        for pipe.before, pipe.after in [({0, 3, 4}, ()), ((), {0, 2, 7}), ({0, 5}, {0, 5, 6})]:
+            for _ in range(2):
+                assert torch.equal(pipe(IMAGE), expected)
+                (region,) = summary(pipe.transformer)
+                assert decisions(pipe) == decided and region.executed_steps == STEPS
+                assert region.uncached_causes == {"gradients wanted": len(pipe.before) + len(pipe.after)}
 
 
 @pytest.mark.keep_compiled

@@ -1,16 +1,21 @@
 """The presets: one rule in steps and guidance, and what `enable_cache` makes of them."""
 
+import dataclasses
 import itertools
+import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lib.toy_pipeline import HasASchedulerToSpare, SlicesTimesteps, ToyPipeline
+from lib.toy_pipeline import TEXTS, HasASchedulerToSpare, SlicesTimesteps, ToyPipeline
 from lib.toys import denoise, make, noise
 
 import cachedit_fx
 from cachedit_fx import LagrangeCalibratorConfig, OptionError
+from cachedit_fx.config.options import parse_options
 from cachedit_fx.runtime.calibrators import Moment, coefficients, values_kept
+from cachedit_fx.runtime.policies.preset import PresetConfig
 from cachedit_fx.schedules.presets import (
     MIN_COMPUTED,
     MIN_STEPS,
@@ -176,6 +181,70 @@ def test_a_preset_by_name_is_its_settings():
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(OptionError, match=message):
         cachedit_fx.enable_cache(make(), **settings)
+
+
+def by_enable_cache(**fields):
+    cachedit_fx.enable_cache(make(), preset="fast", steps=12, inner_backend="eager", **fields)
+
+
+def by_compile(**fields):
+    cachedit_fx.compile(make(), cache="preset", preset="fast", steps=12, inner_backend="eager", **fields)
+
+
+def by_torch(**fields):
+    options = {"cache": "preset", "preset": "fast", "steps": 12, "inner_backend": "eager", **fields}
+    parse_options(options)
+
+
+HONOURED = {
+    "Fn_compute_blocks": 0,
+    "Bn_compute_blocks": 0,
+    "enable_separate_cfg": True,
+    "cfg_compute_first": False,
+    "cfg_diff_compute_separate": False,
+    "num_inference_steps": 12,
+    "preset": "fast",
+    "steps": 12,
+}
+"""Settings of a preset that have an effect, or allow one."""
+
+
+@pytest.mark.parametrize("by", [by_enable_cache, by_compile, by_torch])
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(PresetConfig)])
+def test_a_setting_beside_a_preset_has_an_effect_or_is_refused(by, name):
+    if name in HONOURED:
+        by(**({name: HONOURED[name]} if name not in ("preset", "steps") or by is by_torch else {}))
+    else:
+        with pytest.raises(OptionError, match=rf"{name}: a preset decides .* cache_config=DBCacheConfig"):
+            by(**{name: OTHER_VALUES.get(name, getattr(PresetConfig, name))})
+
+
+OTHER_VALUES = {"residual_diff_threshold": 0.0, "max_cached_steps": 2, "steps_computation_mask": "1" * 12}
+"""The others are refused at their default too."""
+
+
+def test_a_preset_config_is_checked_when_made():
+    with pytest.raises(OptionError, match="max_warmup_steps, max_cached_steps: a preset decides"):
+        PresetConfig(max_cached_steps=2, max_warmup_steps=2)
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf, 10**400, [3.0]], ids=lambda scale: str(scale)[:6])
+def test_a_pipeline_s_guidance_that_is_no_finite_number_is_unknown(scale):
+    transformer = cachedit_fx.enable_cache(make(), preset="fast", inner_backend="eager")
+    pipe = ToyPipeline(transformer, TEXTS)
+    pipe.guidance_scale = scale
+    with pytest.warns(cachedit_fx.CacheWarning, match="is no finite number") as caught:
+        for _ in range(2):
+            result = pipe(noise(), 12)
+    assert len(caught) == 1
+    strongest = cachedit_fx.enable_cache(make(), **presets(12, math.inf)["fast"], inner_backend="eager")
+    assert torch.equal(result, ToyPipeline(strongest, TEXTS)(noise(), 12))
+
+
+@pytest.mark.parametrize("guidance", ["3", math.nan, True, [3.0]])
+def test_a_guidance_that_is_no_number_is_named(guidance):
+    with pytest.raises(OptionError, match="guidance=.* is not allowed: it must be a number"):
+        presets(28, guidance=guidance)
 
 
 def test_a_preset_alone_takes_the_number_of_steps_from_the_pipeline():

@@ -308,6 +308,19 @@ def test_bad_arguments_are_refused_in_words(config, tmp_path, arguments, told):
     assert result.exit_code == 2 and told in plain(result.output), result.output
 
 
+def test_a_file_that_is_no_text(tmp_path):
+    path = tmp_path / "rows.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    listed = bench(path, "--list")
+    assert listed.exit_code == 2 and "is not TOML" in plain(listed.output), listed.output
+
+
+@pytest.mark.parametrize("name", ["no_such_module:f", "no.such.module:f", ":f", "json", "json.decoder.no:f"])
+def test_list_names_a_module_that_is_not_there(config, name):
+    listed = bench(config, "--list", "--pipeline", name)
+    assert listed.exit_code == 2 and "MODULE:FUNCTION" in plain(listed.output), listed.output
+
+
 def test_list_shows_rows_and_draws_nothing(config, tmp_path, monkeypatch):
     monkeypatch.setattr("cachedit_fx.bench.measure.Bench", None)
     result = bench(config, "--list", "--out", tmp_path / "out")

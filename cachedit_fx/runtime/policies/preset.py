@@ -4,24 +4,51 @@
     steps 1, 2, ...   by the mask and calibrator that `schedules.presets.preset(name, steps, guidance)` gives
 
 The number of steps is the setting `steps`, or that of the calling pipeline's scheduler. If neither is known every step
-is computed, with a warning.
+is computed, with a warning. Settings that the mask replaces, such as a threshold, are refused.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 from cachedit_fx.config.cache import DBCacheConfig
 from cachedit_fx.config.calibrators import CalibratorConfig, LagrangeCalibratorConfig
-from cachedit_fx.config.rules import choice, integer, optional, setting
+from cachedit_fx.config.rules import OptionError, choice, integer, optional, setting
 from cachedit_fx.runtime.policies.base import Action, Decision, GenerationFacts, Measure, Reason, Situation, register
 from cachedit_fx.runtime.policies.dbcache import DBCache, History
 from cachedit_fx.schedules.presets import SHARES, preset
 
 FIRST_STEP = Reason("first step", Action.COMPUTE, "the preset's mask begins with a computed step")
 STEPS_UNKNOWN = Reason("steps unknown", Action.COMPUTE, "the preset has no mask without the number of steps")
+
+
+DECIDED = (
+    "residual_diff_threshold",
+    "downsample_factor",
+    "max_accumulated_residual_diff_threshold",
+    "max_warmup_steps",
+    "warmup_interval",
+    "max_cached_steps",
+    "max_continuous_cached_steps",
+    "steps_computation_mask",
+    "steps_computation_policy",
+    "force_refresh_step_hint",
+    "force_refresh_step_policy",
+)
+"""Settings of DBCache that the preset's mask stands for."""
+
+
+def refuse(names: Iterable[str]) -> None:
+    """Raise on settings that a preset decides."""
+    decided = [name for name in names if name in DECIDED]
+    if decided:
+        raise OptionError(
+            f"{', '.join(decided)}: a preset decides this by its mask; leave it out, choose another preset "
+            f"({', '.join(map(repr, SHARES))}), or pass a cache_config=DBCacheConfig(...) instead of the preset"
+        )
 
 
 @dataclass(frozen=True)
@@ -36,6 +63,14 @@ class PresetConfig(DBCacheConfig):
     """A name of `cachedit_fx.presets`."""
     steps: int | None = setting(None, optional(integer(1, "a number of steps")))
     """Denoising steps of a generation. None = as the calling pipeline's scheduler tells."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse(name for name in DECIDED if getattr(self, name) != getattr(DBCacheConfig, name))
+
+    def reset(self, **changes: Any) -> Self:
+        refuse(changes)
+        return super().reset(**changes)
 
     @property
     def static(self) -> bool:
