@@ -256,6 +256,7 @@ def _reading(scheduler: Any, pipeline: Any) -> _Reading:
     begin = _attribute(scheduler, "begin_index")
     if not isinstance(begin, int):
         begin = count - total if isinstance(total, int) and 0 < total <= count else 0
+    index: int | None
     try:
         step = scheduler.step_index
         index = begin if step is None else operator.index(step)

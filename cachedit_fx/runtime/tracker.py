@@ -311,7 +311,7 @@ class Tracker:
         return self._with_running_clock(evidence)
 
     def _lone_steps(self, tick: Tick | None) -> int:
-        """`Generation.alone` of the generation that would begin at the tick. Calls of one step may be generations too."""
+        """`Generation.alone` of a generation that begins at the tick. Calls of one step may be generations too."""
         now = self.generation
         if now.step or now.tick is None or tick is None or not tick.same_clock(now.tick):
             return 0

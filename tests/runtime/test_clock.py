@@ -3,6 +3,7 @@
 import threading
 import types
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -190,7 +191,9 @@ def test_a_scheduler_that_stands_still_is_no_clock(pipeline, texts):
 class Scheduler:
     """A scheduler as users write them."""
 
-    timesteps, num_inference_steps, number = None, None, 0
+    timesteps: Any = None
+    num_inference_steps: Any = None
+    number = 0
 
     def set_timesteps(self, steps):
         self.num_inference_steps, self.number = steps, 0
