@@ -27,8 +27,9 @@ the difference. In the first step, unnamed calls of guidance are compared by the
 - A call before the loop, at another timestep, begins no step: the generation begins after it.
 - A scheduler that stands still while calls go on (a pipeline that denoises with a copy) is not believed: the timesteps
   decide, from the fifth call on.
-- A scheduler that shows a new generation at every step (its `timesteps` are a property that makes a tensor, or its
-  `step_index` counts down) is not believed from the fifth step on. A warning says so once.
+- A scheduler may show a new generation at every step: its `timesteps` are a property that makes a tensor, or its
+  `step_index` counts down. It is not believed from the fifth step on, and a warning says so once. The generation that
+  is under way begins anew there; later ones are whole.
 - A `step_index` that is no integer, such as a method, is no index.
 - A batch that halves, as when guidance ends midway, is computed once, and the generation goes on.
 
