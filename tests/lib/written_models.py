@@ -7,9 +7,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -207,6 +208,13 @@ class Case:
     place: Place = "in blocks"
     depends: bool = True
 
+    @property
+    def is_traced_right(self) -> bool:
+        """False if torch 2.13 records other strides than the module has: `dropout(x, 0.0, training=True)` returns x,
+        and is traced as a dense copy. Any backend then gets wrong numbers (findings/dropout_of_nothing_strides.sh)."""
+        pairs = itertools.pairwise(self.aliases)
+        return not any(first == "dropout of nothing" and second.startswith("as_strided") for first, second in pairs)
+
 
 def cases() -> st.SearchStrategy[Case]:
     """Any case, of one or two aliases."""
@@ -217,7 +225,7 @@ def cases() -> st.SearchStrategy[Case]:
         target=st.sampled_from(TARGETS),
         place=st.sampled_from(PLACES),
         depends=st.booleans(),
-    )
+    ).filter(lambda case: case.is_traced_right)
 
 
 def every_pair() -> Iterator[Case]:
@@ -227,7 +235,8 @@ def every_pair() -> Iterator[Case]:
         for write in WRITES:
             second = draw.choice(list(ALIASES))
             aliases = draw.choice([(alias,), (alias, second), (second, alias)])
-            yield Case(aliases, write, draw.choice(TARGETS), draw.choice(PLACES), draw.random() < 0.6)
+            case = Case(aliases, write, draw.choice(TARGETS), draw.choice(PLACES), draw.random() < 0.6)
+            yield case if case.is_traced_right else replace(case, aliases=aliases[::-1])
 
 
 class Block(nn.Module):
