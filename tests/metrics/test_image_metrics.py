@@ -166,7 +166,7 @@ def folders(tmp_path: Path) -> Path:
 
 def test_the_command_compares_folders_and_leaves_files(folders: Path) -> None:
     paths = ("-r", folders / "uncached", "-d", folders / "runs", "--out", folders / "out")
-    result = invoke("metrics", "psnr", "mse", *paths, columns=200)
+    result = invoke("metrics", "psnr", "mse", *paths, columns=500)
     assert result.exit_code == 0, result.output
     page = json.loads((folders / "out/metrics.json").read_text())["results"]
     values = {

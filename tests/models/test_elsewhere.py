@@ -297,7 +297,8 @@ def exported(name):
 # make_fx has no number for a size that depends on data, and takes no weight that its caller does not name.
 EXPORTED_ONLY = ("experts_routed", "list_unregistered")
 EXPORTED_BY_DEFAULT = (*EXPORTED_ONLY, "flux", "in_place_part", "u_vit")
-TRACED = [(traced, name) for name in MODELS if name not in EXPORTED_ONLY]
+TRACEABLE = [name for name in MODELS if name not in EXPORTED_ONLY]
+TRACED = only_in("elsewhere", [(traced, name) for name in TRACEABLE], but=[(traced, name) for name in TRACEABLE[::2]])
 EXPORTED = only_in("elsewhere", [(exported, name) for name in MODELS], but=[(exported, n) for n in EXPORTED_BY_DEFAULT])
 
 

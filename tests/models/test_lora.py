@@ -160,6 +160,7 @@ def test_hot_swapped_adapters_share_one_graph():
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+@pytest.mark.full("wrappings")
 def test_ten_adapters_loaded_in_turn_stay_cached():
     """Each load wraps the linear layers anew, and so makes a graph; dynamo's own limit is eight."""
     model, inputs = toy(Adapted, blocks=3)
