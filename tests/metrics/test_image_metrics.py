@@ -166,7 +166,7 @@ def folders(tmp_path: Path) -> Path:
 
 def test_the_command_compares_folders_and_leaves_files(folders: Path) -> None:
     paths = ("-r", folders / "uncached", "-d", folders / "runs", "--out", folders / "out")
-    result = invoke("metrics", "psnr", "mse", *paths, columns=500)
+    result = invoke("metrics", "psnr", "mse", *paths, columns=200)
     assert result.exit_code == 0, result.output
     page = json.loads((folders / "out/metrics.json").read_text())["results"]
     values = {
@@ -174,7 +174,8 @@ def test_the_command_compares_folders_and_leaves_files(folders: Path) -> None:
     }
     assert values["far"] == pytest.approx({"psnr": 20 * math.log10(255 / 16), "mse": 256.0})
     assert values["near"] == pytest.approx({"psnr": 20 * math.log10(255), "mse": 2 / 3})
-    assert "near: 1 of 3 pictures are identical" in plain(result.output) and "alone.png" in result.output
+    words = "".join(result.output.split())  # a long path breaks lines anywhere
+    assert "near:1of3picturesareidentical" in words and "alone.png" in words
     table = (folders / "out/metrics.md").read_text()
     assert "| 3 | 24.0484 | 256.0000 |" in table and "alone.png (no reference)" in table
 
