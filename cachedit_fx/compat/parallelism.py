@@ -10,6 +10,7 @@ import torch
 
 from cachedit_fx.compat.adapters import BlockAdapter
 from cachedit_fx.compat.kept import keep
+from cachedit_fx.compat.members import member_of
 from cachedit_fx.config.rules import OptionError, reject_unknown
 from cachedit_fx.runtime.registry import transformers_of
 from cachedit_fx.runtime.warning import SettingWarning, warn
@@ -32,9 +33,7 @@ class ParallelismBackend(Enum):
         Raises:
             OptionError: on an unknown name.
         """
-        by_name = {text.lower(): each for each in cls for text in (each.name, each.value)}
-        reject_unknown([name.lower()], dict.fromkeys(by_name, "compat.ParallelismBackend"))
-        return by_name[name.lower()]
+        return member_of(cls, name)
 
     def __str__(self) -> str:
         return self.value

@@ -11,6 +11,7 @@ from typing import Any, Self, TypeVar
 import torch
 
 from cachedit_fx.compat.kept import keep
+from cachedit_fx.compat.members import member_of
 from cachedit_fx.config.rules import OptionError, check, choice, reject_unknown
 from cachedit_fx.runtime.registry import unwrapped
 
@@ -45,10 +46,7 @@ class QuantizeBackend(Enum):
         Raises:
             OptionError: on an unknown name.
         """
-        by_name = {each.value.lower(): each for each in cls}
-        by_name |= {"ao": cls.TORCHAO, "cache-dit": cls.CACHE_DIT, "cachedit": cls.CACHE_DIT}
-        reject_unknown([name.lower()], dict.fromkeys(by_name, "compat.QuantizeBackend"))
-        return by_name[name.lower()]
+        return member_of(cls, name, {"ao": cls.TORCHAO, "cache-dit": cls.CACHE_DIT, "cachedit": cls.CACHE_DIT})
 
 
 @dataclass

@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tools.docstrings import public_docstrings
-from tools.sentences import docstring_paragraphs, long_sentences
+from tools.sentences import long_sentences, public_paragraphs
 
 import cachedit_fx.compat as cache_dit
 from cachedit_fx.compat.absent import _Absent
@@ -55,9 +54,4 @@ def test_nothing_below_imports_it():
 
 @pytest.mark.parametrize("name", cache_dit.__all__)
 def test_sentences_of_docstrings_are_short(name):
-    paragraphs = (
-        paragraph
-        for place, docstring in public_docstrings(name, getattr(cache_dit, name))
-        for paragraph in docstring_paragraphs(place, docstring)
-    )
-    assert not [str(sentence) for sentence in long_sentences(paragraphs)]
+    assert not [str(sentence) for sentence in long_sentences(public_paragraphs(name, getattr(cache_dit, name)))]

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tools.docstrings import public_docstrings
 
@@ -98,6 +99,12 @@ def docstring_paragraphs(place: str, docstring: str) -> Iterator[Paragraph]:
             lines.append(_LIST_ITEM.sub("", line, count=1))
 
 
+def public_paragraphs(name: str, value: Any) -> Iterator[Paragraph]:
+    """The paragraphs of the docstrings of a public name, its attributes and methods included."""
+    for place, docstring in public_docstrings(name, value):
+        yield from docstring_paragraphs(place, docstring)
+
+
 def pages() -> list[Path]:
     """The Markdown files that are written by hand; those of `docs/performance` are tables."""
     return [*sorted(ROOT.glob("*.md")), *(path for path in sorted(ROOT.glob("docs/*.md")) if path.name not in MADE)]
@@ -108,8 +115,7 @@ def main() -> int:
     paths = [Path(argument) for argument in sys.argv[1:]]
     sentences = [sentence for path in paths or pages() for sentence in long_sentences(markdown_paragraphs(path))]
     for name in cachedit_fx.__all__ if not paths else ():
-        for place, docstring in public_docstrings(name, getattr(cachedit_fx, name)):
-            sentences += long_sentences(docstring_paragraphs(place, docstring))
+        sentences += long_sentences(public_paragraphs(name, getattr(cachedit_fx, name)))
     for sentence in sentences:
         print(sentence)
     return bool(sentences)

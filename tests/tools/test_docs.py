@@ -12,9 +12,8 @@ import pytest
 import torch
 import typer
 from lib.toys import Toy, denoise, make, noise
-from tools.docstrings import public_docstrings
 from tools.pages import PAGES, ROOT
-from tools.sentences import docstring_paragraphs, long_sentences, markdown_paragraphs, pages
+from tools.sentences import long_sentences, markdown_paragraphs, pages, public_paragraphs
 
 import cachedit_fx
 from cachedit_fx.cli import app
@@ -154,9 +153,4 @@ def test_sentences_are_short(path):
 
 @pytest.mark.parametrize("name", cachedit_fx.__all__)
 def test_sentences_of_docstrings_are_short(name):
-    paragraphs = (
-        paragraph
-        for place, docstring in public_docstrings(name, getattr(cachedit_fx, name))
-        for paragraph in docstring_paragraphs(place, docstring)
-    )
-    assert not [str(sentence) for sentence in long_sentences(paragraphs)]
+    assert not [str(sentence) for sentence in long_sentences(public_paragraphs(name, getattr(cachedit_fx, name)))]
