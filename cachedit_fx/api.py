@@ -299,7 +299,11 @@ def summary(pipe_or_module: Any, details: bool = False, *, all_sessions: bool = 
                 for entry in session.summary()
             ]
             held = sum(session.bytes_held for session in state.sessions())
-            stats += [replace(entry, bytes_of_all_sessions=held) for entry in entries]
+            kept, renewed = state.hoisted_values()
+            stats += [
+                replace(entry, bytes_of_all_sessions=held, hoisted_bytes=kept, renewed_inputs=renewed)
+                for entry in entries
+            ]
     if details:
         from rich import print as rich_print
 

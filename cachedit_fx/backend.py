@@ -1,7 +1,7 @@
 """The whole way on one screen: from dynamo's graph to a callable that reuses the results of earlier steps.
 
-    dynamo graph ─► normalize ─► find_timestep ─► infer_dependence ─► detect_block_loops ─► plan_regions
-                                  ─► outline_blocks ─► insert_cache_branch ─► gather_inputs ─► lower ─► CachedGraph
+    graph ─► normalize ─► find_timestep ─► infer_dependence ─► detect_block_loops ─► plan_regions ─► outline_blocks
+                   ─► hoist_invariants ─► insert_cache_branch ─► gather_inputs ─► lower ─► CachedGraph
 
 `torch.compile(model, backend="cachedit", options={...})` finds `cachedit` below through an entry point.
 `cachedit_fx.compile` binds `compile_graph` to one module's state.
@@ -23,6 +23,7 @@ from cachedit_fx.passes.base import NOTHING_KNOWN, Facts, Pass, Traced
 from cachedit_fx.passes.detect_block_loops import DetectBlockLoops
 from cachedit_fx.passes.find_timestep import FindTimestep
 from cachedit_fx.passes.gather_inputs import GatherInputs
+from cachedit_fx.passes.hoist_invariants import HoistInvariants
 from cachedit_fx.passes.infer_dependence import InferDependence
 from cachedit_fx.passes.insert_cache_branch import InsertCacheBranch
 from cachedit_fx.passes.manager import Outcome, PassManager
@@ -65,7 +66,7 @@ def compile_graph(
     outcome = rewrite(gm, options, traced)
     if state is not None and state.observe is not None:
         state.observe(outcome.facts)
-    forward = lower(outcome.graph_module, options) or compile_whole(gm, example_inputs, options)
+    forward = lower(outcome, options) or compile_whole(gm, example_inputs, options)
     if verifier is not None:
         forward = verifier.watch(forward, captured, outcome, lambda: rewrite(copy_of(captured), options, traced))
     return graph_of(gm, forward, finder, outcome)
@@ -96,6 +97,7 @@ def pipeline(options: Options, traced: Traced) -> list[Pass]:
         DetectBlockLoops(options.loops, traced=traced),
         PlanRegions(cuts, options.scope or "model", options.predicts_output, traced.kept),
         OutlineBlocks(options.granularity, canonical_layout=options.inner_backend != "eager"),
+        HoistInvariants(options.compiles),
         InsertCacheBranch(),
         GatherInputs(),
     ]

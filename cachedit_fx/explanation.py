@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from cachedit_fx.capture import capturing, ends_at_break, first_break, isolated_
 from cachedit_fx.config.options import Options, Verify
 from cachedit_fx.passes.base import Traced
 from cachedit_fx.passes.block_loops import BlockLoop, Detection
+from cachedit_fx.passes.hoist_invariants import Hoisted, HoistedShare
 from cachedit_fx.passes.infer_dependence import Dependence, Level
 from cachedit_fx.passes.manager import Outcome
 from cachedit_fx.passes.plan_regions import RegionPlan, RegionReport
@@ -36,6 +38,7 @@ class Explanation:
         notes: detection's decisions, a sentence each.
         code: the rewritten graphs as Python code.
         work: loop name -> its share of the work of all loops.
+        hoisted: names of inputs -> the values that depend on these inputs alone, and are computed apart from the step.
         weights: "sample", "timestep", "conditions" or "weights" -> the share of the weights' elements whose results
             change with it. "weights" is for results that never change. A weight counts for the first of the four that
             its results change with.
@@ -48,6 +51,7 @@ class Explanation:
     code: str
     work: dict[str, float]
     weights: dict[str, float]
+    hoisted: dict[tuple[str, ...], HoistedShare]
 
     def __str__(self) -> str:
         lines = ["Block loops" if self.loops else "Block loops: none"]
@@ -74,6 +78,13 @@ class Explanation:
         if self.weights:
             shares = ", ".join(f"{name} {share:.1%}" for name, share in self.weights.items() if share)
             lines.append(f"Weights, by what their results change with: {shares}")
+        if self.hoisted:
+            lines.append("Hoisted out of the step, and kept while their inputs stay the same")
+        lines.extend(
+            f"  {share.values} values of {share.bytes / 2**20:.3g} MiB from {share.weights / 1e6:.3g} M weights change "
+            f"with {', '.join(names)}"
+            for names, share in self.hoisted.items()
+        )
         lines.extend(f"Note: {note}" for note in self.notes)
         count = self.code.count("\n")
         return "\n".join([*lines, f"The rewritten graph has {count} lines of code: print(explanation.code)"])
@@ -190,6 +201,17 @@ def _shares(outcomes: Sequence[Outcome]) -> dict[str, float]:
     return {name: sum(each.weights[level] for each in dependences) / total for level, name in names.items()}
 
 
+def _hoisted(outcomes: Sequence[Outcome]) -> dict[tuple[str, ...], HoistedShare]:
+    """Names of inputs -> the values of all graphs that depend on them."""
+    shares: dict[tuple[str, ...], HoistedShare] = {}
+    for outcome in outcomes:
+        hoisted = outcome.facts.get(Hoisted)
+        for names, share in hoisted.by_inputs().items() if hoisted is not None else ():
+            before = shares.get(names, HoistedShare(0, 0, 0))
+            shares[names] = HoistedShare(*map(operator.add, before, share))
+    return shares
+
+
 def _explanation(outcomes: Sequence[Outcome], notes: tuple[str, ...]) -> Explanation:
     detections = [detection for outcome in outcomes if (detection := outcome.facts.get(Detection)) is not None]
     reports = [report for outcome in outcomes if (report := outcome.facts.get(RegionReport)) is not None]
@@ -207,4 +229,5 @@ def _explanation(outcomes: Sequence[Outcome], notes: tuple[str, ...]) -> Explana
         code="\n".join(outcome.graph_module.print_readable(print_output=False) for outcome in outcomes),
         work={loop.name: loop.cost / total for loop in loops},
         weights=_shares(outcomes),
+        hoisted=_hoisted(outcomes),
     )

@@ -28,6 +28,8 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from cachedit_fx.config.options import Options
 from cachedit_fx.passes.graph_aliases import REPLACED, memory_of, written_by
 from cachedit_fx.passes.graph_values import target_key, value_of
+from cachedit_fx.passes.hoist_invariants import Hoisted
+from cachedit_fx.passes.manager import Outcome
 from cachedit_fx.passes.outline_blocks import KIND
 from cachedit_fx.runtime.progress import report
 
@@ -44,20 +46,22 @@ class Lowered(torch.nn.Module):
         self.forward = compiled
 
 
-def lower(gm: fx.GraphModule, options: Options) -> Callable[..., Any] | None:
-    """Replace every piece below `gm` by its compiled form, in place; identical pieces share one.
+def lower(outcome: Outcome, options: Options) -> Callable[..., Any] | None:
+    """Replace every piece of a rewritten graph by its compiled form, in place; identical pieces share one.
 
-    Returns `gm`'s forward, or None if `gm` has no pieces. With `inner_backend="eager"` a piece is its own compiled
-    form. Afterwards `gm` can no longer be rewritten.
+    Returns the graph's forward, or None if the graph has no pieces. With `inner_backend="eager"` a piece is its own
+    compiled form. Afterwards the graph can no longer be rewritten.
     """
+    gm, hoisted = outcome.graph_module, outcome.facts.get(Hoisted)
+    others = [] if hoisted is None else [hoisted.graph_module]
     compiler = inner_compiler(options)
     places: dict[tuple[Hashable, bool], list[tuple[fx.GraphModule, str]]] = {}
-    for holder in (gm, *_branches(gm)):
+    for holder in (gm, *_branches(gm), *others):
         for node in holder.graph.nodes:
             if node.op == "call_module" and KIND in node.meta:
                 piece = holder.get_submodule(str(node.target))
                 assert isinstance(piece, fx.GraphModule)
-                key = structure_key(piece), _is_compiled(node.meta[KIND], options)
+                key = structure_key(piece), options.compiles(node.meta[KIND])
                 places.setdefault(key, []).append((holder, str(node.target)))
     if not places:
         return None
@@ -72,7 +76,8 @@ def lower(gm: fx.GraphModule, options: Options) -> Callable[..., Any] | None:
         for holder, name in users:
             setattr(holder, name, module)
     logger.info("%d pieces, %d distinct", sum(map(len, places.values())), len(places))
-    _bind(gm)
+    for holder in (gm, *others):
+        _bind(holder)
     _LazyGraphModule.force_recompile(gm)
     forward: Callable[..., Any] = gm.forward
     return forward
@@ -91,12 +96,6 @@ def _bind(gm: fx.GraphModule) -> None:
         if isinstance(module, fx.GraphModule):
             _LazyGraphModule.force_recompile(module)
         gm.__dict__[name] = module.forward
-
-
-def _is_compiled(kind: str, options: Options) -> bool:
-    if options.inner_backend == "eager":
-        return False
-    return options.compiled_pieces == "all" or kind in ("block", "region")
 
 
 def _branches(gm: fx.GraphModule) -> list[fx.GraphModule]:

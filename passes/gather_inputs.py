@@ -7,6 +7,8 @@
 
 A step that bypasses the region then never touches the region's weights. Passing a thousand weights on costs more than
 deciding. Each weight is a Python object that the processor has to fetch.
+
+Hoisted values (`hoist_invariants`) come in a sequence of their own, which computes a value when it is taken.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import fx
 from .base import Facts, Rewrite, Rewritten
 from .block_loops import Detection
 from .find_timestep import TimestepSource
+from .hoist_invariants import HOISTED, Hoisted
 from .infer_dependence import Dependence
 from .insert_cache_branch import CacheBranch
 from .plan_regions import RegionReport
@@ -43,29 +46,33 @@ class GatherInputs(Rewrite):
     name: ClassVar[str] = "gather_inputs"
     requires: ClassVar[tuple[type, ...]] = (CacheBranch,)
     provides: ClassVar[tuple[type, ...]] = (GatheredInputs,)
-    preserves: ClassVar[tuple[type, ...]] = (CacheBranch, TimestepSource, Dependence, Detection, RegionReport)
+    preserves: ClassVar[tuple[type, ...]] = (CacheBranch, Hoisted, TimestepSource, Dependence, Detection, RegionReport)
 
     def run(self, gm: fx.GraphModule, facts: Facts) -> Rewritten:
         region_call, *inputs = gm.graph.find_nodes(op="placeholder")
-        places = {node: place for place, node in enumerate(inputs)}
-        sequence = _new_input(gm.graph, region_call.next)
-        for call in gm.graph.find_nodes(op="call_method", target="run"):
-            _join_region_inputs(gm, call, sequence, places)
-        _read_late(gm.graph, sequence, places)
-        return Rewritten(gm, len(inputs), (GatheredInputs(len(inputs)),))
+        plain = {node: place for place, node in enumerate(node for node in inputs if HOISTED not in node.meta)}
+        hoisted = {node: node.meta[HOISTED] for node in inputs if HOISTED in node.meta}
+        for name, places in (("inputs", plain), ("hoisted", hoisted)):
+            if places:
+                sequence = _new_input(gm.graph, name, inputs[0])
+                for call in gm.graph.find_nodes(op="call_method", target="run"):
+                    _join_region_inputs(gm, call, sequence, places)
+                _read_late(gm.graph, sequence, places)
+                inputs = [node for node in inputs if node not in places]
+        return Rewritten(gm, len(plain) + len(hoisted), (GatheredInputs(len(plain)),))
 
 
-def _new_input(graph: fx.Graph, before: fx.Node) -> fx.Node:
+def _new_input(graph: fx.Graph, name: str, before: fx.Node) -> fx.Node:
     with graph.inserting_before(before):
-        return graph.placeholder("inputs", type_expr=Any)
+        return graph.placeholder(name, type_expr=Any)
 
 
 def _join_region_inputs(gm: fx.GraphModule, call: fx.Node, sequence: fx.Node, places: Mapping[fx.Node, int]) -> None:
-    """Let the region's graph take the outer graph's inputs out of their sequence, its new first input."""
+    """Let the region's graph take inputs of the outer graph out of their sequence, its new first input."""
     region_call, entry, compute, values, *bypassed = cast("tuple[Any, ...]", call.args)
     graph = cast(fx.GraphModule, gm.get_submodule(compute.target)).graph
     inner = dict(zip(graph.find_nodes(op="placeholder"), values, strict=True))
-    first = _new_input(graph, next(iter(graph.nodes)))
+    first = _new_input(graph, sequence.name, next(iter(graph.nodes)))
     _read_late(graph, first, {node: places[value] for node, value in inner.items() if value in places})
     rest = tuple(value for value in values if value not in places)
     call.args = (region_call, entry, compute, (sequence, *rest), *bypassed)

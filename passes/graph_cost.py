@@ -33,6 +33,12 @@ def numel_of(node: fx.Node) -> int:
     return 0 if tensor is None else numel(tensor)
 
 
+def bytes_of(node: fx.Node) -> int:
+    """Size of the node's tensor in bytes; 0 if the node has none."""
+    tensor = tensor_of(node)
+    return 0 if tensor is None else numel(tensor) * tensor.element_size()
+
+
 def is_compute(node: fx.Node) -> bool:
     """Whether the node multiplies matrices, convolves or attends."""
     name = target_name(node)

@@ -145,7 +145,7 @@ def _propagate(gm: fx.GraphModule, sources: dict[fx.Node, Source]) -> None:
     names = {node: each for node in gm.graph.nodes if written and (each := memory_of(node) & written.keys())}
     bits = {node: source.value for node, source in sources.items()}  # joining members of a Flag is slow
     for node in nodes:
-        read = _own_source(gm, node).value
+        read = own_source(gm, node).value
         for source in _value_inputs(node):
             read |= bits[source]
             for memory in names.get(source, ()):
@@ -180,7 +180,7 @@ def _value_inputs(node: fx.Node) -> list[fx.Node]:
     return inputs
 
 
-def _own_source(gm: fx.GraphModule, node: fx.Node) -> Source:
+def own_source(gm: fx.GraphModule, node: fx.Node) -> Source:
     """What a node adds to the sources of its inputs: random numbers, lengths that depend on data, sizes of inputs."""
     if node.op == "get_attr":
         return Source.NONE

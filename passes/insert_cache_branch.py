@@ -27,6 +27,7 @@ from .base import Facts, Rewrite, Rewritten, make_module
 from .block_loops import Detection
 from .find_timestep import TimestepSource
 from .graph_values import live_ins
+from .hoist_invariants import Hoisted
 from .infer_dependence import Dependence
 from .outline_blocks import PLACE, Outline
 from .plan_regions import RegionPlan, RegionReport
@@ -50,7 +51,7 @@ class InsertCacheBranch(Rewrite):
     name: ClassVar[str] = "insert_cache_branch"
     requires: ClassVar[tuple[type, ...]] = (RegionReport, Outline)
     provides: ClassVar[tuple[type, ...]] = (CacheBranch,)
-    preserves: ClassVar[tuple[type, ...]] = (TimestepSource, Dependence, Detection, RegionReport)
+    preserves: ClassVar[tuple[type, ...]] = (Hoisted, TimestepSource, Dependence, Detection, RegionReport)
 
     def run(self, gm: fx.GraphModule, facts: Facts) -> Rewritten:
         regions = facts[RegionReport].regions

@@ -103,14 +103,14 @@ class OutlineBlocks(Rewrite):
             if value is not None
         }
         streams |= {value for region in regions for value in region.live_outs}
-        branch_values = {value for region in regions for value in _outer_values(region)}
-        outliner = _Outliner(gm, pieces, branch_values, streams if self.canonical_layout else set())
+        read_by_branch = {value for region in regions for value in branch_values(region)}
+        outliner = _Outliner(gm, pieces, read_by_branch, streams if self.canonical_layout else set())
         outer = outliner.run()
         return Rewritten(outer, len(pieces), (Outline(tuple(outliner.names), outliner.outer),))
 
 
-def _outer_values(region: RegionPlan) -> Iterable[fx.Node]:
-    """Values that the cache branch reads, so that they must leave their pieces."""
+def branch_values(region: RegionPlan) -> Iterable[fx.Node]:
+    """Values of the flat graph that the cache branch reads, so that they must leave their pieces."""
     yield from region.bases.inputs
     if region.hidden_out is not None:
         yield region.hidden_out

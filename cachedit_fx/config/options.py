@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from cachedit_fx.config.cache import CONFIGS, Cut, DBCacheConfig, known_fields
 from cachedit_fx.config.calibrators import CalibratorConfig
-from cachedit_fx.config.rules import OptionError, Rule, check_fields, choice, optional, reject_unknown, setting
+from cachedit_fx.config.rules import OptionError, Rule, check_fields, choice, integer, optional, reject_unknown, setting
 from cachedit_fx.runtime.calibrators import CALIBRATORS, as_config, calibrator_of
 from cachedit_fx.runtime.policies.base import Policy, policy_of
 
@@ -25,6 +25,7 @@ Scope: TypeAlias = Literal["model", "loop"]
 Granularity: TypeAlias = Literal["block", "region"]
 CompiledPieces: TypeAlias = Literal["blocks", "all"]
 Verify: TypeAlias = Literal["first"]
+Motion: TypeAlias = Literal["step", "batched"]
 BackendName: TypeAlias = Literal["inductor", "aot_eager", "eager"]
 InnerBackend: TypeAlias = BackendName | Callable[..., Any]
 # Names as of torch 2.13 and 2.14. Asking `torch._inductor` for them would import it.
@@ -176,6 +177,13 @@ class Options:
         optional(Rule(lambda value: _is_names(value) and bool(value), "a non-empty list of names of block loops")),
     )
     """The block loops that make up the chain. None = chosen automatically; `explain` shows why."""
+    motion: Motion = setting("step", choice(*get_args(Motion)))
+    """When hoisted values that change with the timestep are computed. "step" = when a step asks for them; no bit
+    changes. "batched" = for all steps of a generation at once, if an earlier generation had the same steps. Weights are
+    then read once a generation, and results differ by rounding, since a batch sums in another order."""
+    hoisted_mib: int = setting(256, integer(0, "MiB"))
+    """The highest size of the hoisted values that a model keeps for each of its graphs, in MiB. Values beyond it are
+    computed at every step."""
     verify: Verify | None = setting(None, optional(choice(*get_args(Verify))))
     """"first" = compare the first computed call of each compiled graph with the plain module. If the results differ,
     `VerificationError` names the first piece that differs. Results must be equal to the bit with inner_backend="eager",
@@ -269,6 +277,12 @@ class Options:
     def predicts_output(self) -> bool:
         """Whether the bypassed region runs to the end of the model."""
         return self.calibrator is not None and self.calibrator.calibrator_cache_type == "output"
+
+    def compiles(self, kind: str) -> bool:
+        """Whether the inner backend compiles pieces of this kind."""
+        if self.inner_backend == "eager":
+            return False
+        return self.compiled_pieces == "all" or kind in ("block", "region")
 
     def structure(self) -> Structure:
         """A hashable key of the structural settings. Options of equal structure can share their compiled graphs."""

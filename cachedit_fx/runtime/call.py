@@ -170,6 +170,13 @@ class Call:
         self.chains = {}
         self._changes = []
 
+    @property
+    def begins_by_clock(self) -> bool:
+        """Whether a clock shows, before anything runs, that the call may begin a generation."""
+        before = self.session.tick
+        is_same = before is not None and self.tick is not None and self.tick.same_schedule(before)
+        return self.session.tracker.is_clocked(self.tick) and not is_same
+
     def now(self) -> float | None:
         """The call's place in time, in one unit for all calls of a generation; None if it is not known."""
         if self.session.tracker.is_clocked(self.tick):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,11 +14,15 @@ from cachedit_fx.passes.block_loops import Detection
 from cachedit_fx.passes.find_timestep import TimestepSource, timestep_of
 from cachedit_fx.passes.gather_inputs import GatheredInputs
 from cachedit_fx.passes.graph_aliases import writes_to_inputs
+from cachedit_fx.passes.hoist_invariants import Hoisted
 from cachedit_fx.passes.insert_cache_branch import CacheBranch
 from cachedit_fx.passes.manager import Outcome
 from cachedit_fx.passes.plan_regions import RegionReport
-from cachedit_fx.runtime.call import NO_LOOP, Uncached, current_call
-from cachedit_fx.runtime.region import RegionInfo
+from cachedit_fx.runtime.call import NO_LOOP, Call, Uncached, current_call
+from cachedit_fx.runtime.hoisted_memory import HoistedCode, HoistedMemory
+from cachedit_fx.runtime.hoisting import HoistedValues, WeightsChanged
+from cachedit_fx.runtime.model_state import ModelState
+from cachedit_fx.runtime.region import RegionInfo, RegionKey
 from cachedit_fx.runtime.region_call import RegionCall
 from cachedit_fx.runtime.registry import StateFinder
 
@@ -75,6 +80,7 @@ class CachedGraph(RewrittenGraph):
         timestep: the timestep's place in the graph.
         is_whole: False if a break in the capture follows the graph.
         writes_to_inputs: whether the graph writes to its inputs in place.
+        hoisted: the graph's hoisted pieces. `forward` then takes the hoisted values after the inputs, as a sequence.
     """
 
     def __init__(
@@ -85,10 +91,12 @@ class CachedGraph(RewrittenGraph):
         timestep: TimestepSource | None,
         is_whole: bool = True,
         writes_to_inputs: bool = False,
+        hoisted: HoistedCode | None = None,
     ) -> None:
         self.forward, self.finder, self.regions, self.timestep = forward, finder, regions, timestep
-        self.is_whole = is_whole
+        self.is_whole, self.hoisted = is_whole, hoisted
         self.values_last = is_whole and not writes_to_inputs
+        self._memories: weakref.WeakKeyDictionary[ModelState, HoistedMemory] = weakref.WeakKeyDictionary()
 
     def __call__(self, *inputs: Any) -> Any:
         return self.run(inputs)
@@ -97,10 +105,26 @@ class CachedGraph(RewrittenGraph):
         """The graph's results, from its inputs in order."""
         with current_call(self.finder(inputs)) as call:
             keys = call.enter(self, self.regions, timestep_of(self.timestep, inputs))
-            results = self.forward(RegionCall(call, self.regions, keys, self.values_last), inputs)
+            try:
+                results = self._results(call, keys, inputs)
+            except WeightsChanged:  # raised before a region ran: nothing is stored yet
+                results = self._results(call, keys, inputs)
             if call.route is not None and self.is_whole:
                 call.route.record(self.run, inputs, results)
             return results
+
+    def _results(self, call: Call, keys: Sequence[RegionKey], inputs: Sequence[Any]) -> Any:
+        if self.hoisted is None:
+            return self.forward(RegionCall(call, self.regions, keys, self.values_last), inputs)
+        values = HoistedValues(self._memory(self.hoisted, call.session.state), inputs, call)
+        return self.forward(RegionCall(call, self.regions, keys, self.values_last, values), inputs, values)
+
+    def _memory(self, code: HoistedCode, state: ModelState) -> HoistedMemory:
+        memory = self._memories.get(state)
+        if memory is None:
+            memory = self._memories[state] = HoistedMemory(code, state.options.hoisted_mib * 2**20)
+            state.hoisted.add(memory)
+        return memory
 
 
 def graph_of(
@@ -121,18 +145,32 @@ def graph_of(
 def _graph_of(
     gm: fx.GraphModule, forward: Callable[..., Any], finder: StateFinder, facts: Facts, has_writes: bool
 ) -> CachedGraph | UncachedGraph:
-    timestep, branch = facts.get(TimestepSource), facts.get(CacheBranch)
+    timestep, branch, hoisted = facts.get(TimestepSource), facts.get(CacheBranch), facts.get(Hoisted)
+    code = HoistedCode(hoisted) if hoisted is not None else None
     if branch is None:
+        forward = forward if code is None else _computing(forward, code)
         return UncachedGraph(forward, finder, _why_uncached(facts), timestep, _is_fragment(gm, finder, facts))
     regions = tuple(
         RegionInfo(plan.loops, plan.num_blocks, plan.first, plan.last, plan.loop, plan.block) for plan in branch.regions
     )
-    sequence_forward = forward if GatheredInputs in facts else _unpacking(forward)
-    return CachedGraph(sequence_forward, finder, regions, timestep, not ends_at_break(gm), has_writes)
+    sequence_forward = forward if GatheredInputs in facts else _unpacking(forward, code)
+    return CachedGraph(sequence_forward, finder, regions, timestep, not ends_at_break(gm), has_writes, code)
 
 
-def _unpacking(forward: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda region_call, inputs: forward(region_call, *inputs)
+def _unpacking(forward: Callable[..., Any], code: HoistedCode | None) -> Callable[..., Any]:
+    """A graph whose inputs are not gathered."""
+    taken = () if code is None else code.inputs
+    return lambda region_call, inputs, hoisted=(): forward(region_call, *inputs, *(hoisted[index] for index in taken))
+
+
+def _computing(forward: Callable[..., Any], code: HoistedCode) -> Callable[..., Any]:
+    """A graph without a region. It keeps no hoisted values."""
+
+    def computing(*inputs: Any) -> Any:
+        hoisted = code.values(inputs)
+        return forward(*inputs, *(hoisted[index] for index in code.inputs))
+
+    return computing
 
 
 def _is_fragment(gm: fx.GraphModule, finder: StateFinder, facts: Facts) -> bool:

@@ -25,6 +25,7 @@ from cachedit_fx.runtime.warning import warn
 
 if TYPE_CHECKING:
     from cachedit_fx.runtime.graph import RewrittenGraph
+    from cachedit_fx.runtime.hoisted_memory import HoistedMemory
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class ModelState:
         latest: the session that was called last.
         latest_graphs: the graphs of the latest call that succeeded.
         last_call: time of the last call, by the monotonic clock, in seconds.
+        hoisted: the kept values of each graph that hoists some.
     """
 
     def __init__(self, options: Options) -> None:
@@ -58,6 +60,7 @@ class ModelState:
         self.latest: Session | None = None
         self.latest_graphs: list[RewrittenGraph] = []
         self.last_call = 0.0
+        self.hoisted: weakref.WeakSet[HoistedMemory] = weakref.WeakSet()
         self._here = threading.local()
         """`session` of each thread: every call asks twice."""
         self._by_thread: weakref.WeakKeyDictionary[threading.Thread, Session] = weakref.WeakKeyDictionary()
@@ -86,6 +89,12 @@ class ModelState:
         """Every session there is, in the order of their first calls: the threads', then the named ones."""
         with self._lock:
             return [*self._by_thread.values(), *self._by_key.values()]
+
+    def hoisted_values(self) -> tuple[int, tuple[str, ...]]:
+        """Size of all kept hoisted values in bytes; the inputs of which other tensors come in at most steps."""
+        memories = list(self.hoisted)
+        names = dict.fromkeys(name for memory in memories for name in memory.renewed_inputs)
+        return sum(memory.bytes_held for memory in memories), tuple(names)
 
     def end_generation(self) -> None:
         """A pipeline has ended: the session's next call starts a generation. A named session frees its values."""

@@ -18,6 +18,7 @@ from cachedit_fx.config.rules import ContractError
 from cachedit_fx.runtime.calibrators import Moment, calibrator_of, coefficients, values_kept
 from cachedit_fx.runtime.call import LATE, STRAY, Call
 from cachedit_fx.runtime.guard import Residual, read_differences
+from cachedit_fx.runtime.hoisting import HoistedValues
 from cachedit_fx.runtime.memory import BranchMemory, copy_of
 from cachedit_fx.runtime.policies.base import Action, Decision, Situation, context_start, decision_of
 from cachedit_fx.runtime.region import RegionInfo, RegionKey
@@ -48,12 +49,19 @@ class RegionCall:
         regions: as planned, indexed by the numbers that the graph passes to `decide`.
         keys: the regions' keys in the session.
         values_last: whether nothing writes to the regions' values before the call ends. If not, they are copied.
+        hoisted: the graph's hoisted values; None if it has none.
     """
 
     def __init__(
-        self, call: Call, regions: Sequence[RegionInfo], keys: Sequence[RegionKey], values_last: bool = True
+        self,
+        call: Call,
+        regions: Sequence[RegionInfo],
+        keys: Sequence[RegionKey],
+        values_last: bool = True,
+        hoisted: HoistedValues | None = None,
     ) -> None:
         self.call, self.regions, self.keys, self.values_last = call, regions, keys, values_last
+        self.hoisted = hoisted
         self.session = call.session
         options = call.session.state.options
         self.settings = [options.settings_of(region.loop) for region in regions]
@@ -88,6 +96,8 @@ class RegionCall:
             spare = self.session.spares.pop(key, None)
             residual = Residual.of(hidden, reference, spare, policy.config.downsample_factor)
         differences = self._locate(key, residual, signature)
+        if self.hoisted is not None:
+            self.hoisted.locate()
         if self.call.position is None:
             return None
         _, step, branch = self.call.position

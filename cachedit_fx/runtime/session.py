@@ -17,7 +17,7 @@ import torch
 from cachedit_fx.config.cache import DBCacheConfig
 from cachedit_fx.config.options import LoopSettings
 from cachedit_fx.runtime.clock import Tick, guidance
-from cachedit_fx.runtime.guard import read_back
+from cachedit_fx.runtime.guard import on_host, read_back
 from cachedit_fx.runtime.memory import BranchMemory
 from cachedit_fx.runtime.policies.base import Action, GenerationFacts, Policy, policy_of
 from cachedit_fx.runtime.region import ChainKey, RegionKey
@@ -227,6 +227,17 @@ class Session:
         if self._times is None or self._times[0] is not schedule:
             self._times = schedule, read_back([schedule])
         return self._times[1][index]
+
+    def schedule(self, tick: Tick | None) -> tuple[list[float], int] | None:
+        """A clock's schedule as numbers, and the place in it; None if reading the schedule would wait for a device."""
+        if tick is None or tick.place is None or not self.tracker.is_clocked(tick):
+            return None
+        schedule, index = tick.place
+        if on_host(schedule):
+            self.schedule_time(tick)
+        if self._times is None or self._times[0] is not schedule or index >= len(self._times[1]):
+            return None
+        return self._times[1], index
 
     def forget(self) -> None:
         """Use nothing stored again: the next call starts a generation."""

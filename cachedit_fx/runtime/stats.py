@@ -111,6 +111,10 @@ class CacheStats:
     """Whose generation it is: the key of a `session(key)`, or the name of a thread."""
     bytes_of_all_sessions: int = 0
     """Size of the values that the model's sessions store for reuse, all together, in bytes."""
+    hoisted_bytes: int = 0
+    """Size of the hoisted values that the model keeps for all its sessions, in bytes."""
+    renewed_inputs: tuple[str, ...] = ()
+    """Inputs of which other tensors came in at most steps, so that the values made from them were computed anew."""
     compute_seconds: list[float] = field(default_factory=list)
     """Measured times of computing the middle (with DBPrune, a block), without storing."""
     reuse_seconds: list[float] = field(default_factory=list)
@@ -290,6 +294,10 @@ class CacheStats:
             yield f", {self.measured_seconds_saved:.3g} s saved"
         if self.bytes_held:
             yield f"; {self.bytes_held / 2**20:.3g} MiB held"
+        if self.hoisted_bytes:
+            yield f", {self.hoisted_bytes / 2**20:.3g} MiB of hoisted values"
+        if self.renewed_inputs:
+            yield f"; new at every step: {', '.join(self.renewed_inputs)}"
         if self.failed_calls:
             yield f"; {self.failed_calls} calls failed"
         if self.non_finite:

@@ -264,6 +264,7 @@ def test_the_order_of_the_backend():
         "detect_block_loops",
         "plan_regions",
         "outline_blocks",
+        "hoist_invariants",
         "insert_cache_branch",
         "gather_inputs",
     ]

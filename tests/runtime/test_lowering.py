@@ -19,6 +19,8 @@ from cachedit_fx.backend import cachedit
 from cachedit_fx.config.options import parse_options
 from cachedit_fx.kernels import cpu
 from cachedit_fx.lowering import Lowered, lower, structure_key
+from cachedit_fx.passes.base import Facts
+from cachedit_fx.passes.manager import Outcome
 from cachedit_fx.runtime.warm_up import warm_up
 
 
@@ -42,7 +44,7 @@ class Counting:
 def lowered(graph, inner, first=1, last=0, **options):
     settings = parse_options({"inner_backend": inner, **options})
     gm = rewritten(graph.gm, first, last, canonical_layout=inner != "eager")
-    assert lower(gm, settings) is not None
+    assert lower(Outcome(gm, Facts(), ()), settings) is not None
     return gm, len(distinct_pieces(gm))
 
 

@@ -1,0 +1,364 @@
+"""Keeps hoisted values while nothing that they depend on has changed.
+
+A result is kept under a key, one part for each graph input that it depends on, weights left out:
+
+- the timestep: its numbers, if the host knows them. Else the clock's place, if its schedule was read already. Else
+  nothing that depends on the timestep is kept;
+- another tensor: the very object and its version. No contents are compared. Tensors made under inference mode count no
+  versions, so what depends on them is not kept;
+- a number: the number.
+
+Results of the timestep alone serve every session and thread of the model. Results that depend on conditions too can be
+hit again only if the conditions outlive a generation, and are kept when they are asked for a second time.
+
+Weights are compared by identity and version when a piece is asked, and by samples of their contents when a generation
+begins, since a write through `.data` changes no version. If a weight has changed, everything made from it is dropped.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cachedit_fx.passes.hoist_invariants import Hoisted
+from cachedit_fx.runtime.guard import on_host
+from cachedit_fx.runtime.warning import warn
+
+if TYPE_CHECKING:
+    from cachedit_fx.runtime.session import Session
+
+Results = tuple[torch.Tensor, ...]
+Key = tuple[Hashable, ...]
+
+SAMPLES = 8
+"""Samples of a weight in each of its dimensions."""
+PLACES = 1024
+"""Places of clocks whose timesteps are noted."""
+OFTEN = 3
+"""An input is named as new at every step if more tensors than these came in, in one generation."""
+
+
+class HoistedCode:
+    """The hoisted pieces of one compiled graph, as functions.
+
+    Args:
+        hoisted: as the passes left it, its pieces compiled.
+    """
+
+    def __init__(self, hoisted: Hoisted) -> None:
+        self.pieces, self.timestep, self.names = hoisted.pieces, hoisted.timestep, hoisted.names
+        self.inputs = hoisted.inputs
+        self.functions: list[Callable[..., Results]] = [getattr(hoisted.graph_module, p.name) for p in self.pieces]
+        self.makers = {index: number for number, piece in enumerate(self.pieces) for index in piece.results}
+        """Index of a value -> the number of the piece that makes it."""
+        self.before = [
+            tuple(dict.fromkeys(self.makers[at.place] for at in piece.arguments if at.is_value))
+            for piece in self.pieces
+        ]
+        """For each piece, the pieces whose values it takes."""
+        self.weights = tuple(dict.fromkeys(index for piece in self.pieces for index in piece.weights))
+
+    def values(self, inputs: Sequence[Any]) -> list[torch.Tensor]:
+        """All values, from the graph's inputs."""
+        values: dict[int, torch.Tensor] = {}
+        for piece, function in zip(self.pieces, self.functions, strict=True):
+            arguments = [values[at.place] if at.is_value else inputs[at.place] for at in piece.arguments]
+            values |= zip(piece.results, function(*arguments), strict=True)
+        return [values[index] for index in range(len(values))]
+
+    def after(self, number: int) -> list[int]:
+        """The piece of this number, and all pieces that take its values, directly or not."""
+        numbers = {number}
+        for other in range(number + 1, len(self.pieces)):
+            if not numbers.isdisjoint(self.before[other]):
+                numbers.add(other)
+        return sorted(numbers)
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """The weights that a piece's results were made with, and their versions."""
+
+    versions: tuple[tuple[weakref.ref[torch.Tensor], int], ...]
+
+    def are(self, weights: Sequence[torch.Tensor]) -> bool:
+        """Whether these are the weights, unchanged."""
+        return all(
+            ref() is weight and weight._version == version
+            for (ref, version), weight in zip(self.versions, weights, strict=True)
+        )
+
+
+@dataclass
+class _Kept:
+    """Results of one piece under one key.
+
+    Attributes:
+        tensors: weak references to the conditions that they were made from.
+        generation: the number of the generation in which they were used last.
+    """
+
+    results: Results
+    tensors: tuple[weakref.ref[torch.Tensor], ...]
+    generation: int
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.results)
+
+
+class Trust(Enum):
+    """Whether the kept values were made with the present weights."""
+
+    YES = auto()
+    NO_LONGER = auto()
+    """They were not, and are dropped."""
+    NOT_YET = auto()
+    """A device has not answered yet."""
+
+
+class HoistedMemory:
+    """The kept values of one graph and one model, for all its sessions.
+
+    Args:
+        code: the graph's hoisted pieces.
+        limit: the highest number of bytes that are kept. Beyond it values are computed at every call.
+    """
+
+    def __init__(self, code: HoistedCode, limit: int) -> None:
+        self.code, self.limit = code, limit
+        self.lock = threading.RLock()
+        self.bytes_held = 0
+        self.renewed: Counter[int] = Counter()
+        """Graph input -> how many tensors came in, in this generation."""
+        self.timesteps: OrderedDict[Hashable, torch.Tensor] = OrderedDict()
+        """Place of a clock -> the timestep that a call came with there."""
+        self._generation = 0
+        """Number of generations begun, in all sessions."""
+        self._kept: list[dict[Key, _Kept]] = [{} for _ in code.pieces]
+        self._weights: list[Weights | None] = [None] * len(code.pieces)
+        self._parts: defaultdict[int, set[Hashable]] = defaultdict(set)
+        """Graph input -> the parts of keys that stood for it in this generation."""
+        self._asked: OrderedDict[int, None] = OrderedDict()
+        """Hashes of pieces and keys that were asked for once, and not kept."""
+        self._samples: list[torch.Tensor] | None = None
+        self._begun: weakref.WeakKeyDictionary[Session, int] = weakref.WeakKeyDictionary()
+        """Session -> its present generation."""
+        self._answer: _Answer | None = None
+        """Whether a weight has changed, and `_misled`."""
+        self._misled: torch.Tensor | None = None
+        """Whether calls came to one place of a clock with two timesteps."""
+        self._is_misled = False
+
+    @property
+    def renewed_inputs(self) -> list[str]:
+        """Names of the inputs of which other tensors came in at most steps of the present generation."""
+        return [self.code.names[index] for index, count in self.renewed.items() if count > OFTEN]
+
+    def begin(self, session: Session, inputs: Sequence[Any]) -> None:
+        """A call of the session's present generation comes. The first such call has the weights compared."""
+        if self._begun.get(session) == session.generation:
+            return
+        samples = [sample for index in self.code.weights for sample in _samples(inputs[index])]
+        with self.lock:
+            self._begun[session] = session.generation
+            self._generation += 1
+            self.renewed.clear()
+            self._parts.clear()
+            before, self._samples = self._samples, samples
+            if before is not None:
+                changed = _differ(before, samples)
+                misled = torch.zeros_like(changed) if self._misled is None else self._misled.to(changed.device)
+                self._answer = _Answer(torch.stack([changed, misled]))
+
+    def trust(self, waits: bool = False) -> Trust:
+        """Whether the kept values were made with the present weights, as far as samples tell.
+
+        Args:
+            waits: whether to wait for a device's answer.
+        """
+        with self.lock:
+            if self._answer is None:
+                return Trust.YES
+            flags = self._answer.flags(waits)
+            if flags is None:
+                return Trust.NOT_YET
+            self._answer = None
+            if flags[1] and not self._is_misled:
+                self._is_misled = True
+                warn(
+                    "calls came to one step of a scheduler with two timesteps, and took values that were computed for "
+                    "the first: the last pictures may be wrong. From now on such values are computed at every call; "
+                    "passes={'hoist_invariants': False} switches them off"
+                )
+            if any(flags):
+                self._drop(range(len(self.code.pieces)))
+            return Trust.NO_LONGER if any(flags) else Trust.YES
+
+    def note(self, place: Hashable, timestep: torch.Tensor) -> bool:
+        """Note the timestep that a call comes with at a clock's place. Returns whether the place tells the timestep."""
+        with self.lock:
+            before = self.timesteps.get(place)
+            if before is None:
+                self.timesteps[place] = timestep.detach().clone()
+                if len(self.timesteps) > PLACES:
+                    self.timesteps.popitem(last=False)
+            elif on_host(timestep):
+                if not torch.equal(before, timestep):
+                    self.timesteps[place] = timestep.detach().clone()
+            else:
+                differs = (before != timestep).any()
+                self._misled = differs if self._misled is None else self._misled | differs
+            return not self._is_misled
+
+    def check_weights(self, number: int, inputs: Sequence[Any]) -> Weights | None:
+        """The piece's present weights. Drops results that were made with others. None: nothing may be kept."""
+        weights: list[torch.Tensor] = [inputs[index] for index in self.code.pieces[number].weights]
+        known = self._weights[number]
+        if known is not None and known.are(weights):
+            return known
+        with self.lock:
+            self._drop(self.code.after(number))
+            if any(weight.is_inference() for weight in weights):
+                return None
+            present = Weights(tuple([(weakref.ref(weight), weight._version) for weight in weights]))
+            self._weights[number] = present
+            return present
+
+    def find(self, number: int, key: Key) -> Results | None:
+        """The results of a piece that are kept under the key."""
+        with self.lock:
+            kept = self._kept[number].get(key)
+            if kept is None or any(ref() is None for ref in kept.tensors):
+                return None
+            kept.generation = self._generation
+            return kept.results
+
+    def may_return(self, number: int, key: Key, has_tensors: bool) -> bool:
+        """Whether results under this key may be asked for again, as far as can be told.
+
+        Args:
+            has_tensors: whether the key names tensors.
+        """
+        if not self.code.pieces[number].is_timed or not has_tensors:
+            return True
+        with self.lock:
+            asked = hash((number, key))
+            if asked in self._asked:
+                return True
+            self._asked[asked] = None
+            if len(self._asked) > PLACES * len(self.code.pieces):
+                self._asked.popitem(last=False)
+            return False
+
+    def note_parts(self, number: int, key: Key) -> None:
+        """Note the tensors that a piece is computed for. One that this generation has not shown yet is a renewal."""
+        with self.lock:
+            for index, part in zip(self.code.pieces[number].inputs, key, strict=True):
+                if part not in self._parts[index] and index != self.code.timestep:
+                    self.renewed[index] += 1
+                    self._parts[index].add(part)
+
+    def keep(self, number: int, key: Key, results: Results, weights: Weights, tensors: Iterable[torch.Tensor]) -> None:
+        """Keep the results of a piece, made from these conditions, if there is room and the weights are still these."""
+        kept = _Kept(results, (), self._generation)
+        with self.lock:
+            if weights is self._weights[number] and self._make_room(kept.size):
+                self._forget(number, key)
+                kept.tensors = tuple(weakref.ref(each, self._dropper(number, key, part_of(each))) for each in tensors)
+                self._kept[number][key] = kept
+                self.bytes_held += kept.size
+
+    def _drop(self, numbers: Iterable[int]) -> None:
+        """Keep nothing of these pieces."""
+        for number in numbers:
+            for key in list(self._kept[number]):
+                self._forget(number, key)
+            self._weights[number] = None
+
+    def _make_room(self, size: int) -> bool:
+        """Whether there is room for `size` more bytes. What neither of the last two generations used makes room."""
+        if self.bytes_held + size > self.limit:
+            for number, table in enumerate(self._kept):
+                for key, kept in list(table.items()):
+                    if kept.generation < self._generation - 1:
+                        self._forget(number, key)
+        return self.bytes_held + size <= self.limit
+
+    def _forget(self, number: int, key: Key) -> None:
+        kept = self._kept[number].pop(key, None)
+        if kept is not None:
+            self.bytes_held -= kept.size
+
+    def _dropper(self, number: int, key: Key, part: Hashable) -> Callable[[Any], None]:
+        """What drops a result when a tensor that it was made from dies. Another tensor may be the key's part then."""
+        memory = weakref.ref(self)
+
+        def drop(_: Any) -> None:
+            owner = memory()
+            if owner is not None:
+                with owner.lock:
+                    owner._forget(number, key)
+                    for parts in owner._parts.values():
+                        parts.discard(part)
+
+        return drop
+
+
+def part_of(tensor: torch.Tensor) -> Hashable:
+    """The part of a key that stands for a condition; None for a tensor without a version."""
+    return None if tensor.is_inference() else (id(tensor), tensor._version)
+
+
+class _Answer:
+    """Flags that a device computes. The host takes them when they have arrived.
+
+    Args:
+        flags: bools, of one dimension.
+    """
+
+    def __init__(self, flags: torch.Tensor) -> None:
+        self._flags, self._event = flags, None
+        if flags.device.type == "cuda":
+            self._flags = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
+            self._flags.copy_(flags, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def flags(self, waits: bool) -> list[bool] | None:
+        """The flags; None if they have not arrived, unless `waits` is True."""
+        if self._event is not None and not self._event.query():
+            if not waits:
+                return None
+            self._event.synchronize()
+        flags: list[bool] = self._flags.tolist()
+        return flags
+
+
+def _samples(weight: Any) -> Iterator[torch.Tensor]:
+    """Some elements of a weight, spread over it; of all its parts, if it is a tensor of tensors."""
+    if not isinstance(weight, torch.Tensor):
+        return
+    if hasattr(weight, "__tensor_flatten__"):
+        for name in weight.__tensor_flatten__()[0]:
+            yield from _samples(getattr(weight, name))
+    elif weight.layout is torch.strided:
+        steps = tuple(slice(None, None, max(1, size // SAMPLES)) for size in weight.shape)
+        yield weight.detach()[steps].clone()
+
+
+def _differ(before: Sequence[torch.Tensor], now: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Whether samples differ: a single bool, on their device. NaNs at the same place are equal."""
+    forms = [[(each.shape, each.dtype, each.device) for each in samples] for samples in (before, now)]
+    if forms[0] != forms[1]:
+        return torch.tensor(True)
+    flags = [((one != two) & ~(one.isnan() & two.isnan())).any() for one, two in zip(before, now, strict=True)]
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).any() if flags else torch.tensor(False)

@@ -1,0 +1,204 @@
+"""Computes hoisted values when a graph asks for them: the values of one call.
+
+    values[7] ─► the piece that makes value 7 ─► kept for these very inputs? ─► yes: the kept result
+                                                                             └► no: compute, keep
+
+`cachedit_fx.runtime.hoisted_memory` says what is kept, and how long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cachedit_fx.passes.hoist_invariants import HoistedPiece
+from cachedit_fx.runtime.guard import on_host
+from cachedit_fx.runtime.hoisted_memory import HoistedMemory, Key, Results, Trust, Weights, part_of
+
+if TYPE_CHECKING:
+    from cachedit_fx.runtime.call import Call
+
+
+class WeightsChanged(Exception):  # noqa: N818 - no error: the call is made again
+    """A call began a generation with values whose weights had changed meanwhile: it is to be made again."""
+
+
+class HoistedValues:
+    """The hoisted values of one call: a sequence that computes a value when it is taken first.
+
+    Args:
+        memory: where values are kept.
+        inputs: of the graph, in order.
+        call: the transformer call, for its clock.
+    """
+
+    def __init__(self, memory: HoistedMemory, inputs: Sequence[Any], call: Call) -> None:
+        self.memory, self.code, self.inputs, self.call = memory, memory.code, inputs, call
+        self._values: dict[int, torch.Tensor] = {}
+        self._has_kept_ones = False
+        self._weights: dict[int, Weights | None] = {}
+        """Number of a piece -> its weights; None if its results may not be kept."""
+        self._time: Hashable = None
+        self._batches: dict[int, list[Results]] = {}
+        """Number of a piece -> its results for each of `_steps`."""
+        self._is_batched = call.session.state.options.motion == "batched"
+        # A clock shows before the first block that a generation begins. The kept values are compared first then.
+        self._is_open = call.is_located or not call.begins_by_clock
+        if call.is_located:
+            self.locate()
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        value = self._values.get(index)
+        if value is None:
+            self._take(self.code.makers[index])
+            value = self._values[index]
+        return value
+
+    def locate(self) -> None:
+        """The call's position is known now.
+
+        Raises:
+            WeightsChanged: if the call has taken values whose weights have changed since they were made.
+        """
+        self.memory.begin(self.call.session, self.inputs)
+        trust = self.memory.trust(waits=self._has_kept_ones)
+        self._weights, self._is_open = {}, trust is not Trust.NOT_YET
+        if trust is Trust.NO_LONGER and self._has_kept_ones:
+            raise WeightsChanged
+
+    def _take(self, number: int) -> None:
+        """Take all values of one piece."""
+        piece = self.code.pieces[number]
+        weights = self._present_weights(number)
+        key = self._key(piece, self._time_key()) if weights is not None else None
+        results = self.memory.find(number, key) if key is not None else None
+        self._has_kept_ones |= results is not None
+        if (
+            results is None
+            and key is not None
+            and piece.is_timed
+            and self._is_batched
+            and (rows := self._batch(number))
+        ):
+            results = rows[0]
+        if results is None:
+            arguments = [self[at.place] if at.is_value else self.inputs[at.place] for at in piece.arguments]
+            results = self.code.functions[number](*arguments)
+            if key is not None and weights is not None:
+                self.memory.note_parts(number, key)
+                tensors = self._conditions(piece)
+                if self.memory.may_return(number, key, bool(tensors)):
+                    self.memory.keep(number, key, results, weights, tensors)
+        for index, value in zip(piece.results, results, strict=True):
+            self._values[index] = value
+
+    def _present_weights(self, number: int) -> Weights | None:
+        """The piece's weights; None if its results, or those of the pieces before it, may not be kept."""
+        if number not in self._weights:
+            before = [self._present_weights(other) for other in self.code.before[number]]
+            weights = self.memory.check_weights(number, self.inputs) if self._is_open else None
+            self._weights[number] = None if None in before else weights
+        return self._weights[number]
+
+    def _conditions(self, piece: HoistedPiece) -> list[torch.Tensor]:
+        values = (self.inputs[index] for index in piece.inputs if index != self.code.timestep)
+        return [value for value in values if isinstance(value, torch.Tensor)]
+
+    def _key(self, piece: HoistedPiece, time: Hashable) -> Key | None:
+        """The key of the piece's results at a time; None if they cannot be kept."""
+        parts: list[Hashable] = []
+        for index in piece.inputs:
+            value = self.inputs[index]
+            if index == self.code.timestep:
+                part = time
+            elif isinstance(value, torch.Tensor):
+                part = part_of(value)
+            else:
+                part = (type(value), value)
+            if part is None:
+                return None
+            parts.append(part)
+        return tuple(parts)
+
+    def _time_key(self) -> Hashable:
+        """The part of a key that stands for the timestep; None if it would have to be read from a device."""
+        if self._time is None and self.code.timestep is not None:
+            timestep, places = self.inputs[self.code.timestep], self._places()
+            self._time = time_key(timestep)
+            if places and isinstance(timestep, torch.Tensor):
+                is_told = self.memory.note(places[0], timestep)
+                if self._time is None and is_told and timestep.dim() <= 1:
+                    self._time = places[0]
+        return self._time
+
+    def _places(self) -> list[Hashable]:
+        """The clock's places from the present one on, each with the form of the timestep; empty without a clock."""
+        tick, timestep = self.call.tick, self.inputs[self.code.timestep or 0]
+        schedule = self.call.session.schedule(tick)
+        if schedule is None or tick is None or not isinstance(timestep, torch.Tensor):
+            return []
+        times, place = schedule
+        return [(timestep.shape, timestep.dtype, tick.method, time) for time in times[place:]]
+
+    def _steps(self) -> list[tuple[Hashable, torch.Tensor]]:
+        """The steps from the present one on: the part of a key, and the timestep. Empty if one is not known."""
+        timesteps = [self.memory.timesteps.get(place) for place in self._places()]
+        known = [timestep for timestep in timesteps if timestep is not None]
+        if len(known) < len(timesteps):
+            return []
+        parts = [time_key(timestep) or place for place, timestep in zip(self._places(), known, strict=True)]
+        return list(zip(parts, known, strict=True))
+
+    def _batch(self, number: int) -> list[Results]:
+        """Compute and keep the results of a timed piece for all steps from the present one on, in one batch.
+
+        Empty if the steps are not known, or if the piece cannot be computed for a batch.
+        """
+        if number not in self._batches:
+            piece, steps = self.code.pieces[number], self._steps()
+            rows = self._mapped(piece, [timestep for _, timestep in steps]) if len(steps) > 1 else []
+            self._batches[number] = rows
+            for (time, _), results in zip(steps, rows, strict=bool(rows)):
+                key = self._key(piece, time)
+                weights = self._present_weights(number)
+                if key is not None and weights is not None:
+                    self.memory.keep(number, key, results, weights, self._conditions(piece))
+        return self._batches[number]
+
+    def _mapped(self, piece: HoistedPiece, timesteps: list[torch.Tensor]) -> list[Results]:
+        """The results of a piece for each timestep; empty if the piece cannot be computed for a batch."""
+        arguments: list[Any] = []
+        dims: list[int | None] = []
+        for at in piece.arguments:
+            maker = self.code.makers[at.place] if at.is_value else None
+            if maker is not None and self.code.pieces[maker].is_timed:
+                place = self.code.pieces[maker].results.index(at.place)
+                values = [results[place] for results in self._batch(maker)]
+                if not values:
+                    return []
+            else:
+                values = timesteps if maker is None and at.place == self.code.timestep else []
+            dims.append(0 if values else None)
+            if values:
+                arguments.append(torch.stack(values))
+            else:
+                arguments.append(self[at.place] if at.is_value else self.inputs[at.place])
+        try:
+            batch: Results = torch.vmap(piece.code, in_dims=tuple(dims))(*arguments)
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            self.call.session.state.warn_once(f"motion='batched': {piece.name} is computed at each step: {reason}")
+            return []
+        return list(zip(*(result.unbind(0) for result in batch), strict=True))
+
+
+def time_key(timestep: Any) -> Hashable:
+    """The part of a key that stands for a timestep; None if the timestep would have to be read from a device."""
+    if not isinstance(timestep, torch.Tensor):
+        return type(timestep), timestep
+    if not on_host(timestep):
+        return None
+    numbers = timestep.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return timestep.shape, timestep.dtype, numbers
