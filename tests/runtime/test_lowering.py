@@ -197,7 +197,7 @@ def test_functions_of_other_contents_are_told_apart():
     assert len(set(keys)) == len(keys)
 
 
-def test_a_key_holds_what_it_tells_apart_and_nothing_outlives_it():
+def test_a_key_holds_what_it_tells_apart_and_nothing_outlives_it(quick_collection):
     tensor = torch.ones(1)
     alive = weakref.ref(tensor)
     value = key(torch.ones(3), function=closure(tensor), args=())
@@ -373,7 +373,7 @@ def compiled(module, inner, **options):
 
 
 def test_flux_has_five_pieces_at_any_length():
-    model, _ = models.flux()
+    model, _ = models.flux(double=2, single=3)
     inner = Counting()
     fast = compiled(model, inner, Fn_compute_blocks=1)
     counts = []
