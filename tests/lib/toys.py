@@ -72,12 +72,12 @@ class Timeless(nn.Module):
 class Step(nn.Module):
     """A product of matrices, and one kernel."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, function: Callable[[torch.Tensor], torch.Tensor] = torch.tanh) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, width)
+        self.linear, self.function = nn.Linear(width, width), function
 
     def forward(self, hidden):
-        return hidden + 0.5 * torch.tanh(self.linear(hidden))
+        return hidden + 0.5 * self.function(self.linear(hidden))
 
 
 class Steps(nn.Module):

@@ -1,6 +1,6 @@
 """diffusers' transformer classes, each through the checks of `cachedit coverage`.
 
-By default a class is captured once, and that capture serves every check but the one of a second resolution, which three
+By default a class is captured once, and that capture serves every check but the one of a second resolution, which two
 classes of distinct shape have. Copies of another class wait for the part `zoo`. It makes the whole check of every
 class, and captures anew for each setting, as a user's calls do; one class has that by default.
 """
@@ -76,7 +76,6 @@ Hints for each block, which some of them add, are in test_elsewhere.py.
 
 RESIZED = {
     "FluxTransformer2DModel": "joint blocks, then single ones",
-    "NucleusMoEImageTransformer2DModel": "experts",
     "StableAudioDiTModel": "a sound",
 }
 """Classes of distinct shape, whose whole check is made by default. Pipelines of others are in test_families.py."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lib import models
+from lib.marks import only_in
 from lib.toy_pipeline import ToyPipeline
 from lib.toys import FALLING, CountingBackend, Loopless, Timeless, denoise, make, noise
 from torch._dynamo.utils import counters
@@ -338,7 +339,7 @@ def test_summary_of_a_loop_at_a_time_has_a_region_each():
 # explain
 
 
-@pytest.mark.parametrize("state", ["plain", "compiled", "called"])
+@pytest.mark.parametrize("state", only_in("zoo", ["plain", "compiled", "called"], but=["plain", "called"]))
 def test_explain_finds_the_loops_and_runs_no_kernel(state):
     model, inputs = models.flux(double=2, single=3)
     if state != "plain":

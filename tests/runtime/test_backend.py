@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lib import models
+from lib.marks import only_in
 from lib.shared import SharedGraph
 from lib.toys import FALLING, CountingBackend, Loopless, Steps, Timeless, Toy, denoise, make, noise
 from torch._dynamo.exc import BackendCompilerFailed
@@ -217,7 +218,9 @@ def test_the_branch_changes_nothing_in_the_lowering(toy, inner, granularity, las
 
 
 @pytest.mark.keep_compiled
-@pytest.mark.parametrize(("granularity", "scope"), [("block", "model"), ("region", "loop")])
+@pytest.mark.parametrize(
+    ("granularity", "scope"), only_in("zoo", [("block", "model"), ("region", "loop")], but=[("region", "loop")])
+)
 def test_the_branch_changes_nothing_in_the_lowering_of_flux(flux, granularity, scope):
     shared, inputs = flux
     options = OFF | {"inner_backend": "aot_eager", "granularity": granularity, "scope": scope}
