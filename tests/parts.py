@@ -37,14 +37,14 @@ PARTS = {
     "and at a second resolution; graphs of some, in forms that the default part leaves out",
     "variants": "every transformer class of diffusers with each boolean, optional or enumerated argument changed alone",
     "families": "the pipelines of every model family that the default part leaves out",
-    "elsewhere": "models from outside diffusers: a second resolution, dynamic shapes, graphs without names, more layouts",
+    "elsewhere": "models from outside diffusers: a second resolution, dynamic shapes, a third layout, no names",
     "wrappings": "LoRA, other wrappings of a transformer and its inputs, in the forms that the default part leaves out",
     "fuzz": "500 random models",
     "soak": "200 generations of each policy, which hold no more memory than 60; a server of 200 requests",
-    "kernels": "every specialisation of the Triton kernels, compiled ahead of time; their numerics in float16 and float32",
+    "kernels": "every specialisation of the Triton kernels, compiled ahead of time; numerics in float16 and float32",
     "peers": "the same settings run by cache-dit itself, in the environment that PEERS_PYTHON names, and the order of "
     "calls in its scripts with inductor",
-    "packaging": "every module imported from each place that Python may start in, and the backend found by its name",
+    "packaging": "every module imported from each place that Python may start in; the backend found by its name",
 }
 """Part -> what it runs. `tests/conftest.py` accepts no other name in a `full` marker."""
 
