@@ -21,6 +21,7 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")  # a twentieth of a second each
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # else g++ tries each instruction set, for ten seconds
 
 # Inductor's default cache outlives the run and could hide a compile that no longer works. One for the run costs its
 # toolchain warm-up (some 10 s) once; xdist's workers and child processes inherit it. Set the variable to keep a cache.
@@ -102,6 +103,12 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
     if _own_cache is not None:
         shutil.rmtree(_own_cache, ignore_errors=True)
+
+
+@pytest.fixture
+def quick_collection():
+    """Spare `gc.collect` what was there before the test: late in a run it takes seconds to go through that."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

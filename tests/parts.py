@@ -34,17 +34,17 @@ DEFAULT = "default"
 PARTS = {
     DEFAULT: "what `make test` runs, lint and types aside",
     "zoo": "every transformer class of diffusers through all of `cachedit coverage`: captured anew for each setting, "
-    "and at a second resolution",
+    "and at a second resolution; graphs of some, in forms that the default part leaves out",
     "variants": "every transformer class of diffusers with each boolean, optional or enumerated argument changed alone",
     "families": "the pipelines of every model family that the default part leaves out",
-    "elsewhere": "models from outside diffusers: a second resolution, dynamic shapes, graphs without names",
-    "wrappings": "LoRA and other wrappings of a transformer, in the forms that the default part leaves out",
+    "elsewhere": "models from outside diffusers: a second resolution, dynamic shapes, a third layout, no names",
+    "wrappings": "LoRA, other wrappings of a transformer and its inputs, in the forms that the default part leaves out",
     "fuzz": "500 random models",
     "soak": "200 generations of each policy, which hold no more memory than 60; a server of 200 requests",
-    "kernels": "every specialisation of the Triton kernels, compiled ahead of time",
+    "kernels": "every specialisation of the Triton kernels, compiled ahead of time; numerics in float16 and float32",
     "peers": "the same settings run by cache-dit itself, in the environment that PEERS_PYTHON names, and the order of "
     "calls in its scripts with inductor",
-    "packaging": "every module imported from each place that Python may start in",
+    "packaging": "every module imported from each place that Python may start in; the backend found by its name",
 }
 """Part -> what it runs. `tests/conftest.py` accepts no other name in a `full` marker."""
 

@@ -1,9 +1,12 @@
 """The kernels' numerics in Triton's interpreter, against float64. Run by test_kernels_interpreted.py, in a process.
 
+The variable INTERPRETED_DTYPES has the names of the dtypes.
+
 Inputs lie among NaNs and outputs between guards, so that an element read or written elsewhere shows.
 """
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from cachedit_fx.kernels import (
     residual_store_triton,
 )
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = tuple(getattr(torch, name) for name in os.environ["INTERPRETED_DTYPES"].split())
 SHAPES = ((1,), (5,), (3, 1), (1, 1, 1), (2, 7, 5), (2, 1, 300), (1, 33, 129), (2, 9, 300))
 EMPTY = ((0,), (0, 4, 4), (2, 0, 4), (2, 3, 0))
 LOOKS = ("contiguous", "sliced", "chunk", "transposed", "every other")

@@ -8,18 +8,20 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from lib.marks import only_in
 
 HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="without Triton")
-def test_kernels_in_the_interpreter(tmp_path):
+@pytest.mark.parametrize("dtypes", only_in("kernels", ["bfloat16", "float16 float32"], but=["bfloat16"]))
+def test_kernels_in_the_interpreter(dtypes, tmp_path):
     report = tmp_path / "report.xml"
     options = ("-q", "-p", "no:cacheprovider", f"--junitxml={report}")
     run = subprocess.run(
         [sys.executable, "-m", "pytest", str(HERE / "interpreted.py"), *options],
         cwd=HERE.parent,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        env=os.environ | {"TRITON_INTERPRET": "1", "INTERPRETED_DTYPES": dtypes},
         capture_output=True,
         text=True,
     )

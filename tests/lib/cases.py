@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from lib import models
-from lib.helpers import capture, rewritten
+from lib.helpers import Captured, capture, rewritten
 from torch import nn
 
 
@@ -119,9 +123,27 @@ ALL = CASES | {
 }
 
 
+Make = Callable[[], tuple[nn.Module, Any]]
+"""Gives a module and its inputs: by position, or by name in a dict."""
+
+
+@functools.cache
+def _captured(make: Make) -> Captured:
+    module, inputs = make()
+    return capture(module, **inputs) if isinstance(inputs, Mapping) else capture(module, *inputs)
+
+
+def graph_of(make: Make) -> Captured:
+    """The graph of a module that several tests look at: captured once in a process, and a copy each time.
+
+    `make` is a value of `ALL` or a class of `lib.models`. Modules that use it have the mark `SHARES_GRAPHS`.
+    """
+    graph = _captured(make)
+    return replace(graph, gm=graph.copy())
+
+
 def rewrites(case):
     """A graph of `ALL`, and what becomes of it at each granularity and cut."""
-    module, inputs = ALL[case]()
-    graph = capture(module, *inputs)
+    graph = graph_of(ALL[case])
     for granularity, (first, last) in itertools.product(("block", "region"), ((1, 0), (0, 0), (2, 1))):
         yield graph, rewritten(graph.copy(), first, last, granularity=granularity)

@@ -1,4 +1,4 @@
-"""Parameters of a test, most of which run only in a part of `make test-all`."""
+"""Marks that several modules of tests have, and parameters most of which run only in a part of `make test-all`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 import pytest
+
+SHARES_GRAPHS = pytest.mark.xdist_group("graphs")
+"""For modules that use `lib.cases.graph_of`: one worker of xdist runs them all."""
 
 
 def only_in(part: str, values: Iterable[Any], but: Collection[Any] = ()) -> list[Any]:

@@ -24,7 +24,7 @@ def flux():
     return models.flux(double=2, single=2)
 
 
-SUBJECTS = {"toy": toy, "flux": flux}
+SUBJECTS = {"toy": lambda: toy(blocks=2), "flux": flux}
 on_a_toy = pytest.mark.parametrize("subject", only_in("wrappings", SUBJECTS, but=["toy"]))
 """The hooks are what is tested: by default a toy has them. One test has those of a class of diffusers."""
 

@@ -1,7 +1,7 @@
 """diffusers' transformer classes, each through the checks of `cachedit coverage`.
 
-By default a class is captured once, and that capture serves every check but the one of a second resolution, which six
-classes of distinct shape have. Close copies of another class wait for the part `zoo`. It makes the whole check of every
+By default a class is captured once, and that capture serves every check but the one of a second resolution, which two
+classes of distinct shape have. Copies of another class wait for the part `zoo`. It makes the whole check of every
 class, and captures anew for each setting, as a user's calls do; one class has that by default.
 """
 
@@ -25,21 +25,30 @@ CAPTURED = sorted(set(zoo.ZOO) - set(zoo.SHORT))
 COPIES = {
     "AceStepTransformer1DModel": "DiTTransformer2DModel",
     "AllegroTransformer3DModel": "LatteTransformer3DModel",
+    "AnyFlowFARTransformer3DModel": "WanTransformer3DModel",
     "AnyFlowTransformer3DModel": "WanTransformer3DModel",
+    "AuraFlowTransformer2DModel": "Flux2Transformer2DModel",
+    "BriaFibo2Transformer2DModel": "Lumina2Transformer2DModel",
     "BriaFiboTransformer2DModel": "Flux2Transformer2DModel",
     "BriaTransformer2DModel": "FluxTransformer2DModel",
+    "ChromaTransformer2DModel": "Flux2Transformer2DModel",
     "ChronoEditTransformer3DModel": "WanTransformer3DModel",
     "CogView4Transformer2DModel": "CogView3PlusTransformer2DModel",
+    "ConsisIDTransformer3DModel": "CogVideoXTransformer3DModel",
     "CosmosTransformer3DModel": "WanTransformer3DModel",
     "EasyAnimateTransformer3DModel": "CogVideoXTransformer3DModel",
+    "ErnieImageTransformer2DModel": "DiTTransformer2DModel",
     "GlmImageTransformer2DModel": "QwenImageTransformer2DModel",
     "HeliosTransformer3DModel": "WanTransformer3DModel",
-    "HunyuanVideoFramepackTransformer3DModel": "HunyuanVideoTransformer3DModel",
+    "HunyuanVideoFramepackTransformer3DModel": "FluxTransformer2DModel",
+    "HunyuanVideoTransformer3DModel": "FluxTransformer2DModel",
     "Ideogram4Transformer2DModel": "DiTTransformer2DModel",
     "JoyImageEditPlusTransformer3DModel": "QwenImageTransformer2DModel",
     "JoyImageEditTransformer3DModel": "QwenImageTransformer2DModel",
     "Kandinsky5Transformer3DModel": "MiniMaxH3Transformer3DModel",
     "Kandinsky6SRTransformer3DModel": "DiTTransformer2DModel",
+    "Kandinsky6Transformer3DModel": "QwenImageTransformer2DModel",
+    "Krea2Transformer2DModel": "Lumina2Transformer2DModel",
     "LTX2VideoTransformer3DModel": "Cosmos3OmniTransformer",
     "LongCatAudioDiTTransformer": "MiniMaxH3Transformer3DModel",
     "LongCatImageTransformer2DModel": "FluxTransformer2DModel",
@@ -49,22 +58,24 @@ COPIES = {
     "OvisImageTransformer2DModel": "FluxTransformer2DModel",
     "PRXTransformer2DModel": "DiTTransformer2DModel",
     "PriorTransformer": "DiTTransformer2DModel",
+    "QwenImage21Transformer2DModel": "OmniGenTransformer2DModel",
     "SanaVideoTransformer3DModel": "SanaTransformer2DModel",
     "SanaWMLTX2RefinerTransformer3DModel": "WanTransformer3DModel",
     "SanaWMTransformer3DModel": "SanaTransformer2DModel",
     "SkyReelsV2Transformer3DModel": "WanTransformer3DModel",
+    "StableAudio3DiTModel": "StableAudioDiTModel",
     "Transformer2DModel": "DiTTransformer2DModel",
     "WanAnimateTransformer3DModel": "WanTransformer3DModel",
+    "WanVACETransformer3DModel": "WanTransformer3DModel",
     "ZImageTransformer2DModel": "Lumina2Transformer2DModel",
 }
-"""Classes whose chain is that of another class, which the default part has: as many loops, carried values, results."""
+"""Classes whose chain is that of another class, which the default part has: as many loops, carried values, results.
+
+Hints for each block, which some of them add, are in test_elsewhere.py.
+"""
 
 RESIZED = {
-    "CogVideoXTransformer3DModel": "joint blocks of text and video",
     "FluxTransformer2DModel": "joint blocks, then single ones",
-    "HunyuanDiT2DModel": "skips across the chain",
-    "NucleusMoEImageTransformer2DModel": "experts",
-    "SD3Transformer2DModel": "a last block that drops the text",
     "StableAudioDiTModel": "a sound",
 }
 """Classes of distinct shape, whose whole check is made by default. Pipelines of others are in test_families.py."""

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lib import models
+from lib.cases import ALL, graph_of
 from lib.helpers import capture, detected, find, ops
-from lib.marks import only_in
+from lib.marks import SHARES_GRAPHS, only_in
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -13,9 +14,15 @@ from cachedit_fx.passes.block_loops import LoopNotFound
 from cachedit_fx.passes.graph_values import body_nodes, target_name
 from cachedit_fx.passes.loops_by_name import module_path
 
+pytestmark = SHARES_GRAPHS
+
 
 def text(batch=1, tokens=5):
     return torch.randn(batch, tokens, models.WIDTH)
+
+
+def in_sequential():
+    return models.InSequential(), models.inputs()
 
 
 def found(detection):
@@ -33,19 +40,19 @@ def sizes(loop):
 
 
 @pytest.mark.parametrize(
-    "module, name",
+    "make, name",
     [
-        (models.Toy, "blocks"),
-        (models.InSequential, "blocks"),
-        (models.InDict, "blocks.b"),
-        (models.Numbered, "block"),
-        (lambda: models.Numbered(pattern="block_{}"), "block"),
-        (models.Shared, "blocks"),
+        (ALL["plain"], "blocks"),
+        (in_sequential, "blocks"),
+        (lambda: (models.InDict(), models.inputs()), "blocks.b"),
+        (lambda: (models.Numbered(), models.inputs()), "block"),
+        (lambda: (models.Numbered(pattern="block_{}"), models.inputs()), "block"),
+        (ALL["shared"], "blocks"),
     ],
     ids=["ModuleList", "Sequential", "ModuleDict", "block0", "block_0", "one block called four times"],
 )
-def test_containers(module, name):
-    graph = capture(module(), *models.inputs())
+def test_containers(make, name):
+    graph = graph_of(make)
     before = ops(graph.gm)
     detection = detected(graph.gm)
     assert found(detection) == [(name, 4)]
@@ -69,28 +76,28 @@ def test_module_paths():
 
 
 def test_feed_forward_list_inside_a_block_is_not_the_loop():
-    graph = capture(models.Toy(), *models.inputs())
+    graph = graph_of(ALL["plain"])
     stacks = [node.meta.get("nn_module_stack") or {} for node in body_nodes(graph.gm.graph)]
     paths = {module_path(entry[0]) for stack in stacks for entry in stack.values()}
     assert "blocks.0.ff.2" in paths
     assert found(detected(graph.gm)) == [("blocks", 4)]
 
 
-@pytest.mark.parametrize("style", ["authors", "image"])
-def test_two_loops_in_sequence(style):
-    graph = capture(models.TwoLoops(style=style), *models.inputs(), text())
+@pytest.mark.parametrize("case", ["two loops", "no glue"])
+def test_two_loops_in_sequence(case):
+    graph = graph_of(ALL[case])
     detection = detected(graph.gm)
     assert found(detection) == [("double_blocks", 3), ("single_blocks", 4)]
     assert (detection.chain, detection.hidden) == ((0, 1), (1, 0))
     double, single = detection.loops
     assert [c.shape[1] for c in double.carried] == [5, 6]
-    assert [c.shape[1] for c in single.carried] == [11 if style == "authors" else 6]
+    assert [c.shape[1] for c in single.carried] == [11 if case == "two loops" else 6]
     between = body_nodes(graph.gm.graph)[double.end : single.start]
-    assert [target_name(node) for node in between] == (["cat"] if style == "authors" else [])
+    assert [target_name(node) for node in between] == (["cat"] if case == "two loops" else [])
 
 
 def test_refiners_belong_to_the_prologue():
-    graph = capture(models.Refined(), *models.inputs(), text())
+    graph = graph_of(ALL["refiners"])
     detection = detected(graph.gm)
     assert found(detection) == [("refiners", 2), ("blocks", 8)]
     assert detection.chain == (1,)
@@ -110,7 +117,7 @@ def test_text_blocks_beside_the_image_blocks_are_not_in_the_chain(text_first):
 
 
 def test_option_chooses_the_chain():
-    graph = capture(models.Refined(), *models.inputs(), text())
+    graph = graph_of(ALL["refiners"])
     assert detected(graph.gm, loops=["blocks", "refiners"]).chain == (0, 1)
     assert detected(graph.gm, loops=["refiners"]).chain == (0,)
     with pytest.raises(LoopNotFound, match=r"is called 'layers'; this graph has \['blocks', 'refiners'\]"):
@@ -136,7 +143,7 @@ def test_loop_that_feeds_nothing_into_the_chain_is_left_out():
 
 
 def test_last_block_that_drops_the_text_stream():
-    graph = capture(models.LastDiffers(), *models.inputs(), text())
+    graph = graph_of(ALL["last differs"])
     (loop,) = detected(graph.gm).loops
     assert loop.num_blocks == 4 and sizes(loop)[3] < sizes(loop)[0]
     by_length = {carried.shape[1]: carried for carried in loop.carried}
@@ -217,7 +224,7 @@ def test_parallel_branches_are_no_loop(use_names):
 
 
 def test_invariant_and_per_block_values():
-    graph = capture(models.Toy(), *models.inputs())
+    graph = graph_of(ALL["plain"])
     (loop,) = detected(graph.gm).loops
     assert [target_name(node) for node in loop.invariant] == ["cat"]  # the time embedding
     weights = {node for node in loop.per_block if isinstance(node.meta["example_value"], nn.Parameter)}
@@ -226,7 +233,7 @@ def test_invariant_and_per_block_values():
 
 
 def test_weights_shared_by_all_calls_are_invariant():
-    graph = capture(models.Shared(), *models.inputs())
+    graph = graph_of(ALL["shared"])
     (loop,) = detected(graph.gm).loops
     assert loop.per_block == () and len(loop.invariant) == 1 + 12
 
@@ -295,19 +302,20 @@ def test_plain_list_of_blocks():
 
 
 @pytest.mark.parametrize(
-    "module, extra, blocks",
+    "make, blocks",
     [
-        (models.Toy, (), [4]),
-        (models.InSequential, (), [4]),
-        (models.Shared, (), [4]),
-        (models.InPlace, (), [4]),
-        (models.TwoLoops, (text(),), [3, 4]),
-        (models.Refined, (text(),), [2, 8]),
-        (models.Controlled, ([torch.randn(1, 6, 16) for _ in range(4)],), [4]),
+        (ALL["plain"], [4]),
+        (in_sequential, [4]),
+        (ALL["shared"], [4]),
+        (ALL["in place"], [4]),
+        (ALL["two loops"], [3, 4]),
+        (ALL["refiners"], [2, 8]),
+        (lambda: (models.Controlled(), (*models.inputs(), [torch.randn(1, 6, 16) for _ in range(4)])), [4]),
     ],
+    ids=["ModuleList", "Sequential", "shared", "in place", "two loops", "refiners", "ControlNet"],
 )
-def test_structure_finds_what_names_find(module, extra, blocks):
-    gm = capture(module(), *models.inputs(), *extra).gm
+def test_structure_finds_what_names_find(make, blocks):
+    gm = graph_of(make).gm
     named, bare = detected(gm), detected(gm, use_names=False)
     assert [loop.num_blocks for loop in bare.loops] == [loop.num_blocks for loop in named.loops] == blocks
     assert {loop.evidence for loop in bare.loops} == {"structure"}
@@ -327,10 +335,9 @@ CLASSES = [
 ]
 
 
-@pytest.mark.parametrize("case, name, blocks, streams", only_in("zoo", CLASSES, but=CLASSES[:3]))
+@pytest.mark.parametrize("case, name, blocks, streams", only_in("zoo", CLASSES, but=CLASSES[:2]))
 def test_diffusers_classes_by_names_and_by_structure(case, name, blocks, streams):
-    model, inputs = case()
-    graph = capture(model, **inputs)
+    graph = graph_of(case)
     for use_names in (True, False):
         detection = detected(graph.gm, use_names=use_names)
         assert found(detection) == [(name if use_names else "loop_0", blocks)]
@@ -342,8 +349,7 @@ def test_diffusers_classes_by_names_and_by_structure(case, name, blocks, streams
 
 
 def test_flux():
-    model, inputs = models.flux()
-    graph = capture(model, **inputs)
+    graph = graph_of(models.flux)
     detection = detected(graph.gm)
     assert found(detection) == [("transformer_blocks", 3), ("single_transformer_blocks", 4)]
     assert detection.chain == (0, 1)
@@ -355,8 +361,7 @@ def test_flux():
 
 
 def test_sd3():
-    model, inputs = models.sd3()
-    graph = capture(model, **inputs)
+    graph = graph_of(models.sd3)
     detection = detected(graph.gm)
     assert found(detection) == [("transformer_blocks", 4)]
     (loop,) = detection.loops
@@ -371,8 +376,7 @@ def test_sd3():
 
 
 def test_hunyuan_dit():
-    model, inputs = models.hunyuan_dit()
-    (loop,) = detected(capture(model, **inputs).gm).loops
+    (loop,) = detected(graph_of(models.hunyuan_dit).gm).loops
     assert (loop.name, loop.num_blocks) == ("blocks", 8)
     assert sorted((made, taken) for _, made, taken in loop.skips) == [(0, 7), (1, 6), (2, 5)]
 
@@ -400,7 +404,7 @@ def test_dynamic_shapes():
 
 
 def test_costs_count_the_work():
-    (loop,) = detected(capture(models.InSequential(), *models.inputs()).gm).loops
+    (loop,) = detected(graph_of(in_sequential).gm).loops
     products = 4 * (2 * 6 * 16 * (48 + 16) + 4 * 6 * 6 * 16)
     assert products < loop.cost < 1.5 * products
 

@@ -3,11 +3,15 @@
 import pytest
 import torch
 from lib import models
+from lib.cases import graph_of
 from lib.helpers import capture, ops, outcome_of
+from lib.marks import SHARES_GRAPHS
 from torch import nn
 
 from cachedit_fx.passes.base import Facts
 from cachedit_fx.passes.find_timestep import FindTimestep, TimestepSource
+
+pytestmark = SHARES_GRAPHS
 
 
 def source_of(gm, argument=None, numbers=None):
@@ -32,9 +36,8 @@ class Named(nn.Module):
 
 @pytest.mark.parametrize("case", [models.flux, models.sd3, models.wan])
 def test_by_name(case):
-    model, inputs = case()
-    inputs["timestep"] = torch.full_like(inputs["timestep"], 0.25 if case is models.flux else 321)
-    graph = capture(model, **inputs)
+    _, inputs = case()
+    graph = graph_of(case)
     before = ops(graph.gm)
     source = source_of(graph.gm)
     assert source.name == "timestep" and source.constant is None

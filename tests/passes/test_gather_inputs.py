@@ -5,15 +5,17 @@ import re
 
 import pytest
 import torch
-from lib import models
-from lib.cases import rewrites
-from lib.helpers import Computes, Restores, capture, rewritten
+from lib.cases import ALL, graph_of, rewrites
+from lib.helpers import Computes, Restores, rewritten
+from lib.marks import SHARES_GRAPHS
 from lib.toys import denoise, make
 from torch import fx
 
 from cachedit_fx import DBCacheConfig, enable_cache, summary
 from cachedit_fx.passes.base import Facts
 from cachedit_fx.passes.gather_inputs import GatheredInputs, GatherInputs
+
+pytestmark = SHARES_GRAPHS
 
 
 class Inputs(list):
@@ -47,7 +49,7 @@ def test_computed_is_bit_identical_and_so_is_restored(case):
 
 
 def test_a_bypassed_region_touches_none_of_its_weights():
-    graph = capture(models.Toy(), *models.inputs())
+    graph = graph_of(ALL["plain"])
     gm = rewritten(graph.gm, 1, 1)
     names = placeholders(gm.graph)[1:]
     in_region = [place for place, name in enumerate(names) if re.search(r"blocks_modules_[12]_", name)]
@@ -63,7 +65,7 @@ def test_a_bypassed_region_touches_none_of_its_weights():
 
 
 def test_the_code_names_inputs_as_before():
-    gm = rewritten(capture(models.Toy(), *models.inputs()).gm, 1, 0)
+    gm = rewritten(graph_of(ALL["plain"]).gm, 1, 0)
     names = placeholders(gm.graph)[1:]
     GatherInputs().run(gm, Facts())
     modules = [module for module in gm.modules() if isinstance(module, fx.GraphModule)]

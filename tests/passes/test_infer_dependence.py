@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lib import models, zoo
+from lib.cases import graph_of
 from lib.helpers import capture, copied, outcome_of
+from lib.marks import SHARES_GRAPHS
 from torch import fx, nn
 
 from cachedit_fx.capture import capturing
@@ -15,6 +17,8 @@ from cachedit_fx.passes.find_timestep import FindTimestep, TimestepSource, sourc
 from cachedit_fx.passes.graph_values import target_name
 from cachedit_fx.passes.infer_dependence import Dependence, InferDependence, Level, Source
 from cachedit_fx.passes.normalize import Normalize
+
+pytestmark = SHARES_GRAPHS
 
 
 def inferred(gm, sample="hidden_states"):
@@ -83,8 +87,7 @@ def assert_independent(gm, facts, inputs):
 
 @pytest.mark.parametrize("case", [models.flux, models.sd3, models.wan])
 def test_values_change_with_their_sources_alone(case):
-    model, inputs = case()
-    graph = capture(model, **inputs)
+    graph = graph_of(case)
     gm, facts = inferred(graph.gm)
     assert_independent(gm, facts, graph.inputs)
 

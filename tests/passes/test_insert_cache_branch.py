@@ -5,14 +5,17 @@ import functools
 import pytest
 import torch
 from lib import models
-from lib.cases import ALL, Collects, rewrites, text
+from lib.cases import ALL, graph_of, rewrites, text
 from lib.helpers import Computes, Restores, capture, find, ops, rewritten
+from lib.marks import SHARES_GRAPHS
 from torch import fx
 from torch.testing import FileCheck
 
 from cachedit_fx.passes.base import Facts
 from cachedit_fx.passes.insert_cache_branch import InsertCacheBranch
 from cachedit_fx.passes.plan_regions import RegionReport
+
+pytestmark = SHARES_GRAPHS
 
 
 @pytest.mark.parametrize("case", ALL)
@@ -55,7 +58,7 @@ def test_order_in_the_code():
 
 
 def test_fires():
-    graph = capture(models.Toy(), *models.inputs())
+    graph = graph_of(ALL["plain"])
     before = ops(graph.gm)
     gm = rewritten(graph.gm, 1, 0)
     outer = {node.target for node in gm.graph.nodes if node.op == "call_module"}
@@ -89,7 +92,7 @@ def test_what_is_compared():
 
 
 def test_what_is_stored_whole_has_no_base():
-    graph = capture(Collects(), *models.inputs())
+    graph = graph_of(ALL["stored whole"])
     gm, given = rewritten(graph.gm, 1, 1), []
 
     class Asks(Computes):
@@ -108,7 +111,7 @@ def test_what_is_stored_whole_has_no_base():
 
 
 def test_nothing_is_compared_without_first_blocks():
-    graph = capture(models.Toy(), *models.inputs())
+    graph = graph_of(ALL["plain"])
     cache = Computes()
     assert graph.same(rewritten(graph.gm, 0, 0), cache)
     ((_, reference, hidden, streams),) = cache.decided
@@ -116,7 +119,7 @@ def test_nothing_is_compared_without_first_blocks():
 
 
 def test_a_region_for_each_loop():
-    graph = capture(models.TwoLoops(), *models.inputs(), text())
+    graph = graph_of(ALL["two loops"])
     gm = rewritten(graph.gm, 1, 0, scope="loop")
     code = gm.print_readable(print_output=False)
     checks = ("region_call.decide(0", "region_call.run(entry_0", "region_call.decide(1", "region_call.run(entry_1")
@@ -150,7 +153,7 @@ def test_bypassed_region_follows_the_streams():
 
 @pytest.mark.parametrize("first, last", [(4, 0), (2, 2)])
 def test_no_region_leaves_the_graph_without_a_cache(first, last):
-    graph = capture(models.Toy(), *models.inputs())
+    graph = graph_of(ALL["plain"])
     gm = rewritten(graph.gm, first, last)
     assert not find(gm, "decide") and graph.same(gm)
     assert InsertCacheBranch().run(gm, Facts([RegionReport((), ())])).matches == 0
@@ -158,8 +161,7 @@ def test_no_region_leaves_the_graph_without_a_cache(first, last):
 
 @pytest.mark.parametrize("case", [models.flux, models.sd3, models.qwen_image, models.hunyuan_dit])
 def test_diffusers(case):
-    model, inputs = case()
-    graph = capture(model, **inputs)
+    graph = graph_of(case)
     gm, cache = rewritten(graph.gm, 1, 1), Restores()
     assert graph.same(gm, cache) and graph.same(gm, cache) and cache.bypassed == 1
 

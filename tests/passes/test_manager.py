@@ -8,9 +8,10 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
-from lib import models
 from lib.cases import ALL as TOYS
+from lib.cases import graph_of
 from lib.helpers import Computes, Restores, capture, find, ops, outcome_of
+from lib.marks import SHARES_GRAPHS
 from torch import nn
 
 from cachedit_fx.backend import pass_manager
@@ -25,6 +26,8 @@ from cachedit_fx.passes.manager import PassContractError, PassManager, PassOrder
 from cachedit_fx.passes.normalize import Normalize, Normalized
 from cachedit_fx.passes.outline_blocks import OutlineBlocks
 from cachedit_fx.passes.plan_regions import PlanRegions, RegionReport
+
+pytestmark = SHARES_GRAPHS
 
 
 def plan_regions():
@@ -281,8 +284,7 @@ def test_the_order_of_the_backend():
 @pytest.mark.parametrize("place", [3, 4])
 def test_a_node_more_before_each_attention_leaves_no_fact_stale(case, place):
     """Before and after the regions are planned: what was detected at other positions is detected anew."""
-    module, inputs = TOYS[case]()
-    graph = capture(module, *inputs)
+    graph = graph_of(TOYS[case])
     attentions = len(find(graph.gm, "scaled_dot_product_attention"))
     plain = outcome_of(graph.copy(), *made(*ALL))
     outcome = outcome_of(graph.copy(), *made(*ALL[:place], CloneQueries, *ALL[place:]))
@@ -301,7 +303,7 @@ def test_a_node_more_before_each_attention_leaves_no_fact_stale(case, place):
 
 
 def test_what_a_rewrite_preserves_is_not_analysed_again():
-    graph = capture(models.Toy(), *models.inputs())
+    graph = graph_of(TOYS["plain"])
 
     class Preserves(CloneQueries):
         preserves: ClassVar[tuple[type, ...]] = (*CloneQueries.preserves, Detection)
@@ -327,7 +329,7 @@ def test_what_is_lost_with_the_flat_graph_is_learned_in_time():
     class Outlines(OutlineBlocks):
         preserves: ClassVar[tuple[type, ...]] = (*OutlineBlocks.preserves, Doubled)
 
-    graph = capture(models.Toy(), *models.inputs())
+    graph = graph_of(TOYS["plain"])
     outcome = outcome_of(graph.gm, *made(Counts, *ALL[:2], CloneQueries, plan_regions, Outlines))
     assert names_of(outcome.reports).count("counts") == 2 and Doubled in outcome.facts
 
@@ -404,7 +406,7 @@ def test_switched_off_and_what_stood_on_it():
 
 @pytest.mark.parametrize("off", [item().name for item in ALL])
 def test_each_pass_of_the_pipeline_can_be_switched_off(off):
-    graph = capture(models.Toy(), *models.inputs())
+    graph = graph_of(TOYS["plain"])
     outcome = PassManager(made(*ALL), {off: False}).run(graph.gm)
     assert not find(outcome.graph_module, "decide") and ops(outcome.graph_module)["linear"] == 4 * 5 + 2
     assert graph.same(outcome.graph_module)
@@ -414,7 +416,7 @@ def test_each_pass_of_the_pipeline_can_be_switched_off(off):
 
 
 def test_all_passes_together():
-    graph = capture(models.Toy(), *models.inputs())
+    graph = graph_of(TOYS["plain"])
     outcome = outcome_of(graph.gm, *made(*ALL))
     assert {r.name: r.matches for r in outcome.reports}["insert_cache_branch"] == 1
     assert graph.same(outcome.graph_module, Computes())

@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 from lib import models
-from lib.cases import CASES, SumsLengths, text
+from lib.cases import CASES, SumsLengths, graph_of, text
 from lib.helpers import capture, find, ops, run_passes
+from lib.marks import SHARES_GRAPHS
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from cachedit_fx.config.cache import Cut
@@ -16,6 +17,8 @@ from cachedit_fx.passes.graph_values import target_name
 from cachedit_fx.passes.normalize import Normalize
 from cachedit_fx.passes.outline_blocks import OutlineBlocks
 from cachedit_fx.passes.plan_regions import PlanRegions
+
+pytestmark = SHARES_GRAPHS
 
 
 def outlined(gm, first=None, last=0, **options):
@@ -44,8 +47,7 @@ def distinct(gm):
 
 @pytest.mark.parametrize("case", CASES)
 def test_keeps_numerics_and_operations(case):
-    module, inputs = CASES[case]()
-    graph = capture(module, *inputs)
+    graph = graph_of(CASES[case])
     normalized = run_passes(graph.copy(), Normalize())
     for granularity, first in itertools.product(("block", "region"), (None, 0, 2)):
         gm = outlined(graph.copy(), first, granularity=granularity)
@@ -75,11 +77,11 @@ def test_pieces_in_order():
 
 
 def test_granularity_region_makes_three_pieces():
-    graph = capture(models.TwoLoops(), *models.inputs(), text())
+    graph = graph_of(CASES["two loops"])
     gm = outlined(graph.gm, 1, 1, granularity="region")
     assert names_of(gm) == ("prologue", "middle_0", "epilogue")
     assert ops(pieces(gm)["middle_0"])["scaled_dot_product_attention"] == 3 + 4 - 2
-    assert names_of(outlined(capture(models.Toy(), *models.inputs()).gm, granularity="region")) == ("model",)
+    assert names_of(outlined(graph_of(CASES["plain"]).gm, granularity="region")) == ("model",)
 
 
 @pytest.mark.parametrize(
@@ -88,13 +90,12 @@ def test_granularity_region_makes_three_pieces():
 )
 def test_twins_have_one_key(case, count):
     """Prologue, epilogue where there is one, a block for each loop, one more for a last block that drops a stream."""
-    module, inputs = CASES[case]()
-    graph = capture(module, *inputs)
+    graph = graph_of(CASES[case])
     assert distinct(outlined(graph.gm, 1)) == count
 
 
 def test_weights_are_inputs():
-    gm = outlined(capture(models.Toy(), *models.inputs()).gm)
+    gm = outlined(graph_of(CASES["plain"]).gm)
     for name, piece in pieces(gm).items():
         assert not any(node.op == "get_attr" for node in piece.graph.nodes)
         weights = [n for n in piece.graph.nodes if isinstance(n.meta.get("example_value"), torch.nn.Parameter)]
@@ -157,7 +158,7 @@ def test_lengths_that_the_first_block_asks_for():
 
 def test_what_cannot_cross_is_made_again():
     """A size is a tuple: the last block, which needs it here, asks for it itself."""
-    graph = capture(models.Toy(), *models.inputs())
+    graph = graph_of(CASES["plain"])
     normalized = run_passes(graph.gm, Normalize())
     embed = find(normalized, "linear")[0]
     last = find(normalized, "linear")[-1]
@@ -198,8 +199,7 @@ def test_no_loop_leaves_the_graph_untouched():
 
 @pytest.mark.parametrize("case", [models.flux, models.sd3])
 def test_diffusers(case):
-    model, inputs = case()
-    graph = capture(model, **inputs)
+    graph = graph_of(case)
     gm = outlined(graph.gm, 1, 1)
     assert graph.same(gm)
     # FLUX: prologue, joint, single, last single, epilogue; SD3: prologue, joint, last, epilogue.

@@ -5,11 +5,14 @@ from contextlib import nullcontext
 import pytest
 import torch
 from lib import models
-from lib.cases import Collects, Late
+from lib.cases import ALL, graph_of
 from lib.helpers import capture, copied, detected, ops, planned
+from lib.marks import SHARES_GRAPHS
 from torch import fx, nn
 
 from cachedit_fx.passes.graph_values import target_name
+
+pytestmark = SHARES_GRAPHS
 
 
 def text(tokens=5):
@@ -17,7 +20,7 @@ def text(tokens=5):
 
 
 def toy(blocks=4):
-    return capture(models.Toy(blocks), *models.inputs())
+    return graph_of(ALL["plain"]) if blocks == 4 else capture(models.Toy(blocks), *models.inputs())
 
 
 def names(nodes):
@@ -77,14 +80,14 @@ def test_nothing_left_to_bypass(first, last):
 
 
 def test_blocks_are_numbered_over_the_whole_chain():
-    graph = capture(models.TwoLoops(3, 4), *models.inputs(), text())
+    graph = graph_of(ALL["two loops"])
     (region,) = planned(graph.gm, 5, 1).regions
     assert [block.name for block in region.middle] == ["single_blocks.2"]
     assert region.loops == ("double_blocks", "single_blocks")
 
 
 def test_one_region_for_each_loop():
-    graph = capture(models.TwoLoops(3, 4), *models.inputs(), text())
+    graph = graph_of(ALL["two loops"])
     report = planned(graph.gm, 1, 1, "loop")
     assert [(r.name, r.loops, len(r.middle)) for r in report.regions] == [
         ("region_0", ("double_blocks",), 1),
@@ -120,7 +123,7 @@ def test_base_of_a_plain_chain_is_what_enters():
 @pytest.mark.parametrize("first", [0, 1, 2, 3])
 def test_glue_is_replayed(first):
     """Text and image are concatenated between the loops: the base of the joint stream is both, concatenated."""
-    graph = capture(models.TwoLoops(3, 4), *models.inputs(), text())
+    graph = graph_of(ALL["two loops"])
     (region,) = planned(graph.gm, first, 0).regions
     known = values(graph)
     (base,) = bases(region.bases, known)
@@ -136,7 +139,7 @@ def test_glue_is_replayed(first):
 
 
 def test_reference_behind_the_glue():
-    graph = capture(models.TwoLoops(3, 4), *models.inputs(), text())
+    graph = graph_of(ALL["two loops"])
     (region,) = planned(graph.gm, 4, 0).regions
     known = values(graph)
     (reference,) = bases(region.reference, known)
@@ -146,8 +149,7 @@ def test_reference_behind_the_glue():
 
 @pytest.mark.parametrize("first, last", [(1, 0), (3, 1), (4, 2)])
 def test_flux(first, last):
-    model, inputs = models.flux()
-    graph = capture(model, **inputs)
+    graph = graph_of(models.flux)
     (region,) = planned(graph.gm, first, last).regions
     assert all(region.continued)
     known = values(graph)
@@ -159,7 +161,7 @@ def test_flux(first, last):
 
 
 def test_last_block_that_drops_a_stream():
-    graph = capture(models.LastDiffers(), *models.inputs(), text())
+    graph = graph_of(ALL["last differs"])
     (region,) = planned(graph.gm, 1, 0).regions
     assert region.continued == (True,) and len(region.live_outs) == 1
     (region,) = planned(graph.gm, 1, 1).regions
@@ -175,7 +177,7 @@ def test_skips_into_the_tail_are_continued():
 
 
 def test_what_continues_nothing_is_stored_whole():
-    (region,) = planned(capture(Collects(), *models.inputs()).gm, 1, 1).regions
+    (region,) = planned(graph_of(ALL["stored whole"]).gm, 1, 1).regions
     assert sorted(zip(names(region.live_outs), region.continued, strict=True)) == [
         ("add", True),
         ("mean", False),
@@ -184,10 +186,10 @@ def test_what_continues_nothing_is_stored_whole():
 
 
 def test_what_depends_on_no_stream_is_hoisted():
-    (region,) = planned(capture(Late(), *models.inputs()).gm, 1, 0).regions
+    (region,) = planned(graph_of(ALL["hoisted"]).gm, 1, 0).regions
     assert names(region.hoisted) == ["mul", "tanh", "getitem"]
     assert region.continued == (True,) and names(region.live_outs) == ["add"]
-    (region,) = planned(capture(Late(), *models.inputs()).gm, 3, 0).regions
+    (region,) = planned(graph_of(ALL["hoisted"]).gm, 3, 0).regions
     assert region.hoisted == ()
 
 
@@ -229,7 +231,7 @@ def test_writes_inside_are_not():
 
 
 def test_blocks_made_pure_are_not():
-    assert len(planned(capture(models.InPlace(), *models.inputs()).gm, 1, 0).regions) == 1
+    assert len(planned(graph_of(ALL["in place"]).gm, 1, 0).regions) == 1
 
 
 class Autocast(models.Toy):

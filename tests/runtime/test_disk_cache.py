@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from lib.toys import FALLING, denoise, make
+from lib.toys import FALLING, Steps, denoise, make
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from torch._inductor import compile_fx, config
@@ -21,7 +21,7 @@ def look_up(**options: Any) -> None:
     """Compile a model, as a new process would."""
     torch._dynamo.reset()
     counters.clear()
-    model = compile(make(blocks=3), **{"Fn_compute_blocks": 1, **STATIC, **options})
+    model = compile(make(Steps, blocks=3), **{"Fn_compute_blocks": 1, **STATIC, **options})
     denoise(model, FALLING[:2])
 
 

@@ -6,11 +6,14 @@ import itertools
 import operator
 import threading
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
 from lib import models
 from lib.helpers import Computes, Restores, capture, rewritten
+from lib.marks import only_in
+from lib.toys import Step
 from torch import fx, nn
 from torch._inductor import compile_fx, cpu_vec_isa
 
@@ -199,7 +202,7 @@ def test_functions_of_other_contents_are_told_apart():
     assert len(set(keys)) == len(keys)
 
 
-def test_a_key_holds_what_it_tells_apart_and_nothing_outlives_it():
+def test_a_key_holds_what_it_tells_apart_and_nothing_outlives_it(quick_collection):
     tensor = torch.ones(1)
     alive = weakref.ref(tensor)
     value = key(torch.ones(3), function=closure(tensor), args=())
@@ -375,7 +378,7 @@ def compiled(module, inner, **options):
 
 
 def test_flux_has_five_pieces_at_any_length():
-    model, _ = models.flux()
+    model, _ = models.flux(double=2, single=3)
     inner = Counting()
     fast = compiled(model, inner, Fn_compute_blocks=1)
     counts = []
@@ -419,9 +422,32 @@ def test_warming_up_is_silent_about_what_fails(monkeypatch, inner, expected):
     assert begun == expected and not raised
 
 
-def test_inductor_at_three_resolutions(monkeypatch):
+class TwoKinds(nn.Module):
+    """Loops of two and of three blocks, of which inductor makes a kernel each."""
+
+    def __init__(self, width=models.WIDTH):
+        super().__init__()
+        self.embed = nn.Linear(width, width)
+        self.first = nn.ModuleList(Step(width) for _ in range(2))
+        self.second = nn.ModuleList(Step(width, torch.sigmoid) for _ in range(3))
+
+    def forward(self, hidden_states, timestep, text):
+        hidden = self.embed(hidden_states) + timestep.reshape(-1, 1, 1) / 1000 + text.mean(1, keepdim=True)
+        for block in (*self.first, *self.second):
+            hidden = block(hidden)
+        return hidden
+
+
+WITH_INDUCTOR: dict[str, Callable[[], nn.Module]] = {
+    "a kernel each": TwoKinds,
+    "attention": lambda: models.TwoLoops(2, 3),
+}
+
+
+@pytest.mark.parametrize("kind", only_in("elsewhere", WITH_INDUCTOR, but=["a kernel each"]))
+def test_inductor_at_three_resolutions(kind, monkeypatch):
     """Two and three blocks: two kinds of block, once for all sizes."""
-    module = models.TwoLoops(2, 3).eval()
+    module = WITH_INDUCTOR[kind]().eval()
     found, original = [], compile_fx.compile_fx
 
     def counting(gm, inputs, **given):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from diffusers.models.cache_utils import CacheMixin
 from lib.toy_pipeline import ToyPipeline
-from lib.toys import FALLING, CountingBackend, Toy, denoise, make, noise
+from lib.toys import FALLING, CountingBackend, Toy, denoise, noise
+from lib.toys import make_small as make
 
 from cachedit_fx import CacheWarning, DBCacheConfig, disable_cache, enable_cache, refresh_context, summary
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lib import models
+from lib.toys import make
 
 import cachedit_fx
 from cachedit_fx import DBCacheConfig, LagrangeCalibratorConfig, OptionError, ParamsModifier, TaylorSeerCalibratorConfig
@@ -15,20 +16,22 @@ STEPS = 8
 
 def run(model):
     torch.manual_seed(0)
-    inputs, results = models.flux_inputs(), []
+    hidden, text = (torch.randn(1, tokens, models.WIDTH) for tokens in (6, 5))
+    results = []
     with torch.no_grad():
         for step in range(STEPS):
-            inputs["hidden_states"] = inputs["hidden_states"] * 0.95
-            inputs["timestep"] = torch.tensor([1.0 - step / STEPS])
-            results.append(model(**inputs)[0])
+            hidden = hidden * 0.95
+            results.append(model(hidden, torch.tensor([1000.0 - step]), text))
     return torch.stack(results)
 
 
+def two_loops():
+    return make(models.TwoLoops, seed=1, joint=3, single=2)
+
+
 def enabled(*modifiers, **options):
-    torch.manual_seed(1)
-    model = models.flux()[0].eval()
     return cachedit_fx.enable_cache(
-        model, options.pop("config", BASE), params_modifiers=list(modifiers), inner_backend="eager", **options
+        two_loops(), options.pop("config", BASE), params_modifiers=list(modifiers), inner_backend="eager", **options
     )
 
 
@@ -83,7 +86,7 @@ def test_a_policy_of_a_loop_is_changed_without_compiling():
         pieces.append(gm)
         return gm.forward
 
-    model = models.flux()[0].eval()
+    model = two_loops()
     for limit in (1, 3):
         cachedit_fx.enable_cache(
             model, BASE, params_modifiers=[ParamsModifier(max_cached_steps=limit)], inner_backend=inner
@@ -98,7 +101,7 @@ def test_a_policy_of_a_loop_is_changed_without_compiling():
 def test_a_pipeline_of_two_transformers_takes_an_entry_for_each():
     class Pipe:
         def __init__(self):
-            self.components = {"transformer": models.flux()[0].eval(), "transformer_2": models.flux()[0].eval()}
+            self.components = {"transformer": two_loops(), "transformer_2": two_loops()}
 
     pipe = Pipe()
     limits = [ParamsModifier(max_cached_steps=1), [ParamsModifier(max_cached_steps=2), ParamsModifier()]]
@@ -112,7 +115,7 @@ def test_a_pipeline_of_two_transformers_takes_an_entry_for_each():
 
 def test_more_modifiers_than_loops_are_refused():
     model = enabled(*[ParamsModifier()] * 3)
-    with pytest.raises(OptionError, match="3 entries, and the chain 2 block loops: transformer_blocks, single"):
+    with pytest.raises(OptionError, match="3 entries, and the chain 2 block loops: double_blocks, single"):
         run(model)
 
 

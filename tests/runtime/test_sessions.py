@@ -33,7 +33,7 @@ REQUESTS = {"a": noise(seed=11), "b": noise(seed=12) * 2, "c": noise(seed=13) / 
 
 
 def enabled(seed: int = 0):
-    model = enable_cache(make(seed=seed), BASE, inner_backend="eager")
+    model = enable_cache(make(seed=seed, blocks=3), BASE, inner_backend="eager")
     denoise(model, FALLING[:1])  # compiles
     return refresh_context(model)
 
@@ -56,9 +56,9 @@ def decisions(regions):
 @pytest.fixture(scope="module")
 def alone():
     """What each request gives when the model has nothing else to do."""
-    found = {}
+    found, model = {}, enabled()
     for name, start in REQUESTS.items():
-        model = enabled()
+        refresh_context(model)
         found[name] = denoise(model, start=start), decisions(summary(model))
     results = [decided for _, decided in found.values()]
     assert results[0] != results[1] != results[2], "requests that behave alike show nothing"
@@ -214,7 +214,7 @@ def test_two_threads_with_two_models(by_name, alone):
     options: dict[str, Any] = {"cache": BASE, "inner_backend": "eager"}
 
     def prepare(seed):
-        plain = make(seed=seed)
+        plain = make(seed=seed, blocks=3)
         return torch.compile(plain, backend=cachedit, options=options) if by_name else enabled(seed)
 
     names = ("a", "b")
@@ -232,7 +232,7 @@ def test_two_threads_with_two_models(by_name, alone):
         assert torch.equal(results[name][0], expected[name][0]) and results[name][1] == expected[name][1]
 
 
-def test_a_session_is_gone_with_its_thread(model):
+def test_a_session_is_gone_with_its_thread(model, quick_collection):
     before = len(cache_of(model)._by_thread)
     run_in_threads({"a": lambda: denoise(model, start=REQUESTS["a"])})
     denoise(model, FALLING[:1])
@@ -241,9 +241,9 @@ def test_a_session_is_gone_with_its_thread(model):
 
 
 @pytest.mark.parametrize("how", ["compile", "torch.compile", "disabled"])
-def test_state_is_gone_with_its_model(how):
+def test_state_is_gone_with_its_model(how, quick_collection):
     """Dynamo keeps backends and compiled code of a class for good; the buffers must not hang on them."""
-    plain = make()
+    plain = make(blocks=3)
     if how == "torch.compile":
         fast = torch.compile(plain, backend=cachedit, options=dict[str, Any](cache=BASE, inner_backend="eager"))
     else:
@@ -321,8 +321,8 @@ def test_statistics_while_another_thread_denoises(model):
 
     def denoises():
         try:
-            for number in range(30):
-                with session(number % 5):
+            for number in range(12):
+                with session(number % 3):
                     denoise(model, start=noise(batch=1 + number % 2))
         finally:
             done.set()
@@ -336,7 +336,7 @@ def test_statistics_while_another_thread_denoises(model):
         return readings
 
     assert run_in_threads({"denoises": denoises, "reads": reads})["reads"] > 10
-    for key in range(5):
+    for key in range(3):
         end_session(model, key)
 
 
@@ -391,6 +391,6 @@ def test_a_thread_without_a_session_while_others_have_one_computes(model):
                 hidden = await loop.run_in_executor(None, euler, model, hidden, timestep)
         return hidden
 
-    plain = make()
+    plain = make(blocks=3)
     with pytest.warns(CacheWarning, match="asyncio.to_thread"):
         assert torch.equal(asyncio.run(request()), denoise(plain, start=REQUESTS["a"], texts=[TEXT]))

@@ -6,7 +6,8 @@ import weakref
 
 import pytest
 import torch
-from lib.toys import FALLING, Toy, denoise, make, noise
+from lib.toys import FALLING, Toy, denoise, noise
+from lib.toys import make_small as make
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
@@ -295,7 +296,7 @@ def _in_thread(action):
     thread.join()
 
 
-def test_a_model_that_is_gone_leaves_nothing():
+def test_a_model_that_is_gone_leaves_nothing(quick_collection):
     guarded = Guarded(make())
     denoise(guarded.module)
     weight = weakref.ref(guarded.module.out.weight)

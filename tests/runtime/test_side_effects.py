@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lib.causal_video import BLOCKS, CHUNKS, STORES, TIMESTEPS, build, empty_caches, plain_rollout, rollout
+from lib.marks import only_in
 from lib.zoo import videos_wan
 from lib.zoo.base import patches, sides
 from torch import nn
@@ -47,7 +48,12 @@ def test_keys_and_values_are_those_of_the_present_call(store):
     assert len(TIMESTEPS) < sum(calls) <= CHUNKS * (len(TIMESTEPS) + 1)
 
 
-@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "static mask"])
+@pytest.mark.parametrize(
+    "policy",
+    only_in(
+        "wrappings", [name for name in POLICIES if name != "static mask"], but=["DBPrune", "shortcuts", "TaylorSeer"]
+    ),
+)
 def test_every_policy_leaves_blocks_alone_that_write_to_arguments(policy):
     model = compiled(build("arguments"), **POLICIES[policy])
     with pytest.warns(CacheWarning, match="its blocks write to .*, and a bypassed block would not"):

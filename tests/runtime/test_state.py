@@ -97,7 +97,7 @@ def live_tensors() -> int:
     return sum(issubclass(type(item), torch.Tensor) for item in gc.get_objects())
 
 
-def test_forty_generations_hold_no_more_than_one():
+def test_forty_generations_hold_no_more_than_one(quick_collection):
     model = enabled()
     shapes = [noise(), noise(batch=2), noise(tokens=9)]
     for start in shapes:
