@@ -12,8 +12,10 @@ import torch
 
 from cachedit_fx.compat.kept import keep
 from cachedit_fx.compat.members import member_of
-from cachedit_fx.config.rules import OptionError, check, choice, reject_unknown
+from cachedit_fx.compat.ours import check_ours, reject_other_package
+from cachedit_fx.config.rules import OptionError, Rule, check, choice, optional, reject_unknown
 from cachedit_fx.runtime.registry import unwrapped
+from cachedit_fx.runtime.warning import SettingWarning, warn
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
@@ -29,6 +31,14 @@ _TYPES = (
     "int4_weight_only",
 )
 _ABSENT = "svdq", "nvfp4", "float8_per_block"
+
+
+_NAMES = optional(
+    Rule(
+        lambda names: isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names),
+        "a list of parts of names",
+    )
+)
 
 
 class QuantizeBackend(Enum):
@@ -84,6 +94,10 @@ class QuantizeConfig:
     def __post_init__(self) -> None:
         if isinstance(self.backend, str):
             self.backend = QuantizeBackend.from_str(self.backend)
+        for name in ("exclude_layers", "repeated_blocks"):
+            value = getattr(self, name)
+            setattr(self, name, [value] if isinstance(value, str) else value)
+            check(name, getattr(self, name), _NAMES)
         self.quant_type = _checked(self.quant_type)
         if self.backend is QuantizeBackend.CACHE_DIT or self.svdq_kwargs is not None:
             raise NotImplementedError(_not_there("SVDQuant"))
@@ -128,12 +142,20 @@ def quantize(module: Module, quantize_config: QuantizeConfig | None = None, **se
         NotImplementedError: for SVDQuant, NVFP4 and blockwise float8, before a weight changes.
     """
     reject_unknown(settings, dict.fromkeys(QuantizeConfig.__dataclass_fields__, "compat.QuantizeConfig"))
+    check_ours("quantize_config", quantize_config, "QuantizeConfig", QuantizeConfig)
+    reject_other_package(module)
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"expected a torch.nn.Module such as pipe.transformer, not {type(module).__name__}")
     config = QuantizeConfig(**settings) if quantize_config is None else replace(quantize_config, **settings)
     inner = unwrapped(module)
-    types = {name: _type_of(name, config) for name in _layers(inner, config)}
+    layers = {name: _type_of(name, config) for name in _layers(inner, config)}
+    types = {name: kind for name, kind in layers.items() if not _is_quantized(inner.get_submodule(name))}
+    if len(types) < len(layers):
+        warn(f"{len(layers) - len(types)} layers are quantized already, and stay as they are", SettingWarning)
     for kind in dict.fromkeys(types.values()):
         _quantize_layers(inner, kind, {name for name, each in types.items() if each == kind})
-    keep(module, quantize_config=config)
+    if types or not layers:
+        keep(module, quantize_config=config)
     return module
 
 
@@ -173,6 +195,11 @@ def _layers(module: torch.nn.Module, config: QuantizeConfig) -> Iterable[str]:
                 yield name
         elif not any(part in name for part in config.exclude_layers or ()):
             yield name
+
+
+def _is_quantized(layer: torch.nn.Module) -> bool:
+    weight = layer.weight
+    return isinstance(weight, torch.Tensor) and type(weight.detach()) is not torch.Tensor
 
 
 def _type_of(name: str, config: QuantizeConfig) -> str:
