@@ -224,7 +224,7 @@ class CalibratorConfig(_Mutable):
 
     enable_calibrator: bool = setting(False, FLAG)
     enable_encoder_calibrator: bool = setting(False, FLAG)
-    """Has no effect: all streams of a region are predicted, or none."""
+    """Has no effect: `enable_calibrator` decides for all streams of a region."""
     calibrator_type: str = setting("taylorseer", _TYPE)
     calibrator_cache_type: str = "residual"
     calibrator_kwargs: dict[str, Any] = field(default_factory=dict, metadata={"rule": _DICT})
