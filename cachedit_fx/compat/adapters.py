@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -108,10 +109,7 @@ class BlockAdapter:
         shares = [blocks] if len(modules) == 1 else blocks
         if not isinstance(shares, (list, tuple)) or len(shares) != len(modules):
             raise OptionError(f"blocks: {len(modules)} transformers need a list of {len(modules)}, one entry for each")
-        return [
-            Part(module, tuple(_list_of(each, module) for each in flat(share)))
-            for module, share in zip(modules, shares, strict=True)
-        ]
+        return [Part(module, _lists_of(share, module)) for module, share in zip(modules, shares, strict=True)]
 
 
 def flat(values: Any) -> list[Any]:
@@ -123,6 +121,16 @@ def lists_of(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """The module's lists of blocks by name, in the order of their registration."""
     containers = torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential
     return {name: child for name, child in unwrapped(module).named_modules() if isinstance(child, containers)}
+
+
+def _lists_of(share: Any, module: torch.nn.Module) -> tuple[BlockList, ...]:
+    """The block lists of a transformer's share of `blocks`."""
+    lists = tuple(_list_of(each, module) for each in flat(share))
+    names = Counter(each.name for each in lists)
+    for name, count in names.items():
+        if count > 1:
+            raise OptionError(f"blocks: {name} is there twice; name a list once, whole or as one slice of neighbours")
+    return lists
 
 
 def _list_of(blocks: torch.nn.Module | str, module: torch.nn.Module) -> BlockList:

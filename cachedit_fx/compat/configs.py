@@ -114,8 +114,8 @@ class _Mutable:
         """The value of a field, checked by the rule of `cachedit_fx` or of the field."""
         own_fields = getattr(getattr(cachedit_fx, self.own, None), "__dataclass_fields__", {})
         reject_unknown([name], dict.fromkeys((each.name for each in fields(self)), f"compat.{type(self).__name__}"))
-        rule = (own_fields.get(name) or self.__dataclass_fields__[name]).metadata["rule"]
-        if value is not None:
+        rule = (own_fields.get(name) or self.__dataclass_fields__[name]).metadata.get("rule")
+        if value is not None and rule is not None:
             check(name, plain(value), rule)
         return value
 

@@ -75,8 +75,8 @@ class ParallelismConfig:
     """Fields in the style of older scripts; "experimental_ulysses_async" is `ulysses_async`, and so on."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.backend, str):
-            self.backend = ParallelismBackend.from_str(self.backend)
+        if not isinstance(self.backend, ParallelismBackend):
+            self.backend = ParallelismBackend.from_str(str(self.backend))
         check("parallel_kwargs", self.parallel_kwargs, optional(Rule(lambda value: isinstance(value, dict), "a dict")))
         flat = {name.removeprefix("experimental_"): value for name, value in (self.parallel_kwargs or {}).items()}
         reject_unknown(flat, dict.fromkeys(self.__dataclass_fields__, "compat.ParallelismConfig"))

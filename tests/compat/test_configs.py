@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import types
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -224,6 +224,17 @@ def test_every_field_of_every_config_is_checked_when_it_is_set():
             config_class().max_warm_up = 4
 
 
+@pytest.mark.parametrize("name", cache_dit.QuantizeConfig.__dataclass_fields__)
+def test_every_field_of_a_quantize_config_is_checked(name):
+    for call in (cache_dit.QuantizeConfig, cache_dit.QuantizeConfig().update):
+        with pytest.raises(OptionError, match=f"(?i){name}"):
+            call(**ANY({name: object()}))
+    config = cache_dit.QuantizeConfig()
+    setattr(config, name, object())
+    with pytest.raises(OptionError, match=f"(?i){name}"):
+        cache_dit.quantize(torch.nn.Linear(2, 2), config)
+
+
 def test_a_cache_type_may_be_assigned_by_name():
     config = cache_dit.DBCacheConfig()
     config.cache_type = ANY("db_prune")
@@ -288,8 +299,34 @@ def test_a_modifier_takes_what_load_configs_returns():
     assert own_modifier(cache_dit.ParamsModifier(**configs)) == cachedit_fx.ParamsModifier(max_warmup_steps=3)
 
 
-def test_layers_and_blocks_may_be_one_name():
-    config = cache_dit.QuantizeConfig(exclude_layers=ANY("embed"), repeated_blocks=ANY("Block"))
+def test_layers_blocks_and_components_may_be_one_name():
+    config = cache_dit.QuantizeConfig(
+        exclude_layers=ANY("embed"), repeated_blocks=ANY("Block"), components_to_quantize=ANY("transformer")
+    )
     assert config.exclude_layers == ["embed"] and config.repeated_blocks == ["Block"]
-    with pytest.raises(OptionError, match="exclude_layers=3"):
-        cache_dit.QuantizeConfig(exclude_layers=ANY(3))
+    assert config.components_to_quantize == ["transformer"] and [*config.by_component()] == ["transformer"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"components_to_quantize": {"transformer": {"quant_typ": "int8"}}}, "nearest known one is 'quant_type'"),
+        ({"components_to_quantize": {"transformer": 3}}, "components_to_quantize"),
+        ({"precision_plan": {"up": "int9"}}, "precision_plan='int9' is not allowed"),
+        ({"backend": 3}, "unknown option '3'"),
+    ],
+)
+def test_what_a_quantize_config_holds_is_checked_too(settings, words):
+    with pytest.raises(OptionError) as error:
+        cache_dit.QuantizeConfig(**settings).by_component()
+    assert words in str(error.value)
+    with pytest.raises(OptionError, match="unknown option '3'"):
+        cache_dit.ParallelismConfig(backend=ANY(3))
+
+
+def test_a_config_may_have_a_subclass_with_more_fields():
+    @dataclass
+    class Noted(cache_dit.DBCacheConfig):
+        note: str = ""
+
+    assert own_cache_config(Noted(max_warmup_steps=4, note="mine")) == cachedit_fx.DBCacheConfig(max_warmup_steps=4)

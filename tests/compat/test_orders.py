@@ -134,6 +134,13 @@ def test_an_adapter_gives_the_module_back_in_place_of_what_torch_compile_returne
     assert pipe.transformer is model and model._compiled_call_impl is None
 
 
+def test_a_list_is_named_once():
+    model = make()
+    for both in ([model.blocks, model.blocks], [model.blocks[:3], model.blocks[3:]]):
+        with pytest.raises(OptionError, match="blocks is there twice"):
+            BlockAdapter(transformer=model, blocks=both)
+
+
 @pytest.mark.parametrize("pick", [slice(0, 6, 2), slice(None, None, -1), slice(2, 2)])
 def test_other_picks_of_blocks_are_errors(pick):
     model = make()
