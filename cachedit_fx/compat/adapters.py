@@ -25,6 +25,10 @@ class BlockList(NamedTuple):
     after: int = 0
 
 
+WHOLE = BlockList("")
+"""Any list without blocks outside."""
+
+
 class Part(NamedTuple):
     """One transformer of an adapter."""
 

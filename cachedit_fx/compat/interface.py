@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from itertools import chain, repeat
 from typing import Any, TypeVar
 
 import torch
 
 from cachedit_fx import api
-from cachedit_fx.compat.adapters import BlockAdapter, BlockList, Part, adapter_of, lists_of, shares_of
+from cachedit_fx.compat.adapters import WHOLE, BlockAdapter, BlockList, Part, adapter_of, lists_of, shares_of
 from cachedit_fx.compat.configs import BasicCacheConfig, CacheType, new_config
-from cachedit_fx.compat.kept import forget, keep
+from cachedit_fx.compat.kept import forget, keep, kept_of
 from cachedit_fx.compat.modifiers import own_modifier, split_flat, without_others
 from cachedit_fx.compat.ours import check_ours
 from cachedit_fx.compat.parallelism import ParallelismConfig, checked_backend, set_attn_backend
@@ -87,7 +88,9 @@ def enable_cache(
         parallelism_config.check()
     if cache is not None:
         for part, share in zip(parts, modifiers, strict=True):
-            loops, own = _in_order(part, [own_modifier(each, cache, calibrator) for each in share], cache)
+            own = _in_order(part, [own_modifier(each, cache, calibrator) for each in share], cache)
+            lists = _lists_in_order(part)
+            loops = [each.name for each in lists] or None
             api.enable_cache(
                 part.module,
                 cache,
@@ -95,6 +98,7 @@ def enable_cache(
                 params_modifiers=own,
                 **{"scope": _scope_of(part, calibrator), "loops": loops} | options,
             )
+            keep(part.module, lists=lists)
     elif cache_config is not None:
         _disable(adapter)
     for part in parts:
@@ -154,7 +158,8 @@ def refresh_context(
         state = next(iter(states_of(part.module)), None)
         if state is not None and values and state.options.params_modifiers:
             options = {each.name: getattr(state.options, each.name) for each in fields(Options)}
-            api.enable_cache(part.module, **options | {"params_modifiers": _changed(state.options, values)})
+            lists = kept_of(part.module).lists
+            api.enable_cache(part.module, **options | {"params_modifiers": _changed(state.options, values, lists)})
         present = None if state is None else state.options.calibrator
         calibrator = changed_calibrator(flat_calibrator or calibrator_config, present, cache_config)
         config = None if state is None or state.config is None else _refreshed(state.config, cache_config, values)
@@ -162,11 +167,11 @@ def refresh_context(
     return transformer
 
 
-def _changed(options: Options, values: dict[str, Any]) -> list[ParamsModifier]:
+def _changed(options: Options, values: dict[str, Any], lists: Sequence[BlockList]) -> list[ParamsModifier]:
     """The modifiers of the options, with these values in place of their own."""
     return [
-        ParamsModifier(entry.cache_config, entry.calibrator_config, **dict(entry.changes) | values)
-        for entry in options.params_modifiers
+        ParamsModifier(entry.cache_config, entry.calibrator_config, **dict(entry.changes) | _within(blocks, values))
+        for entry, blocks in zip(options.params_modifiers, chain(lists, repeat(WHOLE)), strict=False)
     ]
 
 
@@ -183,32 +188,38 @@ def _scope_of(part: Part, calibrator: OwnCalibratorConfig | None) -> Scope | Non
     return None if is_joint or predicts_output else "loop"
 
 
-def _in_order(
-    part: Part, modifiers: Sequence[ParamsModifier], shared: OwnCacheConfig
-) -> tuple[list[str] | None, list[ParamsModifier]]:
-    """The part's block lists in the order in which the transformer has them, and the modifiers in the same order."""
+def _lists_in_order(part: Part) -> tuple[BlockList, ...]:
+    """The part's block lists in the order in which the transformer has them; empty if they are found automatically."""
+    position = {name: index for index, name in enumerate(lists_of(part.module))}
+    return tuple(sorted(part.lists or (), key=lambda each: position[each.name]))
+
+
+def _in_order(part: Part, modifiers: Sequence[ParamsModifier], shared: OwnCacheConfig) -> list[ParamsModifier]:
+    """The modifiers in the order in which the transformer has the block lists."""
     if part.lists is None:
-        return None, list(modifiers)
+        return list(modifiers)
     if len(modifiers) > len(part.lists):
         raise OptionError(f"params_modifiers has {len(modifiers)} entries for {len(part.lists)} block lists")
     is_sliced = any(each.before or each.after for each in part.lists)
     rest = [ParamsModifier()] * (len(part.lists) - len(modifiers)) if modifiers or is_sliced else []
-    position = {name: index for index, name in enumerate(lists_of(part.module))}
-    lists = sorted(part.lists, key=lambda each: position[each.name])
     by_list = dict(zip(part.lists, [*modifiers, *rest], strict=False))
-    return [each.name for each in lists], [_within(each, by_list[each], shared) for each in lists if each in by_list]
+    return [_cut(each, by_list[each], shared) for each in _lists_in_order(part) if each in by_list]
 
 
-def _within(blocks: BlockList, modifier: ParamsModifier, shared: OwnCacheConfig) -> ParamsModifier:
+def _cut(blocks: BlockList, modifier: ParamsModifier, shared: OwnCacheConfig) -> ParamsModifier:
     """The modifier of a list whose blocks outside the slice are computed at every step."""
     if not blocks.before and not blocks.after:
         return modifier
     config = modifier.config(shared)
-    ends = {
-        "Fn_compute_blocks": config.Fn_compute_blocks + blocks.before,
-        "Bn_compute_blocks": config.Bn_compute_blocks + blocks.after,
-    }
-    return ParamsModifier(modifier.cache_config, modifier.calibrator_config, **dict(modifier.changes) | ends)
+    ends = {name: getattr(config, name) for name in ("Fn_compute_blocks", "Bn_compute_blocks")}
+    changes = dict(modifier.changes) | _within(blocks, ends)
+    return ParamsModifier(modifier.cache_config, modifier.calibrator_config, **changes)
+
+
+def _within(blocks: BlockList, values: dict[str, Any]) -> dict[str, Any]:
+    """The values of fields, with F and B raised by the blocks outside the slice."""
+    outside = {"Fn_compute_blocks": blocks.before, "Bn_compute_blocks": blocks.after}
+    return {name: value + outside[name] if name in outside else value for name, value in values.items()}
 
 
 def _to_quantize(adapter: BlockAdapter, config: QuantizeConfig) -> list[tuple[torch.nn.Module, QuantizeConfig]]:

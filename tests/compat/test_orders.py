@@ -112,6 +112,9 @@ def test_a_slice_of_a_list_raises_first_and_last_blocks():
     denoise(model)
     (own,) = cachedit_fx.summary(model)
     assert (own.first, own.num_blocks, own.last) == (3, 6, 1) and own.cached_steps == list(range(2, STEPS))
+    cache_dit.refresh_context(model, cache_config=DBCacheConfig(**ALWAYS | {"Bn_compute_blocks": 1}))
+    denoise(model)
+    assert (cachedit_fx.summary(model)[0].first, cachedit_fx.summary(model)[0].last) == (3, 2)
     modifier = ParamsModifier(Fn_compute_blocks=2, Bn_compute_blocks=0)
     cache_dit.enable_cache(adapter, DBCacheConfig(**ALWAYS), params_modifiers=modifier, **EAGER)
     denoise(model)
@@ -120,6 +123,9 @@ def test_a_slice_of_a_list_raises_first_and_last_blocks():
     cache_dit.enable_cache(whole, DBCacheConfig(**ALWAYS), **EAGER)
     denoise(model)
     assert (cachedit_fx.summary(model)[0].first, cachedit_fx.summary(model)[0].last) == (1, 0)
+    cache_dit.refresh_context(model, Fn_compute_blocks=2)
+    denoise(model)
+    assert cachedit_fx.summary(model)[0].first == 2
 
 
 def test_an_adapter_gives_the_module_back_in_place_of_what_torch_compile_returned():
