@@ -255,7 +255,10 @@ def load_entry(entry: str | None, guidance: float = 1.0) -> tuple[Any, Generate]
         return load_pipeline(), draw
     module, name = _parts_of(entry)
     try:
-        made = getattr(importlib.import_module(module), name)()
+        function = getattr(importlib.import_module(module), name)
+        if not callable(function):
+            raise ValueError(f"{name} is a {type(function).__name__}")
+        made = function()
     except (ImportError, AttributeError, ValueError) as error:
         raise _no_pipeline(entry, error) from error
     if hasattr(made, "pipe") and callable(getattr(made, "generate", None)):

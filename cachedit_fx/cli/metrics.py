@@ -124,9 +124,14 @@ class Accepted:
         PsnrType, typer.Option(help="No effect: both have scikit-image's definition, which is right for 8 bits.")
     ] = PsnrType.skimage
     perf_log: Annotated[
-        Path | None,
-        typer.Option("--perf-log", "-plog", metavar="FILE", help="An error: [b]cachedit bench[/b] measures times."),
-    ] = None
+        str | None,
+        typer.Option(
+            "--perf-log", "-plog", "--perf-tags", "-ptags", "--extra-perf-tags", "-extra-ptags",
+            metavar="TEXT",
+            help="An error: [b]cachedit bench[/b] measures times.",
+        ),
+    ] = None  # fmt: skip
+    speedup: Annotated[bool, typer.Option("--cal-speedup", help="An error too.")] = False
 
 
 @grouped
@@ -159,7 +164,7 @@ def metrics(
     with reported(lambda: "; nothing was written"):
         wanted = None if Name.all in (names or ()) else [name.value for name in names or [Name.psnr]]
         _check(given)
-        if accepted.perf_log is not None:
+        if accepted.perf_log is not None or accepted.speedup:
             raise typer.BadParameter("times are not read from logs: cachedit bench measures them", param_hint="-plog")
         if out is not None:
             check_out(out)

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
         DBPruneConfig,
         DMDCalibratorConfig,
         FoCaCalibratorConfig,
-        ParamsModifier,
         TaylorSeerCalibratorConfig,
         block_range,
         cache_type,
@@ -55,6 +54,7 @@ if TYPE_CHECKING:
         load_quantize_config,
     )
     from cachedit_fx.compat.masks import steps_mask
+    from cachedit_fx.compat.modifiers import ParamsModifier
     from cachedit_fx.compat.parallelism import (
         ParallelismBackend,
         ParallelismConfig,
@@ -96,7 +96,6 @@ _MODULES = {
         "DMDCalibratorConfig",
         "FoCaCalibratorConfig",
         "NONE",
-        "ParamsModifier",
         "TaylorSeerCalibratorConfig",
         "block_range",
         "cache_type",
@@ -111,6 +110,7 @@ _MODULES = {
         "load_quantize_config",
     ),
     "masks": ("steps_mask",),
+    "modifiers": ("ParamsModifier",),
     "parallelism": ("ParallelismBackend", "ParallelismConfig", "set_attn_backend", "set_compile_configs"),
     "patterns": (
         "ForwardPattern",

@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from cachedit_fx.compat.configs import ParamsModifier
-from cachedit_fx.compat.patterns import PatchFunctor, check_pattern
+from cachedit_fx.compat.modifiers import ParamsModifier, check_modifier
+from cachedit_fx.compat.ours import reject_other_package
+from cachedit_fx.compat.patterns import PatchFunctor, check_pattern, leave_out
 from cachedit_fx.config.rules import OptionError, check, choice, nearest
 from cachedit_fx.runtime.registry import transformers_of, unwrapped
+
+
+class BlockList(NamedTuple):
+    """Neighbouring blocks of a list: all of them, or a slice."""
+
+    name: str
+    before: int = 0
+    """Blocks of the list in front of the slice."""
+    after: int = 0
+
+
+WHOLE = BlockList("")
+"""Any list without blocks outside."""
 
 
 class Part(NamedTuple):
     """One transformer of an adapter."""
 
     module: torch.nn.Module
-    loops: tuple[str, ...] | None
-    """Names of its block lists, in the adapter's order; None if they are found automatically."""
+    lists: tuple[BlockList, ...] | None
+    """Its block lists, in the adapter's order; None if they are found automatically."""
 
 
 @dataclass
@@ -38,7 +53,8 @@ class BlockAdapter:
     """Default: every component of the pipeline named `transformer...`."""
     blocks: Any = None
     """A ModuleList of the transformer, a list of them, or for several transformers a list of those. Only these blocks
-    are bypassed, and each list decides separately. Default: found automatically."""
+    are bypassed, and each list decides separately. A slice of a ModuleList raises F and B by the blocks in front of it
+    and after it. Default: found automatically."""
     blocks_name: Any = None
     """Names, in place of `blocks`."""
     unique_blocks_name: Any = field(default_factory=list)
@@ -62,15 +78,16 @@ class BlockAdapter:
             return
         check("blocks_policy", self.blocks_policy, choice("max", "min"))
         patterns = [] if self.forward_pattern is None else [check_pattern(each) for each in flat(self.forward_pattern)]
-        lists = [name for part in self.parts() for name in part.loops or ()]
+        lists = [each.name for part in self.parts() for each in part.lists or ()]
+        for modifier in flat(self.params_modifiers) if self.params_modifiers is not None else ():
+            check_modifier(modifier)
         if lists and len(patterns) > 1 and len(patterns) != len(lists):
             raise OptionError(
                 f"forward_pattern has {len(patterns)} entries for {len(lists)} block lists ({', '.join(lists)}): give "
                 "one for each, or one for all"
             )
         if self.patch_functor is not None:
-            for part in self.parts():
-                self.patch_functor.apply(part.module)
+            leave_out(self.patch_functor)
 
     def modules(self) -> list[torch.nn.Module]:
         """The transformers.
@@ -96,10 +113,7 @@ class BlockAdapter:
         shares = [blocks] if len(modules) == 1 else blocks
         if not isinstance(shares, (list, tuple)) or len(shares) != len(modules):
             raise OptionError(f"blocks: {len(modules)} transformers need a list of {len(modules)}, one entry for each")
-        return [
-            Part(module, tuple(_name_of(each, module) for each in flat(share)))
-            for module, share in zip(modules, shares, strict=True)
-        ]
+        return [Part(module, _lists_of(share, module)) for module, share in zip(modules, shares, strict=True)]
 
 
 def flat(values: Any) -> list[Any]:
@@ -113,20 +127,43 @@ def lists_of(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return {name: child for name, child in unwrapped(module).named_modules() if isinstance(child, containers)}
 
 
-def _name_of(blocks: Any, module: torch.nn.Module) -> str:
-    """The name of a block list of the module, which may be given by name."""
+def _lists_of(share: Any, module: torch.nn.Module) -> tuple[BlockList, ...]:
+    """The block lists of a transformer's share of `blocks`."""
+    lists = tuple(_list_of(each, module) for each in flat(share))
+    names = Counter(each.name for each in lists)
+    for name, count in names.items():
+        if count > 1:
+            raise OptionError(f"blocks: {name} is there twice; name a list once, whole or as one slice of neighbours")
+    return lists
+
+
+def _list_of(blocks: torch.nn.Module | str, module: torch.nn.Module) -> BlockList:
+    """The block list of the module that is named, or that has these blocks next to each other."""
     lists, title = lists_of(module), type(unwrapped(module)).__name__
     if isinstance(blocks, str):
         if blocks not in lists:
             hint = f"; did you mean {nearest(blocks, lists)!r}?" if lists else ""
             raise OptionError(f"blocks_name={blocks!r}: {title} has no such block list, only {', '.join(lists)}{hint}")
-        return blocks
+        return BlockList(blocks)
     if not isinstance(blocks, tuple({type(each) for each in lists.values()}) or torch.nn.ModuleList):
         raise OptionError(f"blocks: a {type(blocks).__name__} is no list of blocks; {title} has {', '.join(lists)}")
-    name = next((name for name, each in lists.items() if each is blocks), None)
-    if name is None:
-        raise OptionError(f"blocks: this {type(blocks).__name__} is none of {title}'s block lists, {', '.join(lists)}")
-    return name
+    wanted = [*blocks._modules.values()]
+    for name, each in lists.items():
+        members = [*each._modules.values()]
+        start = next((index for index, member in enumerate(members) if wanted and member is wanted[0]), None)
+        if each is blocks:
+            return BlockList(name)
+        if start is not None and same_objects(members[start : start + len(wanted)], wanted):
+            return BlockList(name, start, len(members) - start - len(wanted))
+    raise OptionError(
+        f"blocks: this {type(blocks).__name__} is none of {title}'s block lists, {', '.join(lists)}, and no neighbours "
+        "of one of them"
+    )
+
+
+def same_objects(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    """Whether both have the very same members in the same order."""
+    return len(left) == len(right) and all(one is other for one, other in zip(left, right, strict=True))
 
 
 FAMILIES = {
@@ -183,10 +220,14 @@ class BlockAdapterRegister:
 
     @classmethod
     def register(cls, name: str, supported: bool = True) -> Callable[[Any], Any]:
-        """A decorator that registers a function from a pipeline to an adapter, for classes named `name...`."""
+        """A decorator that registers a function from a pipeline to an adapter, for classes named `name...`.
+
+        For a transformer the function gets an object with the attribute `transformer`.
+        """
 
         def decorate(function: Any) -> Any:
             if supported:
+                cls._adapters.pop(name, None)  # the function registered last comes first
                 cls._adapters[name] = function
             return function
 
@@ -198,7 +239,8 @@ class BlockAdapterRegister:
         title = type(pipe_or_module).__name__
         for name in reversed(cls._adapters):
             if title.startswith(name):
-                return cls._adapters[name](pipe_or_module, **arguments)
+                alone = isinstance(pipe_or_module, torch.nn.Module)
+                return cls._adapters[name](_Alone(pipe_or_module) if alone else pipe_or_module, **arguments)
         return None
 
     @classmethod
@@ -226,6 +268,36 @@ class BlockAdapterRegister:
         return len(names), names
 
 
+class _Alone:
+    """In the place of a pipeline, for a transformer without one."""
+
+    def __init__(self, transformer: torch.nn.Module) -> None:
+        self.transformer = transformer
+        self.components = {"transformer": transformer}
+
+
+def adapter_of(pipe_or_adapter: Any) -> BlockAdapter:
+    """The argument if it is an adapter, else `get_adapter` of it.
+
+    Raises:
+        OptionError: if it is of the package cache_dit.
+        TypeError: if it is neither an adapter, nor a pipeline, nor a module.
+    """
+    if isinstance(pipe_or_adapter, BlockAdapter):
+        return pipe_or_adapter
+    reject_other_package(pipe_or_adapter)
+    adapter = BlockAdapterRegister.registered(pipe_or_adapter)
+    if adapter is not None:
+        return adapter
+    is_pipeline = isinstance(getattr(pipe_or_adapter, "components", None), dict)
+    if not is_pipeline and not isinstance(pipe_or_adapter, torch.nn.Module):
+        raise TypeError(
+            "expected a pipeline of diffusers, a torch.nn.Module or a BlockAdapter, not "
+            f"{type(pipe_or_adapter).__name__}"
+        )
+    return BlockAdapterRegister.get_adapter(pipe_or_adapter)
+
+
 def supported_pipelines(**_: Any) -> tuple[int, list[str]]:
     """The number and the names of families of pipelines whose transformer passes every check, and of registered ones.
 
@@ -241,8 +313,8 @@ def supported_matrix() -> str:
 
 
 def get_adapter(pipe: Any) -> BlockAdapter:
-    """`BlockAdapterRegister.get_adapter(pipe)`."""
-    return BlockAdapterRegister.get_adapter(pipe)
+    """`BlockAdapterRegister.get_adapter(pipe)`; an adapter as it is."""
+    return adapter_of(pipe)
 
 
 def shares_of(modifiers: Any, parts: Sequence[Part]) -> list[list[ParamsModifier]]:
@@ -262,7 +334,7 @@ def shares_of(modifiers: Any, parts: Sequence[Part]) -> list[list[ParamsModifier
         return [rest]
     shares = []
     for part in parts:
-        count = 1 if part.loops is None else len(part.loops)
+        count = 1 if part.lists is None else len(part.lists)
         shares.append(rest[:count])
         rest = rest[count:]
     if rest:

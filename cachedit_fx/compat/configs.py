@@ -1,24 +1,22 @@
-"""Mutable configs with cache-dit's names, and their translation into the frozen configs of `cachedit_fx`.
+"""Mutable configs with cache-dit's names. `compat.translation` makes the frozen configs of `cachedit_fx` of them.
 
     DBCacheConfig(max_warmup_steps=4)          all fields set: a whole config
     DBCacheConfig().reset(max_warmup_steps=4)  the other fields are None: changes of a shared config
 
-A field that is None is left to the shared config, or to the default. Values are checked when they are set by name.
+A field that is None is left to the shared config, or to the default. A value is checked when it is set.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import Any, ClassVar, Self
 
 import cachedit_fx
-from cachedit_fx.config.cache import DBCacheConfig as OwnCacheConfig
-from cachedit_fx.config.calibrators import CalibratorConfig as OwnCalibratorConfig
-from cachedit_fx.config.rules import OptionError, check, choice, is_number, reject_unknown
+from cachedit_fx.config.rules import FLAG, OptionError, Rule, check, choice, is_number, reject_unknown, setting
 
 
 class CacheType(Enum):
@@ -74,18 +72,21 @@ class _Mutable:
     kept: ClassVar[tuple[str, ...]] = ()
     """Fields that `reset` leaves as they are."""
 
-    def __post_init__(self) -> None:
-        for name, value in self._checked({each.name: getattr(self, each.name) for each in fields(self)}).items():
-            setattr(self, name, value)
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field, also when the config is made.
+
+        Raises:
+            OptionError: on an unknown name, or a value that is not allowed.
+        """
+        super().__setattr__(name, self._checked(name, value))
 
     def update(self, **values: Any) -> Self:
         """Set those of `values` that are not None, and return this config.
 
         Raises:
-            OptionError: on an unknown name, or a value that is not allowed.
+            OptionError: on an unknown name, or a value that is not allowed. Nothing is set then.
         """
-        reject_unknown(values, dict.fromkeys((each.name for each in fields(self)), f"compat.{type(self).__name__}"))
-        for name, value in self._checked(values).items():
+        for name, value in {name: self._checked(name, value) for name, value in values.items()}.items():
             if value is not None:
                 setattr(self, name, value)
         return self
@@ -109,13 +110,14 @@ class _Mutable:
         """The fields that are not None."""
         return {each.name: value for each in fields(self) if (value := getattr(self, each.name)) is not None}
 
-    def _checked(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The values, checked by the rules of `cachedit_fx` that there are."""
+    def _checked(self, name: str, value: Any) -> Any:
+        """The value of a field, checked by the rule of `cachedit_fx` or of the field."""
         own_fields = getattr(getattr(cachedit_fx, self.own, None), "__dataclass_fields__", {})
-        for name, value in values.items():
-            if value is not None and name in own_fields:
-                check(name, _plain(value), own_fields[name].metadata["rule"])
-        return values
+        reject_unknown([name], dict.fromkeys((each.name for each in fields(self)), f"compat.{type(self).__name__}"))
+        rule = (own_fields.get(name) or self.__dataclass_fields__[name]).metadata.get("rule")
+        if value is not None and rule is not None:
+            check(name, plain(value), rule)
+        return value
 
 
 @dataclass
@@ -157,10 +159,18 @@ class BasicCacheConfig(_Mutable):
             parts.append(f"CFG{int(self.enable_separate_cfg)}")
         return "_".join(parts)
 
-    def _checked(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        if values.get("cache_type") is not None:
-            values = {**values, "cache_type": cache_type(values["cache_type"])}
-        return super()._checked(values)
+    def _checked(self, name: str, value: Any) -> Any:
+        if name == "cache_type" and value is not None:
+            return cache_type(value)
+        if name == "steps_computation_mask" and isinstance(value, str) and not value.isdecimal():
+            raise OptionError(
+                f"steps_computation_mask={value!r} is not allowed: it must be ones and zeros, such as "
+                "steps_mask(mask_policy='fast', total_steps=28); load_configs and refresh_context take a policy's name"
+            )
+        names = {each.name for each in fields(self)}
+        if name not in names and name in DBPruneConfig.__dataclass_fields__:
+            raise OptionError(f"{name}: for DBPrune only; make a DBPruneConfig, or add cache_type: DBPrune")
+        return super()._checked(name, value)
 
 
 def _cut_and_limits(config: BasicCacheConfig) -> str:
@@ -187,7 +197,7 @@ class DBPruneConfig(BasicCacheConfig):
     max_dynamic_prune_threshold: float | None = None
     dynamic_prune_threshold_relax_ratio: float = 1.25
     non_prune_block_ids: Sequence[int] = field(default_factory=list)
-    force_reduce_calibrator_vram: bool = False
+    force_reduce_calibrator_vram: bool = setting(False, FLAG)
     """Store the calibrator's values in the model's dtype: `calibrator_state_dtype="model"`."""
 
     def strify(self) -> str:
@@ -201,6 +211,10 @@ def new_config(kind: CacheType | str | None = CacheType.DBCache) -> BasicCacheCo
     return DBPruneConfig() if kind is CacheType.DBPrune else DBCacheConfig(cache_type=kind)
 
 
+_TYPE = choice("taylorseer", "foca", "dmd")
+_DICT = Rule(lambda value: isinstance(value, dict), "a dict")
+
+
 @dataclass
 class CalibratorConfig(_Mutable):
     """How a bypassed region's results are predicted; the base of the calibrators' own configs."""
@@ -208,12 +222,12 @@ class CalibratorConfig(_Mutable):
     own: ClassVar[str] = "CalibratorConfig"
     kept: ClassVar[tuple[str, ...]] = ("calibrator_type",)
 
-    enable_calibrator: bool = False
-    enable_encoder_calibrator: bool = False
-    """Has no effect: all streams of a region are predicted, or none."""
-    calibrator_type: str = "taylorseer"
+    enable_calibrator: bool = setting(False, FLAG)
+    enable_encoder_calibrator: bool = setting(False, FLAG)
+    """Has no effect: `enable_calibrator` decides for all streams of a region."""
+    calibrator_type: str = setting("taylorseer", _TYPE)
     calibrator_cache_type: str = "residual"
-    calibrator_kwargs: dict[str, Any] = field(default_factory=dict)
+    calibrator_kwargs: dict[str, Any] = field(default_factory=dict, metadata={"rule": _DICT})
     """Has no effect: a calibrator's settings are its fields."""
 
     def strify(self, details: bool = False) -> str:
@@ -231,8 +245,8 @@ class TaylorSeerCalibratorConfig(CalibratorConfig):
 
     own: ClassVar[str] = "TaylorSeerCalibratorConfig"
 
-    enable_calibrator: bool = True
-    enable_encoder_calibrator: bool = True
+    enable_calibrator: bool = setting(True, FLAG)
+    enable_encoder_calibrator: bool = setting(True, FLAG)
     taylorseer_order: int = 1
 
     def strify(self, details: bool = False) -> str:
@@ -251,9 +265,9 @@ class FoCaCalibratorConfig(CalibratorConfig):
 
     own: ClassVar[str] = "FoCaCalibratorConfig"
 
-    enable_calibrator: bool = True
-    enable_encoder_calibrator: bool = True
-    calibrator_type: str = "foca"
+    enable_calibrator: bool = setting(True, FLAG)
+    enable_encoder_calibrator: bool = setting(True, FLAG)
+    calibrator_type: str = setting("foca", _TYPE)
 
     def strify(self, details: bool = False) -> str:
         """ "FoCa"."""
@@ -266,13 +280,13 @@ class DMDCalibratorConfig(CalibratorConfig):
 
     own: ClassVar[str] = "DMDCalibratorConfig"
 
-    enable_calibrator: bool = True
-    enable_encoder_calibrator: bool = True
-    calibrator_type: str = "dmd"
+    enable_calibrator: bool = setting(True, FLAG)
+    enable_encoder_calibrator: bool = setting(True, FLAG)
+    calibrator_type: str = setting("dmd", _TYPE)
     dmd_history: int = 6
     dmd_rank: int = 0
-    dmd_ridge: float = 1e-8
-    dmd_svd_precision: str = "medium"
+    dmd_ridge: float = setting(1e-8, Rule(is_number, "a number"))
+    dmd_svd_precision: str = setting("medium", choice("low", "medium", "high"))
 
     def strify(self, details: bool = False) -> str:
         """ "DMDH6" for six steps, "DMD_H(6, medium)" with `details`."""
@@ -286,194 +300,10 @@ class DMDCalibratorConfig(CalibratorConfig):
         return super().to_kwargs() | names | {"svd_precision": self.dmd_svd_precision}
 
 
-class ParamsModifier:
-    """Settings of one block list that differ from the shared ones.
-
-    Args:
-        cache_config: its fields that are not None replace the shared ones. Usually made by `DBCacheConfig().reset()`.
-        calibrator_config: in place of the shared one.
-        **fields: fields of the cache config, or `enable_taylorseer` and the like, in the style of older scripts.
-    """
-
-    def __init__(
-        self,
-        cache_config: BasicCacheConfig | None = None,
-        calibrator_config: CalibratorConfig | None = None,
-        **fields: Any,
-    ) -> None:
-        values, calibrator = split_flat(fields, "compat.ParamsModifier")
-        if values:
-            config_class = DBCacheConfig if cache_config is None else type(cache_config)
-            cache_config = config_class().reset(**settings_of(cache_config) | values)
-        self.cache_config = cache_config
-        self.calibrator_config = calibrator_config if calibrator is None else calibrator
-
-
-AnyCacheConfig: TypeAlias = BasicCacheConfig | OwnCacheConfig
-AnyCalibratorConfig: TypeAlias = CalibratorConfig | OwnCalibratorConfig
-
-_CALIBRATORS: dict[str, type[CalibratorConfig]] = {
-    "taylorseer": TaylorSeerCalibratorConfig,
-    "foca": FoCaCalibratorConfig,
-    "dmd": DMDCalibratorConfig,
-}
-"""`calibrator_type` -> config. Flat settings have a flag `enable_...` for each."""
-
-_FLAT_CALIBRATOR_NAMES = {
-    "enable_encoder_taylorseer": "enable_encoder_calibrator",
-    "enable_encoder_foca": "enable_encoder_calibrator",
-    "enable_encoder_dmd": "enable_encoder_calibrator",
-    "taylorseer_cache_type": "calibrator_cache_type",
-    "calibrator_cache_type": "calibrator_cache_type",
-    "taylorseer_order": "taylorseer_order",
-    "dmd_history": "dmd_history",
-    "dmd_rank": "dmd_rank",
-    "dmd_ridge": "dmd_ridge",
-    "dmd_svd_precision": "dmd_svd_precision",
-}
-"""Name in flat settings -> field of a calibrator's config."""
-
-
-def split_flat(
-    settings: Mapping[str, Any], owner: str, more: Iterable[str] = ()
-) -> tuple[dict[str, Any], CalibratorConfig | None]:
-    """Divide flat settings into fields of a cache config, and the calibrator that they switch on.
-
-    Args:
-        settings: fields of a cache config and names such as `enable_taylorseer`, as older scripts and files have them.
-        owner: where the names are from, for an error.
-        more: further names that `owner` takes.
-
-    Raises:
-        OptionError: on an unknown name, or more than one calibrator.
-    """
-    cache_fields = {each.name for config in (DBCacheConfig, DBPruneConfig) for each in fields(config)}
-    switches = {f"enable_{kind}": config_class for kind, config_class in _CALIBRATORS.items()}
-    reject_unknown(settings, dict.fromkeys(sorted({*cache_fields, *switches, *_FLAT_CALIBRATOR_NAMES, *more}), owner))
-    flags = [name for name in switches if settings.get(name)]
-    if len(flags) > 1:
-        raise OptionError(f"{' and '.join(flags)} are mutually exclusive: set one of them to true")
-    calibrator = None
-    if flags:
-        config_class = switches[flags[0]]
-        owned = {each.name for each in fields(config_class)}
-        values = {_FLAT_CALIBRATOR_NAMES.get(name, ""): value for name, value in settings.items()}
-        calibrator = config_class().update(**{name: value for name, value in values.items() if name in owned})
-    return {name: value for name, value in settings.items() if name in cache_fields}, calibrator
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Translation
-
-ALWAYS = 1.0
-"""A threshold from which on cache-dit compares nothing and reuses."""
-
-
-def settings_of(config: AnyCacheConfig | None) -> dict[str, Any]:
-    """The fields of a cache config that are not None, by name; empty for None.
-
-    Raises:
-        OptionError: if it is no cache config of this package.
-    """
-    if config is None:
-        return {}
-    if isinstance(config, BasicCacheConfig):
-        names = {each.name for each in fields(_own_class(config))}
-        return {name: value for name, value in own_values(config.settings()).items() if name in names}
-    if isinstance(config, OwnCacheConfig):
-        return {each.name: getattr(config, each.name) for each in fields(config)}
-    raise OptionError(_not_ours("cache_config", config, "DBCacheConfig or DBPruneConfig"))
-
-
-def own_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of fields in the form that `cachedit_fx` takes. A threshold of 1 or more means: always reuse."""
-    plain = {name: _plain(value) for name, value in values.items()}
-    threshold: Any = plain.get("residual_diff_threshold")
-    is_always = is_number(threshold) and threshold >= ALWAYS
-    return plain | ({"residual_diff_threshold": math.inf} if is_always else {})
-
-
-def own_cache_config(config: AnyCacheConfig | None) -> OwnCacheConfig | None:
-    """The config of `cachedit_fx` with these settings; None if the config is None or switches the cache off."""
-    if isinstance(config, OwnCacheConfig):
-        return config
-    settings = settings_of(config)
-    if config is None or config.cache_type is CacheType.NONE:
-        return None
-    return _own_class(config)(**settings)
-
-
-def own_calibrator_config(
-    config: AnyCalibratorConfig | None, cache_config: AnyCacheConfig | None = None
-) -> OwnCalibratorConfig | None:
-    """The calibrator's config of `cachedit_fx`; None if the config is None or not enabled.
-
-    Raises:
-        OptionError: if it is no calibrator's config of this package.
-    """
-    if config is None or isinstance(config, OwnCalibratorConfig):
-        return config
-    if not isinstance(config, CalibratorConfig):
-        raise OptionError(_not_ours("calibrator_config", config, "TaylorSeerCalibratorConfig and the like"))
-    if not config.enable_calibrator and not config.enable_encoder_calibrator:
-        return None
-    check("calibrator_type", config.calibrator_type, choice(*_CALIBRATORS))
-    own_class: Any = getattr(cachedit_fx, _CALIBRATORS[config.calibrator_type].own)
-    names = {each.name for each in fields(own_class)}
-    values = {name: value for name, value in config.settings().items() if name in names}
-    if isinstance(cache_config, DBPruneConfig) and cache_config.force_reduce_calibrator_vram:
-        values["calibrator_state_dtype"] = "model"
-    own: OwnCalibratorConfig = own_class(**values)
-    return own
-
-
-def own_modifier(modifier: Any) -> cachedit_fx.ParamsModifier:
-    """The modifier of `cachedit_fx` with these settings.
-
-    Raises:
-        OptionError: if it is no modifier of this package.
-    """
-    if isinstance(modifier, cachedit_fx.ParamsModifier):
-        return modifier
-    if not isinstance(modifier, ParamsModifier):
-        raise OptionError(_not_ours("params_modifiers", modifier, "ParamsModifier"))
-    calibrator = own_calibrator_config(modifier.calibrator_config, modifier.cache_config)
-    return cachedit_fx.ParamsModifier(calibrator_config=calibrator, **settings_of(modifier.cache_config))
-
-
-def config_of(own: OwnCacheConfig) -> BasicCacheConfig:
-    """The mutable config with the settings of a config of `cachedit_fx`."""
-    config_class = DBPruneConfig if isinstance(own, cachedit_fx.DBPruneConfig) else DBCacheConfig
-    names = {each.name for each in fields(config_class)} & {each.name for each in fields(own)}
-    settings = {name: getattr(own, name) for name in names}
-    settings["residual_diff_threshold"] = min(own.residual_diff_threshold, ALWAYS)
-    return config_class(**settings)
-
-
-def calibrator_config_of(own: OwnCalibratorConfig | None) -> CalibratorConfig | None:
-    """The mutable config with the settings of a calibrator's config of `cachedit_fx`; None if cache-dit has no such."""
-    config_class = {each.own: each for each in _CALIBRATORS.values()}.get(type(own).__name__)
-    if own is None or config_class is None:
-        return None
-    names = {each.name for each in fields(config_class)} & {each.name for each in fields(own)}
-    return config_class(**{name: getattr(own, name) for name in names})
-
-
-def _own_class(config: BasicCacheConfig) -> type[OwnCacheConfig]:
-    return cachedit_fx.DBPruneConfig if config.cache_type is CacheType.DBPrune else OwnCacheConfig
-
-
-def _plain(value: Any) -> Any:
-    """A number for a tensor of one element, a tuple for a list, for a set and for a string of digits."""
+def plain(value: Any) -> Any:
+    """A number for a tensor of one element, a tuple for a longer one, for a list, a set and a string of digits."""
     if isinstance(value, str) and value.isdecimal():
         return tuple(map(int, value))
-    if isinstance(value, (list, set, frozenset, range)):
-        return tuple(value)
-    return value.item() if hasattr(value, "item") else value
-
-
-def _not_ours(name: str, config: Any, expected: str) -> str:
-    kind = type(config)
-    if kind.__module__.partition(".")[0] == "cache_dit":
-        return f"{name}: this {kind.__name__} is of the package cache_dit; import it from cachedit_fx.compat"
-    return f"{name}={config!r} is not allowed: it must be a {expected} of cachedit_fx.compat, or None"
+    if hasattr(value, "tolist"):
+        value = value.item() if math.prod(value.shape) == 1 else value.tolist()
+    return tuple(value) if isinstance(value, (list, set, frozenset, range)) else value

@@ -4,32 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from itertools import chain, repeat
 from typing import Any, TypeVar
 
 import torch
 
 from cachedit_fx import api
-from cachedit_fx.compat.adapters import BlockAdapter, BlockAdapterRegister, Part, lists_of, shares_of
-from cachedit_fx.compat.configs import (
+from cachedit_fx.compat.adapters import WHOLE, BlockAdapter, BlockList, Part, adapter_of, lists_of, shares_of
+from cachedit_fx.compat.configs import BasicCacheConfig, CacheType, new_config
+from cachedit_fx.compat.kept import forget, keep, kept_of
+from cachedit_fx.compat.modifiers import own_modifier, split_flat, without_others
+from cachedit_fx.compat.ours import check_ours
+from cachedit_fx.compat.parallelism import ParallelismConfig, checked_backend, set_attn_backend
+from cachedit_fx.compat.quantization import QuantizeConfig, quantize
+from cachedit_fx.compat.translation import (
     AnyCacheConfig,
     AnyCalibratorConfig,
-    CacheType,
-    new_config,
+    changed_calibrator,
+    changed_config,
+    check_cache_config,
     own_cache_config,
     own_calibrator_config,
-    own_modifier,
     own_values,
     settings_of,
-    split_flat,
 )
-from cachedit_fx.compat.kept import forget, keep
-from cachedit_fx.compat.parallelism import ParallelismConfig, set_attn_backend
-from cachedit_fx.compat.quantization import QuantizeConfig, quantize
 from cachedit_fx.config.cache import DBCacheConfig as OwnCacheConfig
 from cachedit_fx.config.calibrators import CalibratorConfig as OwnCalibratorConfig
 from cachedit_fx.config.options import Options, ParamsModifier, Scope
 from cachedit_fx.config.rules import OptionError
-from cachedit_fx.runtime.registry import states_of, transformers_of, unwrapped
+from cachedit_fx.runtime.registry import states_of, unwrapped
 
 Model = TypeVar("Model")
 
@@ -69,45 +72,56 @@ def enable_cache(
     """
     options = {name: settings.pop(name) for name in list(settings) if name in _OWN_OPTIONS}
     changes, flat_calibrator = split_flat(settings, "compat.enable_cache", _OWN_OPTIONS)
-    if parallelism_config is not None:
-        parallelism_config.check()
-    others = parallelism_config, attention_backend, quantize_config
-    kind = changes.pop("cache_type", CacheType.DBCache)
-    if cache_config is None and (changes or flat_calibrator or all(other is None for other in others)):
-        cache_config = new_config(kind)
+    check_cache_config(cache_config)
+    check_ours("parallelism_config", parallelism_config, "ParallelismConfig", ParallelismConfig)
+    check_ours("quantize_config", quantize_config, "QuantizeConfig", QuantizeConfig)
+    others = parallelism_config, checked_backend(attention_backend), quantize_config
+    if changes or (cache_config is None and (flat_calibrator or all(other is None for other in others))):
+        cache_config = changed_config(cache_config, changes)
     cache = own_cache_config(cache_config)
     calibrator = own_calibrator_config(flat_calibrator or calibrator_config, cache_config)
-    adapter = _adapter_of(pipe_or_adapter)
+    adapter = adapter_of(pipe_or_adapter)
     parts = adapter.parts()
+    modifiers = shares_of(adapter.params_modifiers or params_modifiers, parts)
+    to_quantize = [] if quantize_config is None else _to_quantize(adapter, quantize_config)
+    if parallelism_config is not None:
+        parallelism_config.check()
     if cache is not None:
-        modifiers = shares_of(adapter.params_modifiers or params_modifiers, parts)
         for part, share in zip(parts, modifiers, strict=True):
-            loops, own = _in_order(part, [own_modifier(each) for each in share])
+            own = _in_order(part, [own_modifier(each, cache, calibrator) for each in share], cache)
+            lists = _lists_in_order(part)
+            loops = [each.name for each in lists] or None
             api.enable_cache(
                 part.module,
-                cache.reset(**own_values(changes)),
+                cache,
                 calibrator,
                 params_modifiers=own,
                 **{"scope": _scope_of(part, calibrator), "loops": loops} | options,
             )
+            keep(part.module, lists=lists)
+    elif cache_config is not None:
+        _disable(adapter)
     for part in parts:
         keep(part.module, parallelism_config=parallelism_config)
     set_attn_backend(adapter, attention_backend)
-    if quantize_config is not None:
-        _quantize(adapter, quantize_config)
+    for module, config in to_quantize:
+        quantize(module, config)
     return pipe_or_adapter
 
 
 def disable_cache(pipe_or_adapter: Model) -> Model:
     """Give the plain modules back, and return the argument. Quantized weights stay quantized."""
-    targets: list[Any] = [pipe_or_adapter]
-    if isinstance(pipe_or_adapter, BlockAdapter):
-        targets = [*pipe_or_adapter.modules(), *pipe_or_adapter.pipelines()]
-    for target in targets:
-        for module in transformers_of(target):
-            forget(module)
-        api.disable_cache(target)
+    adapter = adapter_of(pipe_or_adapter)
+    for module in adapter.modules():
+        forget(module)
+    _disable(adapter)
     return pipe_or_adapter
+
+
+def _disable(adapter: BlockAdapter) -> None:
+    """Give the plain modules back; the pipeline first, since what `torch.compile` returned is replaced there."""
+    for target in (*adapter.pipelines(), *adapter.modules()):
+        api.disable_cache(target)
 
 
 def refresh_context(
@@ -131,68 +145,87 @@ def refresh_context(
         ValueError: if a transformer was never enabled.
         OptionError: on an unknown name, or a value that is not allowed.
     """
-    values, flat_calibrator = split_flat(changes, "compat.refresh_context")
+    check_cache_config(cache_config)
+    values, flat_calibrator = split_flat(without_others(changes, "refresh_context"), "compat.refresh_context")
+    if "cache_type" in values:
+        empty = new_config(values["cache_type"]).reset()
+        cache_config = empty if cache_config is None else changed_config(cache_config, values)
+    if isinstance(cache_config, BasicCacheConfig) and cache_config.cache_type is CacheType.NONE:
+        raise OptionError("cache_type NONE: refresh_context switches no cache off; use disable_cache")
     values = settings_of(cache_config) | own_values(values)
-    calibrator = own_calibrator_config(flat_calibrator or calibrator_config, cache_config)
-    for part in _adapter_of(transformer).parts():
+    values.pop("cache_type", None)
+    for part in adapter_of(transformer).parts():
         state = next(iter(states_of(part.module)), None)
         if state is not None and values and state.options.params_modifiers:
             options = {each.name: getattr(state.options, each.name) for each in fields(Options)}
-            api.enable_cache(part.module, **options | {"params_modifiers": _changed(state.options, values)})
+            lists = kept_of(part.module).lists
+            api.enable_cache(part.module, **options | {"params_modifiers": _changed(state.options, values, lists)})
+        present = None if state is None else state.options.calibrator
+        calibrator = changed_calibrator(flat_calibrator or calibrator_config, present, cache_config)
         config = None if state is None or state.config is None else _refreshed(state.config, cache_config, values)
         api.refresh_context(part.module, cache_config=config, calibrator_config=calibrator, verbose=verbose)
     return transformer
 
 
-def _changed(options: Options, values: dict[str, Any]) -> list[ParamsModifier]:
+def _changed(options: Options, values: dict[str, Any], lists: Sequence[BlockList]) -> list[ParamsModifier]:
     """The modifiers of the options, with these values in place of their own."""
     return [
-        ParamsModifier(entry.cache_config, entry.calibrator_config, **dict(entry.changes) | values)
-        for entry in options.params_modifiers
+        ParamsModifier(entry.cache_config, entry.calibrator_config, **dict(entry.changes) | _within(blocks, values))
+        for entry, blocks in zip(options.params_modifiers, chain(lists, repeat(WHOLE)), strict=False)
     ]
 
 
 def _refreshed(present: OwnCacheConfig, config: AnyCacheConfig | None, values: dict[str, Any]) -> OwnCacheConfig:
-    """The present config with these values, or the new one if it is of another kind."""
-    other = own_cache_config(config)
+    """The present config with these values, as one of the kind of the new config."""
+    other = own_cache_config(config, present)
     return (present if other is None or type(other) is type(present) else other).reset(**values)
 
 
 def _scope_of(part: Part, calibrator: OwnCalibratorConfig | None) -> Scope | None:
     """ "loop" where cache-dit has a cache for each block list; None leaves it to the options."""
-    is_joint = part.loops is None and type(unwrapped(part.module)).__name__ in ONE_CHAIN
+    is_joint = part.lists is None and type(unwrapped(part.module)).__name__ in ONE_CHAIN
     predicts_output = calibrator is not None and calibrator.calibrator_cache_type == "output"
     return None if is_joint or predicts_output else "loop"
 
 
-def _adapter_of(pipe_or_adapter: Any) -> BlockAdapter:
-    if isinstance(pipe_or_adapter, BlockAdapter):
-        return pipe_or_adapter
-    if type(pipe_or_adapter).__module__.partition(".")[0] == "cache_dit":
-        kind = type(pipe_or_adapter).__name__
-        raise OptionError(f"this {kind} is of the package cache_dit; import it from cachedit_fx.compat")
-    return BlockAdapterRegister.get_adapter(pipe_or_adapter)
-
-
-def _in_order(part: Part, modifiers: Sequence[ParamsModifier]) -> tuple[list[str] | None, list[ParamsModifier]]:
-    """The part's block lists in the order in which the transformer has them, and the modifiers in the same order."""
-    if part.loops is None:
-        return None, list(modifiers)
-    if len(modifiers) > len(part.loops):
-        raise OptionError(f"params_modifiers has {len(modifiers)} entries for {len(part.loops)} block lists")
+def _lists_in_order(part: Part) -> tuple[BlockList, ...]:
+    """The part's block lists in the order in which the transformer has them; empty if they are found automatically."""
     position = {name: index for index, name in enumerate(lists_of(part.module))}
-    shared = [ParamsModifier()] * (len(part.loops) - len(modifiers)) if modifiers else []
-    loops = sorted(part.loops, key=position.__getitem__)
-    by_loop = dict(zip(part.loops, [*modifiers, *shared], strict=False))
-    return loops, [by_loop[name] for name in loops if name in by_loop]
+    return tuple(sorted(part.lists or (), key=lambda each: position[each.name]))
 
 
-def _quantize(adapter: BlockAdapter, config: QuantizeConfig) -> None:
-    """Quantize the transformers, or the components that the config names."""
+def _in_order(part: Part, modifiers: Sequence[ParamsModifier], shared: OwnCacheConfig) -> list[ParamsModifier]:
+    """The modifiers in the order in which the transformer has the block lists."""
+    if part.lists is None:
+        return list(modifiers)
+    if len(modifiers) > len(part.lists):
+        raise OptionError(f"params_modifiers has {len(modifiers)} entries for {len(part.lists)} block lists")
+    is_sliced = any(each.before or each.after for each in part.lists)
+    rest = [ParamsModifier()] * (len(part.lists) - len(modifiers)) if modifiers or is_sliced else []
+    by_list = dict(zip(part.lists, [*modifiers, *rest], strict=False))
+    return [_cut(each, by_list[each], shared) for each in _lists_in_order(part) if each in by_list]
+
+
+def _cut(blocks: BlockList, modifier: ParamsModifier, shared: OwnCacheConfig) -> ParamsModifier:
+    """The modifier of a list whose blocks outside the slice are computed at every step."""
+    if not blocks.before and not blocks.after:
+        return modifier
+    config = modifier.config(shared)
+    ends = {name: getattr(config, name) for name in ("Fn_compute_blocks", "Bn_compute_blocks")}
+    changes = dict(modifier.changes) | _within(blocks, ends)
+    return ParamsModifier(modifier.cache_config, modifier.calibrator_config, **changes)
+
+
+def _within(blocks: BlockList, values: dict[str, Any]) -> dict[str, Any]:
+    """The values of fields, with F and B raised by the blocks outside the slice."""
+    outside = {"Fn_compute_blocks": blocks.before, "Bn_compute_blocks": blocks.after}
+    return {name: value + outside[name] if name in outside else value for name, value in values.items()}
+
+
+def _to_quantize(adapter: BlockAdapter, config: QuantizeConfig) -> list[tuple[torch.nn.Module, QuantizeConfig]]:
+    """The transformers, or the components that the config names, each with its config."""
     if config.components_to_quantize is None:
-        for module in adapter.modules():
-            quantize(module, config)
-        return
+        return [(module, config) for module in adapter.modules()]
     components = getattr(adapter.pipe, "components", {})
     configs = config.by_component()
     missing = [name for name in configs if not isinstance(components.get(name), torch.nn.Module)]
@@ -201,5 +234,4 @@ def _quantize(adapter: BlockAdapter, config: QuantizeConfig) -> None:
             f"components_to_quantize: the pipeline has no module {', '.join(map(repr, missing))}; it has "
             f"{', '.join(name for name, each in components.items() if isinstance(each, torch.nn.Module)) or 'none'}"
         )
-    for name, each in configs.items():
-        quantize(components[name], each)
+    return [(components[name], each) for name, each in configs.items()]

@@ -11,17 +11,20 @@ import torch
 from cachedit_fx.runtime.registry import unwrapped
 
 if TYPE_CHECKING:
+    from cachedit_fx.compat.adapters import BlockList
     from cachedit_fx.compat.parallelism import ParallelismConfig
     from cachedit_fx.compat.quantization import QuantizeConfig
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What was asked for a transformer, apart from its cache."""
+    """What was asked for a transformer, apart from its cache's configs."""
 
     parallelism_config: ParallelismConfig | None = None
     quantize_config: QuantizeConfig | None = None
     attention_backend: str | None = None
+    lists: tuple[BlockList, ...] = ()
+    """The block lists that an adapter named, in the order in which the transformer has them."""
 
 
 _kept: weakref.WeakKeyDictionary[torch.nn.Module, Kept] = weakref.WeakKeyDictionary()

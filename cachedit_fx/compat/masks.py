@@ -45,7 +45,7 @@ def steps_mask(
                 f"compute_bins and cache_bins add up to {len(mask)} steps, fewer than total_steps={total_steps}"
             )
         return mask[:total_steps]
-    if mask_policy is not None and mask_policy.startswith(EXACT):
+    if isinstance(mask_policy, str) and mask_policy.startswith(EXACT):
         return _exact(mask_policy.removeprefix(EXACT), total_steps)
     return cachedit_fx.steps_mask(mask_policy, total_steps)
 

@@ -84,11 +84,18 @@ def _in_order(first: Source, second: Source) -> tuple[Source, list[str]]:
     for source, prompts in ((first, second), (second, first)):
         if isinstance(prompts, (list, tuple)) and all(isinstance(prompt, str) for prompt in prompts):
             return source, list(prompts)
-        if isinstance(prompts, (str, Path)) and Path(prompts).suffix == ".txt" and Path(prompts).is_file():
-            return source, [line.strip() for line in Path(prompts).read_text().splitlines() if line.strip()]
+        if isinstance(prompts, (str, Path)) and Path(prompts).suffix == ".txt":
+            return source, _lines_of(Path(prompts))
     if isinstance(second, str) and not Path(second).exists():
         return first, [second]
     raise PictureError("there are no prompts: give a text file with a prompt a line, or a list of prompts")
+
+
+def _lines_of(path: Path) -> list[str]:
+    try:
+        return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise PictureError(f"{path} is no file of prompts ({error})") from error
 
 
 compute_image_reward: Callable[..., Result] = compute_reward_score

@@ -6,13 +6,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-import torch
-
-from cachedit_fx.compat.adapters import BlockAdapter
+from cachedit_fx.compat.adapters import adapter_of
 from cachedit_fx.compat.kept import keep
 from cachedit_fx.compat.members import member_of
-from cachedit_fx.config.rules import OptionError, reject_unknown
-from cachedit_fx.runtime.registry import transformers_of
+from cachedit_fx.compat.ours import reject_other_package
+from cachedit_fx.config.rules import OptionError, Rule, check, optional, reject_unknown
 from cachedit_fx.runtime.warning import SettingWarning, warn
 
 
@@ -77,9 +75,10 @@ class ParallelismConfig:
     """Fields in the style of older scripts; "experimental_ulysses_async" is `ulysses_async`, and so on."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.backend, str):
-            self.backend = ParallelismBackend.from_str(self.backend)
-        flat = {name.removeprefix("experimental_"): value for name, value in self.parallel_kwargs.items()}
+        if not isinstance(self.backend, ParallelismBackend):
+            self.backend = ParallelismBackend.from_str(str(self.backend))
+        check("parallel_kwargs", self.parallel_kwargs, optional(Rule(lambda value: isinstance(value, dict), "a dict")))
+        flat = {name.removeprefix("experimental_"): value for name, value in (self.parallel_kwargs or {}).items()}
         reject_unknown(flat, dict.fromkeys(self.__dataclass_fields__, "compat.ParallelismConfig"))
         for name, value in flat.items():
             setattr(self, name, value)
@@ -139,11 +138,9 @@ def set_attn_backend(pipe_or_adapter: Any, attention_backend: str | None = None)
 
     diffusers itself can switch: `pipe.transformer.set_attention_backend(name)`, before or after `enable_cache`.
     """
-    if attention_backend is None:
+    if checked_backend(attention_backend) is None:
         return
-    adapter = isinstance(pipe_or_adapter, BlockAdapter)
-    modules: list[torch.nn.Module] = pipe_or_adapter.modules() if adapter else transformers_of(pipe_or_adapter)
-    for module in modules:
+    for module in adapter_of(pipe_or_adapter).modules():
         keep(module, attention_backend=attention_backend)
     if attention_backend != "native":
         warn(
@@ -153,7 +150,19 @@ def set_attn_backend(pipe_or_adapter: Any, attention_backend: str | None = None)
         )
 
 
-def set_compile_configs(**settings: Any) -> None:
+def checked_backend(name: Any) -> str | None:
+    """The name of an attention backend, or None.
+
+    Raises:
+        OptionError: if it is no text.
+    """
+    reject_other_package(name, "attention_backend: ")
+    check("attention_backend", name, optional(Rule(lambda value: isinstance(value, str), "a name such as 'native'")))
+    backend: str | None = name
+    return backend
+
+
+def set_compile_configs(*_: Any, **settings: Any) -> None:
     """Accepted, without effect: the cached call sets what it needs for itself, and no global setting of torch."""
     warn(
         "set_compile_configs has no effect: cachedit_fx changes no global setting of torch; pass inner_options, mode "

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cachedit_fx.compat.ours import check_ours, reject_other_package
 from cachedit_fx.config.rules import OptionError
 from cachedit_fx.runtime.warning import SettingWarning, warn
 
@@ -51,15 +52,24 @@ def check_pattern(pattern: Any) -> ForwardPattern:
     if isinstance(pattern, ForwardPattern):
         return pattern
     names = ", ".join(each.name for each in ForwardPattern)
-    if type(pattern).__module__.partition(".")[0] == "cache_dit":
-        raise OptionError(f"forward_pattern={pattern}: this one is of cache_dit; import it from cachedit_fx.compat")
+    reject_other_package(pattern, "forward_pattern: ")
     raise OptionError(f"forward_pattern={pattern!r} is not allowed: it must be one of ForwardPattern.{names}")
 
 
+def leave_out(functor: Any) -> None:
+    """Say once that a patch functor is not applied.
+
+    Raises:
+        OptionError: if the argument is no `PatchFunctor`.
+    """
+    check_ours("patch_functor", functor, "PatchFunctor", PatchFunctor)
+    warn(f"{type(functor).__name__}: cachedit_fx patches nothing, so it is left out", SettingWarning)
+
+
 class PatchFunctor:
-    """Accepted as `patch_functor`, and never applied: no block needs a patch. `_apply` of a subclass is not called."""
+    """Accepted as `patch_functor`, and never applied: no block needs a patch. No method of a subclass is called."""
 
     def apply(self, transformer: torch.nn.Module, *_: Any, **__: Any) -> torch.nn.Module:
         """The transformer as it is. Says once that nothing needs patching."""
-        warn(f"{type(self).__name__}: cachedit_fx patches nothing, so it is left out", SettingWarning)
+        leave_out(self)
         return transformer

@@ -12,8 +12,20 @@ import torch
 
 from cachedit_fx.compat.kept import keep
 from cachedit_fx.compat.members import member_of
-from cachedit_fx.config.rules import OptionError, check, choice, reject_unknown
+from cachedit_fx.compat.ours import check_ours, reject_other_package
+from cachedit_fx.config.rules import (
+    FLAG,
+    OptionError,
+    Rule,
+    check,
+    check_fields,
+    choice,
+    optional,
+    reject_unknown,
+    setting,
+)
 from cachedit_fx.runtime.registry import unwrapped
+from cachedit_fx.runtime.warning import SettingWarning, warn
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
@@ -29,6 +41,25 @@ _TYPES = (
     "int4_weight_only",
 )
 _ABSENT = "svdq", "nvfp4", "float8_per_block"
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
+
+
+_NAMES = Rule(_are_names, "a list of names")
+_FUNCTION = Rule(callable, "a function")
+_PLAN = Rule(
+    lambda value: isinstance(value, dict) and _are_names([*value, *value.values()]), "a dict of names and types"
+)
+_COMPONENTS = Rule(
+    lambda value: (
+        _are_names([*value]) and all(isinstance(more, dict | None) for more in value.values())
+        if isinstance(value, dict)
+        else _are_names(value)
+    ),
+    "a list of names, or a dict of names and fields",
+)
 
 
 class QuantizeBackend(Enum):
@@ -61,38 +92,44 @@ class QuantizeConfig:
         NotImplementedError: for SVDQuant, NVFP4 and blockwise float8.
     """
 
-    backend: QuantizeBackend | str = QuantizeBackend.AUTO
-    quant_type: str = "float8_per_row"
-    exclude_layers: list[str] | None = field(default_factory=lambda: ["embedder", "embed", "modulation", "mod"])
+    backend: QuantizeBackend | str = setting(QuantizeBackend.AUTO, Rule(lambda _: True, "a backend"))
+    quant_type: str = setting("float8_per_row", choice(*_TYPES))
+    exclude_layers: list[str] | None = field(
+        default_factory=lambda: ["embedder", "embed", "modulation", "mod"], metadata={"rule": optional(_NAMES)}
+    )
     """Layers with one of these in their name stay as they are."""
-    regional_quantize: bool = True
+    regional_quantize: bool = setting(True, FLAG)
     """Only layers inside the module's repeated blocks, if it names such: `_repeated_blocks`, or `repeated_blocks`."""
-    repeated_blocks: list[str] = field(default_factory=list)
-    filter_fn: Callable[[torch.nn.Module, str], bool] | None = None
+    repeated_blocks: list[str] = field(default_factory=list, metadata={"rule": optional(_NAMES)})
+    filter_fn: Callable[[torch.nn.Module, str], bool] | None = setting(None, optional(_FUNCTION))
     """Whether a module of this name is quantized; in place of `exclude_layers`."""
-    components_to_quantize: list[str] | dict[str, dict[str, Any]] | None = None
+    components_to_quantize: list[str] | dict[str, dict[str, Any]] | None = setting(None, optional(_COMPONENTS))
     """Components of the pipeline, for `enable_cache`; None = the transformers. A dict has fields of each component."""
-    per_tensor_fallback: bool = True
+    per_tensor_fallback: bool = setting(True, FLAG)
     """Has no effect: torchao raises on a layer that it cannot quantize."""
-    precision_plan: dict[str, str] | None = None
+    precision_plan: dict[str, str] | None = setting(None, optional(_PLAN))
     """Part of a layer's name -> its type, in place of `quant_type`."""
-    calibrate_fn: Any = None
-    serialize_to: str | None = None
-    svdq_kwargs: dict[str, Any] | None = None
-    verbose: bool = False
+    calibrate_fn: Any = setting(None, optional(_FUNCTION))
+    serialize_to: str | None = setting(None, optional(Rule(lambda value: isinstance(value, str), "a path")))
+    svdq_kwargs: dict[str, Any] | None = setting(None, optional(Rule(lambda value: isinstance(value, dict), "a dict")))
+    verbose: bool = setting(False, FLAG)
 
     def __post_init__(self) -> None:
-        if isinstance(self.backend, str):
-            self.backend = QuantizeBackend.from_str(self.backend)
+        if not isinstance(self.backend, QuantizeBackend):
+            self.backend = QuantizeBackend.from_str(str(self.backend))
+        for name in ("exclude_layers", "repeated_blocks", "components_to_quantize"):
+            value = getattr(self, name)
+            setattr(self, name, [value] if isinstance(value, str) else value)
         self.quant_type = _checked(self.quant_type)
+        check_fields(self)
         if self.backend is QuantizeBackend.CACHE_DIT or self.svdq_kwargs is not None:
             raise NotImplementedError(_not_there("SVDQuant"))
         for name in (self.precision_plan or {}).values():
-            _checked(name)
+            _checked(name, "precision_plan")
 
     def update(self, **values: Any) -> Self:
         """Set those of `values` that are not None, and return this config."""
-        reject_unknown(values, dict.fromkeys(self.__dataclass_fields__, "compat.QuantizeConfig"))
+        _reject_unknown(values)
         for name, value in values.items():
             if value is not None:
                 setattr(self, name, value)
@@ -112,8 +149,10 @@ class QuantizeConfig:
     def by_component(self) -> dict[str, QuantizeConfig]:
         """A config for each component in `components_to_quantize`."""
         components = self.components_to_quantize or []
-        changes = components if isinstance(components, dict) else dict.fromkeys(components, {})
-        return {name: replace(self, components_to_quantize=None, **more) for name, more in changes.items()}
+        changes = components if isinstance(components, dict) else dict.fromkeys(components)
+        for more in changes.values():
+            _reject_unknown(more or ())
+        return {name: replace(self, components_to_quantize=None, **(more or {})) for name, more in changes.items()}
 
 
 def quantize(module: Module, quantize_config: QuantizeConfig | None = None, **settings: Any) -> Module:
@@ -127,13 +166,21 @@ def quantize(module: Module, quantize_config: QuantizeConfig | None = None, **se
         OptionError: on an unknown type, or one that torchao refuses on this machine.
         NotImplementedError: for SVDQuant, NVFP4 and blockwise float8, before a weight changes.
     """
-    reject_unknown(settings, dict.fromkeys(QuantizeConfig.__dataclass_fields__, "compat.QuantizeConfig"))
+    _reject_unknown(settings)
+    check_ours("quantize_config", quantize_config, "QuantizeConfig", QuantizeConfig)
+    reject_other_package(module)
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"expected a torch.nn.Module such as pipe.transformer, not {type(module).__name__}")
     config = QuantizeConfig(**settings) if quantize_config is None else replace(quantize_config, **settings)
     inner = unwrapped(module)
-    types = {name: _type_of(name, config) for name in _layers(inner, config)}
+    layers = {name: _type_of(name, config) for name in _layers(inner, config)}
+    types = {name: kind for name, kind in layers.items() if not _is_quantized(inner.get_submodule(name))}
+    if len(types) < len(layers):
+        warn(f"{len(layers) - len(types)} layers are quantized already, and stay as they are", SettingWarning)
     for kind in dict.fromkeys(types.values()):
         _quantize_layers(inner, kind, {name for name, each in types.items() if each == kind})
-    keep(module, quantize_config=config)
+    if types or not layers:
+        keep(module, quantize_config=config)
     return module
 
 
@@ -146,12 +193,16 @@ def load(module: torch.nn.Module, quantize_config_or_path: Any) -> torch.nn.Modu
     raise NotImplementedError(_not_there("load(...) of a SVDQuant checkpoint"))
 
 
-def _checked(kind: str) -> str:
+def _reject_unknown(names: Iterable[str]) -> None:
+    reject_unknown(names, dict.fromkeys(QuantizeConfig.__dataclass_fields__, "compat.QuantizeConfig"))
+
+
+def _checked(kind: str, title: str = "quant_type") -> str:
     """The type by its longer name, if there is such."""
     kind = _ALIASES.get(str(kind).lower(), str(kind).lower())
     if kind.startswith(_ABSENT):
-        raise NotImplementedError(_not_there(f"quant_type={kind!r}"))
-    check("quant_type", kind, choice(*_TYPES, *_ALIASES))
+        raise NotImplementedError(_not_there(f"{title}={kind!r}"))
+    check(title, kind, choice(*_TYPES, *_ALIASES))
     return kind
 
 
@@ -173,6 +224,11 @@ def _layers(module: torch.nn.Module, config: QuantizeConfig) -> Iterable[str]:
                 yield name
         elif not any(part in name for part in config.exclude_layers or ()):
             yield name
+
+
+def _is_quantized(layer: torch.nn.Module) -> bool:
+    weight = layer.weight
+    return isinstance(weight, torch.Tensor) and type(weight.detach()) is not torch.Tensor
 
 
 def _type_of(name: str, config: QuantizeConfig) -> str:

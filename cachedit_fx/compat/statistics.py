@@ -10,19 +10,18 @@ from typing import Any
 import torch
 
 from cachedit_fx import api
-from cachedit_fx.compat.adapters import BlockAdapter, BlockAdapterRegister
+from cachedit_fx.compat.adapters import adapter_of
 from cachedit_fx.compat.configs import (
     BasicCacheConfig,
     CacheType,
     CalibratorConfig,
     DBPruneConfig,
-    calibrator_config_of,
-    config_of,
 )
 from cachedit_fx.compat.kept import kept_of
 from cachedit_fx.compat.loaders import load_configs
 from cachedit_fx.compat.parallelism import ParallelismConfig
 from cachedit_fx.compat.quantization import QuantizeConfig
+from cachedit_fx.compat.translation import calibrator_config_of, config_of
 from cachedit_fx.config.options import Options
 from cachedit_fx.runtime.registry import states_of
 from cachedit_fx.runtime.stats import BranchStats
@@ -70,7 +69,7 @@ def summary(adapter_or_others: Any, details: bool = False, logging: bool = True,
         details: print every step's decision too.
         logging: print the statistics as tables.
     """
-    modules = [] if adapter_or_others is None else _modules_of(adapter_or_others)
+    modules = [] if adapter_or_others is None else adapter_of(adapter_or_others).modules()
     if logging:
         for module in modules:
             _print(api.summary(module), details)
@@ -93,12 +92,6 @@ def strify(adapter_or_others: Any) -> str:
     return _name_of(summary(adapter_or_others, logging=False)[-1])
 
 
-def _modules_of(adapter_or_others: Any) -> list[torch.nn.Module]:
-    if isinstance(adapter_or_others, BlockAdapter):
-        return adapter_or_others.modules()
-    return BlockAdapterRegister.get_adapter(adapter_or_others).modules()
-
-
 def _print(stats: Sequence[OwnStats], details: bool) -> None:
     from rich import print as rich_print
 
@@ -117,8 +110,8 @@ def _entries_of(module: torch.nn.Module) -> list[CacheStats]:
         return [CacheStats(**others)] if any(others.values()) else []
     regions = api.summary(module)
     if not regions:
-        return [CacheStats(cache_options=_cache_options(state.options, 0), **others)]
-    return [_entry(region, _cache_options(state.options, loop), others) for loop, region in enumerate(regions)]
+        return [CacheStats(cache_options=_cache_options(state.options, None), **others)]
+    return [_entry(region, _cache_options(state.options, region.loop), others) for region in regions]
 
 
 def _entry(region: OwnStats, cache_options: dict[str, Any], others: dict[str, Any]) -> CacheStats:
@@ -156,8 +149,8 @@ def _differences(branch: BranchStats, prunes_blocks: bool) -> dict[str, Any]:
     return {step: differences for step, differences in steps.items() if differences}
 
 
-def _cache_options(options: Options, loop: int) -> dict[str, Any]:
-    settings = options.settings_of(loop if options.scope == "loop" else None)
+def _cache_options(options: Options, loop: int | None) -> dict[str, Any]:
+    settings = options.settings_of(loop)
     config = calibrator_config_of(settings.calibrator)
     calibrator = {} if config is None else {"calibrator_config": config}
     return {"cache_config": config_of(settings.policy.config)} | calibrator

@@ -154,11 +154,26 @@ def _heads() -> str:
 def _load_weights(path: str | Path) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise WeightsError(f"LPIPS needs torchvision's AlexNet, and {path} is no file: get alexnet-owt-7be5be79.pth")
-    if Path(path).suffix == ".safetensors":
-        from safetensors.torch import load_file
+    return state_dict_of(path)
 
-        return load_file(path)
-    weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+
+def state_dict_of(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a file of weights by name.
+
+    Raises:
+        WeightsError: if the file holds anything else.
+    """
+    try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each format has its own
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise WeightsError(f"{path} is no file of weights: {reason}") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise WeightsError(f"{path} is no file of weights: it must hold tensors by name, as a state dict does")
     return weights
 
 

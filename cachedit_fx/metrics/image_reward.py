@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from cachedit_fx.metrics.features import WeightsError
+from cachedit_fx.metrics.features import WeightsError, state_dict_of
 from cachedit_fx.metrics.text import Scorer
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
@@ -135,6 +135,16 @@ def _load(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
         raise WeightsError(f"the weights do not fit: {', '.join(wrong[:3])} are missing or unknown")
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise WeightsError(f"{path} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise WeightsError(f"{path} holds no settings: it must be the med_config.json of zai-org/ImageReward")
+    return config
+
+
 def load_image_reward(folder: str | Path, tokenizer: str | Path | None = None) -> Scorer:
     """ImageReward's score of a picture for its prompt: mostly from -2 to 2, with mean 0 over the authors' data.
 
@@ -152,8 +162,11 @@ def load_image_reward(folder: str | Path, tokenizer: str | Path | None = None) -
     for name in ("ImageReward.pt", "med_config.json"):
         if not (folder / name).is_file():
             raise WeightsError(f"ImageReward needs {folder / name}, and there is no such file: get zai-org/ImageReward")
-    weights = torch.load(folder / "ImageReward.pt", map_location="cpu", weights_only=True)
-    network = ImageReward(weights, json.loads((folder / "med_config.json").read_text())).eval()
+    weights, config = state_dict_of(folder / "ImageReward.pt"), _read_config(folder / "med_config.json")
+    try:
+        network = ImageReward(weights, config).eval()
+    except KeyError as error:
+        raise WeightsError(f"{folder / 'ImageReward.pt'} holds no ImageReward: {error} is missing") from error
     source = tokenizer or (folder if (folder / "vocab.txt").is_file() else "bert-base-uncased")
     try:
         words: Any = BertTokenizer.from_pretrained(source, local_files_only=True)

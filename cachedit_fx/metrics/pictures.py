@@ -60,6 +60,9 @@ def paired(pictures: Source, reference: Source) -> Pairs:
     Raises:
         PictureError: if a source cannot be read, nothing is paired, or the sizes of a pair differ.
     """
+    for source in (pictures, reference):
+        if isinstance(source, (str, Path)) and not Path(source).exists():
+            raise PictureError(_absent(source))
     left, right = _files(pictures), _files(reference)
     if isinstance(left, Mapping) != isinstance(right, Mapping):
         raise PictureError("one of both is a folder, the other is not: compare two folders, or two files")
@@ -166,8 +169,10 @@ def read(source: Any) -> Sequence[np.ndarray]:
 
 def _read_file(path: Path) -> Sequence[np.ndarray]:
     kind = path.suffix.lower()
+    if path.is_dir():
+        raise PictureError(f"{path} is a folder: give it alone, or a list of its files")
     if not path.is_file():
-        raise PictureError(f"{path} cannot be read: there is no such file or folder")
+        raise PictureError(_absent(path))
     if kind not in KINDS:
         raise PictureError(f"{path} is no picture: its name must end with one of {', '.join(sorted(KINDS))}")
     try:
@@ -185,6 +190,10 @@ def _read_file(path: Path) -> Sequence[np.ndarray]:
     except Exception as error:  # each library has its own
         raise PictureError(f"{path} cannot be read: {error}") from error
     return _read_video(path)
+
+
+def _absent(path: str | Path) -> str:
+    return f"{path} cannot be read: there is no such file or folder"
 
 
 def _load_tensor(path: Path) -> torch.Tensor:
@@ -237,6 +246,8 @@ def _from_tensor(tensor: torch.Tensor, name: str) -> Sequence[np.ndarray]:
 def _from_array(array: np.ndarray, name: str) -> Sequence[np.ndarray]:
     if array.ndim not in (3, 4) or array.shape[-1] not in (1, 3):
         raise PictureError(f"{name} has the shape {list(array.shape)}: it must be [H, W, 3] or [N, H, W, 3]")
+    if not array.size:
+        raise PictureError(f"{name} has no values: its shape is {list(array.shape)}")
     if array.dtype == np.uint8:
         values = array / 255.0
     elif np.issubdtype(array.dtype, np.floating):

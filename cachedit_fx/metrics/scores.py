@@ -156,7 +156,7 @@ def compare(inputs: Inputs, metrics: Sequence[str] | None = None) -> Scores:
                 raise PictureError(reason) from error
             left_out[name] = reason
     if not scores:
-        raise PictureError(f"no metric can be computed: {'; '.join(left_out.values())}")
+        raise PictureError(f"no metric can be computed: {'; '.join(dict.fromkeys(left_out.values()))}")
     return Scores(tuple(scores), names, pairs.unpaired if pairs else (), left_out)
 
 

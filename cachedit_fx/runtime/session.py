@@ -316,6 +316,7 @@ class Session:
                 last=info.last,
                 uncached_causes=self.uncached,
                 prunes_blocks=block is not None,
+                loop=info.loop,
             )
         return self.stats[chain]
 

@@ -121,6 +121,8 @@ class CacheStats:
     """Measured times of bypassing the middle (with DBPrune, a block)."""
     prunes_blocks: bool = False
     """Whether the policy decides about every block of the middle separately (DBPrune)."""
+    loop: int | None = None
+    """The index of its block loop in the chain, if every loop decides separately."""
 
     def copy(self) -> CacheStats:
         """The present state, which later calls do not change."""

@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 import sys
 import types
+from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import cachedit_fx
 import cachedit_fx.compat as cache_dit
 from cachedit_fx import OptionError
-from cachedit_fx.compat.configs import (
+from cachedit_fx.compat.modifiers import own_modifier
+from cachedit_fx.compat.translation import (
     calibrator_config_of,
     config_of,
     own_cache_config,
     own_calibrator_config,
-    own_modifier,
 )
 
 
@@ -204,3 +206,127 @@ def test_the_module_is_a_drop_in_for_import_as():
     assert isinstance(cache_dit, types.ModuleType) and sys.modules["cachedit_fx.compat"] is cache_dit
     with pytest.raises(AttributeError, match="no attribute 'enable_cash'"):
         cache_dit.enable_cash  # noqa: B018
+
+
+def test_every_field_of_every_config_is_checked_when_it_is_set():
+    configs = [cache_dit.DBCacheConfig, cache_dit.DBPruneConfig, cache_dit.CalibratorConfig]
+    configs += [cache_dit.TaylorSeerCalibratorConfig, cache_dit.FoCaCalibratorConfig, cache_dit.DMDCalibratorConfig]
+    for config_class in configs:
+        for name in (each.name for each in fields(config_class)):
+            for set_value in (
+                lambda value, name=name, make=config_class: make(**{name: value}),
+                lambda value, name=name, make=config_class: make().update(**{name: value}),
+                lambda value, name=name, make=config_class: setattr(make(), name, value),
+            ):
+                with pytest.raises(OptionError, match=name):
+                    set_value(object())
+        with pytest.raises(OptionError, match="unknown option 'max_warm_up'"):
+            config_class().max_warm_up = 4
+
+
+@pytest.mark.parametrize("name", cache_dit.QuantizeConfig.__dataclass_fields__)
+def test_every_field_of_a_quantize_config_is_checked(name):
+    for call in (cache_dit.QuantizeConfig, cache_dit.QuantizeConfig().update):
+        with pytest.raises(OptionError, match=f"(?i){name}"):
+            call(**ANY({name: object()}))
+    config = cache_dit.QuantizeConfig()
+    setattr(config, name, object())
+    with pytest.raises(OptionError, match=f"(?i){name}"):
+        cache_dit.quantize(torch.nn.Linear(2, 2), config)
+
+
+def test_a_cache_type_may_be_assigned_by_name():
+    config = cache_dit.DBCacheConfig()
+    config.cache_type = ANY("db_prune")
+    assert own_cache_config(config) == cachedit_fx.DBPruneConfig()
+    config.cache_type = ANY("none")
+    assert own_cache_config(config) is None
+
+
+def test_a_bad_value_in_an_update_changes_nothing():
+    config = cache_dit.DBCacheConfig()
+    with pytest.raises(OptionError):
+        config.update(max_warmup_steps=3, Fn_compute_blocks=-1)
+    assert config == cache_dit.DBCacheConfig()
+
+
+@pytest.mark.parametrize("mask", [torch.tensor([1, 1, 0, 1]), np.array([1, 1, 0, 1])])
+def test_masks_may_be_tensors(mask):
+    own = own_cache_config(cache_dit.DBCacheConfig(steps_computation_mask=mask))
+    assert own is not None and own.steps_computation_mask == (1, 1, 0, 1)
+
+
+def test_a_name_in_place_of_a_mask_says_where_names_work():
+    with pytest.raises(OptionError, match="steps_computation_mask='fast'.*steps_mask"):
+        cache_dit.DBCacheConfig(steps_computation_mask=ANY("fast"))
+
+
+def test_enable_calibrator_decides_alone_and_none_is_the_default():
+    assert own_calibrator_config(cache_dit.TaylorSeerCalibratorConfig(enable_calibrator=False)) is None
+    own = own_calibrator_config(cache_dit.TaylorSeerCalibratorConfig().reset(taylorseer_order=2))
+    assert own == cachedit_fx.TaylorSeerCalibratorConfig(taylorseer_order=2)
+    assert own_calibrator_config(cache_dit.CalibratorConfig().reset()) is None
+
+
+def test_a_modifiers_calibrator_changes_the_shared_one_or_switches_it_off():
+    shared = cachedit_fx.TaylorSeerCalibratorConfig(taylorseer_order=3, calibrator_cache_type="hidden_states")
+    part = cache_dit.ParamsModifier(calibrator_config=cache_dit.TaylorSeerCalibratorConfig().reset(taylorseer_order=2))
+    own = own_modifier(part, None, shared)
+    assert own.calibrator_config == cachedit_fx.TaylorSeerCalibratorConfig(
+        taylorseer_order=2, calibrator_cache_type="hidden_states"
+    )
+    off = cache_dit.ParamsModifier(calibrator_config=cache_dit.TaylorSeerCalibratorConfig(False))
+    assert own_modifier(off, None, shared).calibrator_config == cachedit_fx.TaylorSeerCalibratorConfig(
+        taylorseer_order=0
+    )
+
+
+def test_a_modifier_may_be_of_another_kind():
+    shared = cachedit_fx.DBCacheConfig(max_warmup_steps=3)
+    modifier = cache_dit.ParamsModifier(cache_dit.DBPruneConfig().reset(non_prune_block_ids=[1]))
+    assert own_modifier(modifier, shared).config(shared) == cachedit_fx.DBPruneConfig(
+        max_warmup_steps=3, non_prune_block_ids=(1,)
+    )
+    common = cache_dit.ParamsModifier(cache_dit.DBCacheConfig().reset(max_warmup_steps=4))
+    prunes = cachedit_fx.DBPruneConfig(non_prune_block_ids=(1,))
+    assert own_modifier(common, prunes).config(prunes) == prunes.reset(max_warmup_steps=4)
+    with pytest.raises(OptionError, match="BlockAdapter"):
+        own_modifier(cache_dit.ParamsModifier(cache_dit.DBCacheConfig(cache_type=cache_dit.NONE)), shared)
+
+
+def test_a_modifier_takes_what_load_configs_returns():
+    configs = cache_dit.load_configs({"max_warmup_steps": 3}, reset=True)
+    assert own_modifier(cache_dit.ParamsModifier(**configs)) == cachedit_fx.ParamsModifier(max_warmup_steps=3)
+
+
+def test_layers_blocks_and_components_may_be_one_name():
+    config = cache_dit.QuantizeConfig(
+        exclude_layers=ANY("embed"), repeated_blocks=ANY("Block"), components_to_quantize=ANY("transformer")
+    )
+    assert config.exclude_layers == ["embed"] and config.repeated_blocks == ["Block"]
+    assert config.components_to_quantize == ["transformer"] and [*config.by_component()] == ["transformer"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"components_to_quantize": {"transformer": {"quant_typ": "int8"}}}, "nearest known one is 'quant_type'"),
+        ({"components_to_quantize": {"transformer": 3}}, "components_to_quantize"),
+        ({"precision_plan": {"up": "int9"}}, "precision_plan='int9' is not allowed"),
+        ({"backend": 3}, "unknown option '3'"),
+    ],
+)
+def test_what_a_quantize_config_holds_is_checked_too(settings, words):
+    with pytest.raises(OptionError) as error:
+        cache_dit.QuantizeConfig(**settings).by_component()
+    assert words in str(error.value)
+    with pytest.raises(OptionError, match="unknown option '3'"):
+        cache_dit.ParallelismConfig(backend=ANY(3))
+
+
+def test_a_config_may_have_a_subclass_with_more_fields():
+    @dataclass
+    class Noted(cache_dit.DBCacheConfig):
+        note: str = ""
+
+    assert own_cache_config(Noted(max_warmup_steps=4, note="mine")) == cachedit_fx.DBCacheConfig(max_warmup_steps=4)

@@ -298,9 +298,11 @@ def test_adapters_can_be_registered():
         pass
 
     @cache_dit.BlockAdapterRegister.register("Special")
-    def adapter(module, **arguments):
+    def adapter(pipe, **arguments):
         return BlockAdapter(
-            transformer=module, blocks=module.blocks, params_modifiers=[ParamsModifier(max_warmup_steps=5)]
+            transformer=pipe.transformer,
+            blocks=pipe.transformer.blocks,
+            params_modifiers=[ParamsModifier(max_warmup_steps=5)],
         )
 
     try:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+import cachedit_fx
 import cachedit_fx.compat as cache_dit
 from cachedit_fx import OptionError
+from cachedit_fx.compat.translation import own_cache_config
 
 WHOLE = """
 cache_config:
@@ -110,3 +112,55 @@ def test_bad_files(tmp_path):
     (tmp_path / "bad.yaml").write_text("cache_config: [")
     with pytest.raises(OptionError, match="is no YAML"):
         cache_dit.load_configs(tmp_path / "bad.yaml")
+
+
+def test_numbers_and_masks_as_people_write_them(tmp_path):
+    path = tmp_path / "cache.yaml"
+    path.write_text(
+        "num_inference_steps: 8\nsteps_computation_mask: 11110101\nresidual_diff_threshold: 8e-2\nmax_warmup_steps: 4\n"
+        "enable_dmd: true\ndmd_ridge: 1e-8\n"
+    )
+    config, calibrator = cache_dit.load_cache_config(path)
+    assert config is not None and config.residual_diff_threshold == 0.08
+    assert own_cache_config(config) == cachedit_fx.DBCacheConfig(
+        num_inference_steps=8,
+        steps_computation_mask=(1, 1, 1, 1, 0, 1, 0, 1),
+        residual_diff_threshold=0.08,
+        max_warmup_steps=4,
+    )
+    assert calibrator == cache_dit.DMDCalibratorConfig(dmd_ridge=1e-8)
+
+
+@pytest.mark.parametrize("value", ["true", "false", 1])
+def test_a_switch_is_true_or_false(value):
+    with pytest.raises(OptionError, match=f"enable_taylorseer={value!r} is not allowed: it must be True or False"):
+        cache_dit.load_configs({"cache_config": {"enable_taylorseer": value}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"max_warmup_steps": 4, "attention_backend": "native"}, "max_warmup_steps: put it under cache_config"),
+        ({"cache_config": {}, "calibrator_config": {"taylorseer_order": 2}}, "enable_taylorseer"),
+        ({"calibrator_config": {"taylorseer_order": 2}}, "enable_taylorseer"),
+        ({"attention_backend": 3}, "attention_backend=3 is not allowed"),
+        ({"cache_config": {"non_prune_block_ids": [1]}}, "add cache_type: DBPrune"),
+        ({"parallelism_config": {"parallel_kwargs": 3}}, "parallel_kwargs"),
+    ],
+)
+def test_keys_in_the_wrong_place_have_their_words(settings, words):
+    with pytest.raises(OptionError) as error:
+        cache_dit.load_configs(settings)
+    assert words in str(error.value)
+
+
+def test_every_loader_takes_the_options_of_all():
+    whole = {"cache_config": {}, "parallelism_config": {"ulysses_size": 2}}
+    for option in ({"reset": True}, {"check_only": True}, {"auto_parallel_size": False}):
+        assert cache_dit.load_configs(whole, **option)["cache_config"] is not None
+        cache_dit.load_quantize_config(whole, **option)
+        cache_dit.load_attn_backend_config(whole, **option)
+    assert cache_dit.load_configs(whole, check_only=True)["parallelism_config"] is None
+    with pytest.raises(OptionError, match="unknown option 'rest'; the nearest known one is 'reset'"):
+        cache_dit.load_configs(whole, rest=True)
+    assert cache_dit.ParallelismConfig(parallel_kwargs=None).strify() == ""  # type: ignore[arg-type]

@@ -56,6 +56,12 @@ def test_prompts_come_first_or_second(folders: tuple[str, str], tmp_path: Path, 
     assert metrics.compute_image_reward(str(prompts), folders[1], imagereward_model_path=tmp_path)[1] == 3
 
 
+def test_a_file_of_prompts_that_is_not_there_is_no_prompt(folders: tuple[str, str]) -> None:
+    for both in ((folders[0], "prompts.txt"), ("prompts.txt", folders[0])):
+        with pytest.raises(PictureError, match="prompts.txt is no file of prompts"):
+            metrics.compute_clip_score(*both)
+
+
 def test_what_is_missing_is_told(folders: tuple[str, str]) -> None:
     for call, message in (
         (metrics.compute_fid, "FID needs an Inception"),

@@ -134,7 +134,7 @@ def test_types_without_kernels_raise_before_a_weight_moves(kind):
         ({"quant_type": "int3"}, "quant_type='int3' is not allowed"),
         ({"quant_typ": "int8"}, "'quant_type'"),
         ({"quant_type": "float8"}, "torchao refuses it here"),
-        ({"precision_plan": {"to_q": "int3"}}, "quant_type='int3' is not allowed"),
+        ({"precision_plan": {"to_q": "int3"}}, "precision_plan='int3' is not allowed"),
         ({"backend": "bitsandbytes"}, "unknown option 'bitsandbytes'"),
     ],
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,31 @@ def adds_an_entry_for_a_transformer(cache_dit: Any) -> bool:
     return [len(cache_dit.summary(each, logging=False)) for each in (model, adapter)] == [2, 1]
 
 
+def keeps_names_of_masks_and_bare_exponents_as_text(cache_dit: Any) -> bool:
+    flat, _ = cache_dit.load_cache_config({"steps_computation_mask": "fast", "num_inference_steps": 28})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "cache.yaml"
+        path.write_text("cache_config: {residual_diff_threshold: 8e-2}")
+        exponent, _ = cache_dit.load_cache_config(str(path))
+    return (flat.steps_computation_mask, exponent.residual_diff_threshold) == ("fast", "8e-2")
+
+
+def switches_a_reset_calibrator_off(cache_dit: Any) -> bool:
+    from cache_dit.caching.cache_contexts.cache_context import CachedContext
+
+    calibrator = cache_dit.TaylorSeerCalibratorConfig().reset(taylorseer_order=2)
+    context = CachedContext("name", cache_config=cache_dit.DBCacheConfig(), calibrator_config=calibrator)
+    return not context.enable_calibrator()
+
+
+def takes_no_slices(cache_dit: Any) -> bool:
+    model = Denoiser(3)
+    pattern = cache_dit.ForwardPattern.Pattern_3
+    return raises(
+        AssertionError, cache_dit.BlockAdapter, transformer=model, blocks=model.blocks[1:3], forward_pattern=pattern
+    )
+
+
 def raises(kind: type[Exception], function: Callable[..., Any], *arguments: Any, **settings: Any) -> bool:
     try:
         function(*arguments, **settings)
@@ -104,6 +130,9 @@ CLAIMS = (
     adds_differences_up_over_the_generation,
     uses_derivatives_from_the_third_step_on,
     adds_an_entry_for_a_transformer,
+    keeps_names_of_masks_and_bare_exponents_as_text,
+    switches_a_reset_calibrator_off,
+    takes_no_slices,
 )
 
 

@@ -124,6 +124,12 @@ BAD = [
     (lambda: psnr("missing.png", GREY), "there is no such file or folder"),
     (lambda: psnr(__file__, GREY), "is no picture: its name must end with one of"),
     (lambda: psnr(3, GREY), "int is no picture"),  # type: ignore[arg-type]
+    (lambda: psnr("missing", Path(__file__).parent), "missing cannot be read: there is no such file or folder"),
+    (lambda: psnr(Path(__file__).parent, "missing"), "missing cannot be read: there is no such file or folder"),
+    (lambda: psnr([Path(__file__).parent], [GREY]), "metrics is a folder: give it alone"),
+    (lambda: psnr(np.zeros((0, 12, 12, 3)), GREY), "has no values"),
+    (lambda: psnr(torch.zeros(3, 0, 12), GREY), "has no values"),
+    (lambda: compare(Inputs(GREY), None), r"^no metric can be computed: there is no reference: [^;]*; LPIPS"),
     (lambda: psnr(Image.new("I;16", (12, 12)), GREY), "more than 8 bits a channel"),
     (lambda: ssim(GREY[:5], GREY[:5]), "too small for SSIM: it must be 6 pixels"),
     (lambda: ssim(GREY, GREY, window="box"), "must be one of gaussian, uniform"),  # type: ignore[arg-type]
@@ -207,6 +213,10 @@ def test_all_computes_what_can_be_and_says_why_the_rest_is_not(folders: Path) ->
         (("clip_score", "-p", "none.txt", "-i2", "runs/near"), "none.txt is no file of prompts"),
         (("psnr", "-r", "uncached", "-d", "uncached"), "holds no folders and no videos"),
         (("psnr", "-r", "uncached", "-d", "runs", "-plog", "log"), "cachedit bench measures them"),
+        (("psnr", "-r", "uncached", "-d", "runs", "-ptags", "F8B0"), "cachedit bench measures them"),
+        (("psnr", "-r", "uncached", "-d", "runs", "-extra-ptags", "F8B0"), "cachedit bench measures them"),
+        (("psnr", "-r", "uncached", "-d", "runs", "--cal-speedup"), "cachedit bench measures them"),
+        (("psnr", "-i1", "unkached", "-i2", "runs/near"), "unkached cannot be read: there is no such file or folder"),
     ],
 )
 def test_the_command_tells_bad_requests(folders: Path, monkeypatch, arguments: tuple[str, ...], message: str) -> None:

@@ -1,6 +1,7 @@
 """FID, LPIPS, CLIP score and ImageReward by small random networks, against torchmetrics and the formulas."""
 
 import math
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,37 @@ def test_lpips_equals_torchmetrics(tmp_path: Path, monkeypatch) -> None:
         Lpips(tmp_path / "empty.pth")
     with pytest.raises(WeightsError, match=r"is no file: get alexnet-owt"):
         Lpips(tmp_path / "missing.pth")
+
+
+JUNK = {
+    "text": lambda path: path.write_text("no weights"),
+    "nothing": lambda path: path.write_bytes(b""),
+    "tensor": lambda path: torch.save(torch.zeros(3), path),
+    "list": lambda path: torch.save([1, 2], path),
+    "names": lambda path: torch.save({"features.0.weight": 1, "features.0.bias": 1}, path),
+    "picture": lambda path: Image.new("RGB", (4, 4)).save(path, "PNG"),
+    "archive": lambda path: zipfile.ZipFile(path, "w").close(),
+}
+"""What a file of weights may hold by mistake."""
+
+
+@pytest.mark.parametrize("junk", JUNK)
+def test_any_other_file_in_place_of_weights_is_named(tmp_path: Path, junk: str) -> None:
+    save_image_reward(tmp_path)
+    for name, load in (
+        ("alexnet.pth", lambda path: Lpips(path)),
+        ("alexnet.safetensors", lambda path: Lpips(path)),
+        ("inception.pt", lambda path: load_extractor(path)),
+        ("ImageReward.pt", lambda path: load_image_reward(path.parent)),
+        ("med_config.json", lambda path: load_image_reward(path.parent)),
+    ):
+        path = tmp_path / name
+        before = path.read_bytes() if path.exists() else None
+        JUNK[junk](path)
+        with pytest.raises(WeightsError, match=name):
+            load(path)
+        if before is not None:
+            path.write_bytes(before)
 
 
 def test_clip_score_is_the_cosine(tmp_path: Path) -> None:

@@ -223,6 +223,7 @@ def test_a_pipeline_of_the_users(entry, options, tmp_path):
         ("no_such_module:make", "MODULE:FUNCTION"),
         ("toy_entry:missing", "has no attribute 'missing'"),
         ("toy_entry:nothing", "returned a int"),
+        ("toy_entry:__name__", "__name__ is a str"),
         ("toy_entry", "MODULE:FUNCTION"),
     ],
 )
