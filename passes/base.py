@@ -33,6 +33,10 @@ class FlatGraph:
     """
 
 
+class Interface:
+    """Base of a fact about the inputs of the graph. No rewrite drops such a fact: inputs are what callers pass."""
+
+
 class Facts:
     """The facts that are known of one graph, by their types."""
 
@@ -57,8 +61,10 @@ class Facts:
         self._by_kind[type(fact)] = fact
 
     def keep(self, kinds: Collection[type]) -> None:
-        """Drop all facts but these."""
-        self._by_kind = {kind: fact for kind, fact in self._by_kind.items() if kind in kinds}
+        """Drop all facts but these, and those about the graph's inputs."""
+        self._by_kind = {
+            kind: fact for kind, fact in self._by_kind.items() if kind in kinds or issubclass(kind, Interface)
+        }
 
     @property
     def kinds(self) -> tuple[type, ...]:

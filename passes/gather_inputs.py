@@ -20,17 +20,17 @@ from typing import Any, ClassVar, cast
 
 from torch import fx
 
-from .base import Facts, Rewrite, Rewritten
+from .base import Facts, Interface, Rewrite, Rewritten
 from .block_loops import Detection
 from .find_timestep import TimestepSource
-from .hoist_invariants import HOISTED, Hoisted
+from .hoist_invariants import HOISTED
 from .infer_dependence import Dependence
 from .insert_cache_branch import CacheBranch
 from .plan_regions import RegionReport
 
 
 @dataclass(frozen=True)
-class GatheredInputs:
+class GatheredInputs(Interface):
     """Fact: the graph takes its inputs in one sequence.
 
     Attributes:
@@ -46,7 +46,7 @@ class GatherInputs(Rewrite):
     name: ClassVar[str] = "gather_inputs"
     requires: ClassVar[tuple[type, ...]] = (CacheBranch,)
     provides: ClassVar[tuple[type, ...]] = (GatheredInputs,)
-    preserves: ClassVar[tuple[type, ...]] = (CacheBranch, Hoisted, TimestepSource, Dependence, Detection, RegionReport)
+    preserves: ClassVar[tuple[type, ...]] = (TimestepSource, Dependence, Detection, RegionReport)
 
     def run(self, gm: fx.GraphModule, facts: Facts) -> Rewritten:
         region_call, *inputs = gm.graph.find_nodes(op="placeholder")

@@ -24,12 +24,12 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 from torch import fx
 
-from .base import Facts, Rewrite, Rewritten, make_module
+from .base import Facts, Interface, Rewrite, Rewritten, make_module
 from .block_loops import Detection
 from .find_timestep import TimestepSource, source_name
 from .graph_aliases import memory_of, written_by
 from .graph_cost import bytes_of, numel_of
-from .graph_values import body_nodes, value_of
+from .graph_values import body_nodes, tensor_of, value_of
 from .infer_dependence import Dependence, Source
 from .invariant_values import InvariantPiece, Label
 from .outline_blocks import KIND, Outline, branch_values
@@ -70,7 +70,7 @@ class HoistedPiece:
 
 
 @dataclass(frozen=True)
-class Hoisted:
+class Hoisted(Interface):
     """Fact: values that do not depend on the sample are inputs of the graph, after all others.
 
     Attributes:
@@ -124,8 +124,8 @@ class HoistInvariants(Rewrite):
     """
 
     name: ClassVar[str] = "hoist_invariants"
-    requires: ClassVar[tuple[type, ...]] = (Outline, Dependence, Detection, RegionReport)
-    uses: ClassVar[tuple[type, ...]] = (TimestepSource,)
+    requires: ClassVar[tuple[type, ...]] = (Outline, Detection, RegionReport)
+    uses: ClassVar[tuple[type, ...]] = (Dependence, TimestepSource)
     provides: ClassVar[tuple[type, ...]] = (Outline, Hoisted)
     preserves: ClassVar[tuple[type, ...]] = (TimestepSource, Dependence, Detection, RegionReport)
 
@@ -133,7 +133,7 @@ class HoistInvariants(Rewrite):
         self.is_compiled = is_compiled
 
     def run(self, gm: fx.GraphModule, facts: Facts) -> Rewritten:
-        if not facts[RegionReport].regions or _writes_to_inputs(gm):
+        if Dependence not in facts or not facts[RegionReport].regions or _writes_to_inputs(gm):
             return Rewritten(gm, 0)
         hoister = _Hoister(gm, facts, self.is_compiled)
         hoister.run()
@@ -195,7 +195,9 @@ class _Hoister:
         carried = (value for loop in facts[Detection].chain_loops for each in loop.carried for value in each.inputs)
         streams = {self.origin[value] for value in carried if value in self.origin}
         labels: dict[fx.Node, Label] = {
-            node: None if Source.SAMPLE in source else frozenset({self.places[node]} if source else ())
+            node: None
+            if Source.SAMPLE in source
+            else frozenset({self.places[node]} if source or tensor_of(node) is None else ())
             for node, source in sources.items()
         }
         returned = frozenset(memory for node in gm.graph.output_node().all_input_nodes for memory in memory_of(node))
@@ -269,21 +271,25 @@ class _Hoister:
         holders = {node: self._holder(piece, node) for node in (*values, *(made[node] for node in leaving))}
         for node in leaving:
             self._replace(node, holders[made[node]])
-        if fixed or staying:
-            self._replace_call(piece, copied, values, staying, holders)
-        else:
+        new = self._new_call(piece, copied, values, staying, holders) if fixed or staying else None
+        if new is None:
             self.names.remove(str(piece.call.target))
+        name = piece.call.name
         for node in (*getitems, piece.call):
             self.gm.graph.erase_node(node)
+        if new is not None:
+            new.name = name
+        for flat in (flat for node in getitems if node not in read for flat in self._flat[node]):
+            del self.origin[flat]
 
-    def _replace_call(
+    def _new_call(
         self,
         piece: InvariantPiece,
         copied: set[fx.Node],
         values: Sequence[fx.Node],
         staying: Sequence[fx.Node],
         holders: Mapping[fx.Node, fx.Node],
-    ) -> None:
+    ) -> fx.Node:
         """Call what stays of the piece, with the hoisted values that it takes."""
         name, call = str(piece.call.target), piece.call
         results = [self._makers[node][1] for node in staying]
@@ -297,6 +303,7 @@ class _Hoister:
                 getitem = self.gm.graph.call_function(operator.getitem, (new, place))
                 getitem.meta = dict(node.meta)
                 self._replace(node, getitem)
+        return new
 
     def _replace(self, node: fx.Node, new: fx.Node) -> None:
         """Let `new` take the place of a result in the outer graph."""

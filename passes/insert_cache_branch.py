@@ -23,11 +23,10 @@ from typing import Any, ClassVar
 from torch import fx
 from torch.fx.node import map_arg
 
-from .base import Facts, Rewrite, Rewritten, make_module
+from .base import Facts, Interface, Rewrite, Rewritten, make_module
 from .block_loops import Detection
 from .find_timestep import TimestepSource
 from .graph_values import live_ins
-from .hoist_invariants import Hoisted
 from .infer_dependence import Dependence
 from .outline_blocks import PLACE, Outline
 from .plan_regions import RegionPlan, RegionReport
@@ -35,7 +34,7 @@ from .trace_bases import Continuation
 
 
 @dataclass(frozen=True)
-class CacheBranch:
+class CacheBranch(Interface):
     """Fact: the graph's first input is the run time's side of a call, which decides about its regions.
 
     Attributes:
@@ -51,7 +50,7 @@ class InsertCacheBranch(Rewrite):
     name: ClassVar[str] = "insert_cache_branch"
     requires: ClassVar[tuple[type, ...]] = (RegionReport, Outline)
     provides: ClassVar[tuple[type, ...]] = (CacheBranch,)
-    preserves: ClassVar[tuple[type, ...]] = (Hoisted, TimestepSource, Dependence, Detection, RegionReport)
+    preserves: ClassVar[tuple[type, ...]] = (TimestepSource, Dependence, Detection, RegionReport)
 
     def run(self, gm: fx.GraphModule, facts: Facts) -> Rewritten:
         regions = facts[RegionReport].regions
@@ -85,7 +84,8 @@ def _guard(
     inside, successor = set(members), members[-1].next
     with gm.graph.inserting_before(members[0]):
         hidden, reference = _comparison(gm, region, origin)
-        streams = tuple(origin[value] for value in dict.fromkeys((*region.bases.inputs, *region.streams)))
+        values = dict.fromkeys((*region.bases.inputs, *region.streams))
+        streams = tuple(origin[value] for value in values if value in origin)  # others are hoisted, and never read
         entry = gm.graph.call_method("decide", (region_call, number, reference, hidden, streams))
         entry.name = f"entry_{number}"
     with gm.graph.inserting_before(successor):

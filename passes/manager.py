@@ -20,7 +20,7 @@ from typing import Any
 from torch import fx
 from torch._logging import trace_structured
 
-from .base import Analysis, Facts, FlatGraph, Pass, Rewrite
+from .base import Analysis, Facts, FlatGraph, Interface, Pass, Rewrite
 from .graph_values import op_counts
 
 logger = logging.getLogger(__name__)
@@ -300,8 +300,9 @@ def _check_lifetimes(ordered: Sequence[Pass]) -> None:
         if isinstance(pass_, Analysis):
             facts.add(pass_.provides)
         if isinstance(pass_, Rewrite):
-            droppers |= dict.fromkeys(facts - set(pass_.preserves), pass_.name)
-            facts = (facts & set(pass_.preserves)) | set(pass_.provides)
+            kept = {kind for kind in facts if kind in pass_.preserves or issubclass(kind, Interface)}
+            droppers |= dict.fromkeys(facts - kept, pass_.name)
+            facts = kept | set(pass_.provides)
 
 
 def _provisions_of(pass_: Pass) -> tuple[type, ...]:

@@ -73,7 +73,7 @@ class Covered:
         name: the model's.
         passed: check -> whether it held; a check that could not be made is missing.
         loops: the chain, as `name x blocks`.
-        work: FLOPs of a reused step over a computed one's.
+        work: FLOPs of a reused step, what is hoisted left out, over the plain module's.
         reason: why the model falls short, for people; empty if it does not.
         variants: what was seen of each variant; None if none was tried.
     """
@@ -206,8 +206,9 @@ def _check(row: Covered, compiled: Subject, inputs: Inputs, blocks: int | None) 
     row.passed["reuse"] = equal(computed, plain) and equal(reused, plain) and not equal(other, plain_later)
     row.passed["statistics"] = has_counted(compiled, executed=3, cached=[1, 2])
     row.passed["statistics"] &= all(stats.bytes_held > 0 for stats in compiled.summary())
-    row.work = less.flops / full.flops
-    row.passed["work"] = _costs(module, compiled.middle, small, full.flops, less.flops)
+    whole, middle = _flops(module, compiled.middle, small)
+    row.work = less.flops / whole
+    row.passed["work"] = 0 < less.flops <= whole - middle < whole and less.flops < full.flops <= whole
 
     compiled.compile(ALWAYS.reset(enable_separate_cfg=None))
     generations = []
@@ -237,8 +238,8 @@ def error_text(error: Exception) -> str:
     return f"{type(error).__name__} at {at.filename}:{at.lineno}: {message}"
 
 
-def _costs(module: nn.Module, middle: Collection[str], arguments: Mapping[str, Any], full: int, less: int) -> bool:
-    """Whether a reused step leaves out the FLOPs of the blocks in the middle, as the plain module spends them."""
+def _flops(module: nn.Module, middle: Collection[str], arguments: Mapping[str, Any]) -> tuple[int, int]:
+    """FLOPs of the plain module, and of its blocks in the middle."""
     counted = 0
     started: list[int] = []
     calls: Counter[str] = Counter()
@@ -261,7 +262,7 @@ def _costs(module: nn.Module, middle: Collection[str], arguments: Mapping[str, A
         finally:
             for handle in handles:
                 handle.remove()
-    return full == counter.flops and 0 < less <= full - counted < full
+    return counter.flops, counted
 
 
 def has_counted(compiled: Subject, executed: int, cached: list[int]) -> bool:

@@ -38,6 +38,7 @@ from cachedit_fx.bench.progress import Tell, silent
 from cachedit_fx.config.options import Options, parse_options
 from cachedit_fx.report.tables import Heading, Part, Table
 from cachedit_fx.runtime.graph import CachedGraph
+from cachedit_fx.runtime.hoisted_memory import ComputedValues
 
 PIECES, UNCUT, WHOLE, EAGER, PEER = "pieces alone", "no cache", "torch.compile", "eager", "cache-dit, cached"
 CACHED, COMPUTED = "cached", "computed"
@@ -260,7 +261,10 @@ def _pieces(module: Any, size: Size, options: Options) -> Step:
     torch.compile(module, backend=backend, dynamic=False)(**inputs(size))
     (graph, arguments), *_ = calls
     alone = _Alone()
-    return lambda _: graph.forward(alone, arguments)
+    code = graph.hoisted
+    if code is None:
+        return lambda _: graph.forward(alone, arguments)
+    return lambda _: graph.forward(alone, arguments, ComputedValues(code, arguments))
 
 
 PROFILED = 100

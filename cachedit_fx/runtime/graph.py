@@ -19,7 +19,7 @@ from cachedit_fx.passes.insert_cache_branch import CacheBranch
 from cachedit_fx.passes.manager import Outcome
 from cachedit_fx.passes.plan_regions import RegionReport
 from cachedit_fx.runtime.call import NO_LOOP, Call, Uncached, current_call
-from cachedit_fx.runtime.hoisted_memory import HoistedCode, HoistedMemory
+from cachedit_fx.runtime.hoisted_memory import ComputedValues, HoistedCode, HoistedMemory
 from cachedit_fx.runtime.hoisting import HoistedValues, WeightsChanged
 from cachedit_fx.runtime.model_state import ModelState
 from cachedit_fx.runtime.region import RegionInfo, RegionKey
@@ -167,7 +167,7 @@ def _computing(forward: Callable[..., Any], code: HoistedCode) -> Callable[..., 
     """A graph without a region. It keeps no hoisted values."""
 
     def computing(*inputs: Any) -> Any:
-        hoisted = code.values(inputs)
+        hoisted = ComputedValues(code, inputs)
         return forward(*inputs, *(hoisted[index] for index in code.inputs))
 
     return computing

@@ -23,7 +23,7 @@ from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -65,13 +65,9 @@ class HoistedCode:
         """For each piece, the pieces whose values it takes."""
         self.weights = tuple(dict.fromkeys(index for piece in self.pieces for index in piece.weights))
 
-    def values(self, inputs: Sequence[Any]) -> list[torch.Tensor]:
-        """All values, from the graph's inputs."""
-        values: dict[int, torch.Tensor] = {}
-        for piece, function in zip(self.pieces, self.functions, strict=True):
-            arguments = [values[at.place] if at.is_value else inputs[at.place] for at in piece.arguments]
-            values |= zip(piece.results, function(*arguments), strict=True)
-        return [values[index] for index in range(len(values))]
+    def arguments(self, number: int, inputs: Sequence[Any], values: Indexed) -> list[Any]:
+        """The arguments of a piece, from the graph's inputs and the hoisted values."""
+        return [values[at.place] if at.is_value else inputs[at.place] for at in self.pieces[number].arguments]
 
     def after(self, number: int) -> list[int]:
         """The piece of this number, and all pieces that take its values, directly or not."""
@@ -80,6 +76,27 @@ class HoistedCode:
             if not numbers.isdisjoint(self.before[other]):
                 numbers.add(other)
         return sorted(numbers)
+
+
+class Indexed(Protocol):
+    """What gives a tensor for an index."""
+
+    def __getitem__(self, index: int) -> torch.Tensor: ...
+
+
+class ComputedValues:
+    """The hoisted values of one call, each computed when it is taken first, and none kept."""
+
+    def __init__(self, code: HoistedCode, inputs: Sequence[Any]) -> None:
+        self.code, self.inputs = code, inputs
+        self._values: dict[int, torch.Tensor] = {}
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index not in self._values:
+            number = self.code.makers[index]
+            results = self.code.functions[number](*self.code.arguments(number, self.inputs, self))
+            self._values |= zip(self.code.pieces[number].results, results, strict=True)
+        return self._values[index]
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,8 +169,8 @@ class HoistedMemory:
         self._samples: list[torch.Tensor] | None = None
         self._begun: weakref.WeakKeyDictionary[Session, int] = weakref.WeakKeyDictionary()
         """Session -> its present generation."""
-        self._answer: _Answer | None = None
-        """Whether a weight has changed, and `_misled`."""
+        self._answers: list[_Answer] = []
+        """Whether a weight has changed, and `_misled`: the answers that are still to come, the earliest first."""
         self._misled: torch.Tensor | None = None
         """Whether calls came to one place of a clock with two timesteps."""
         self._is_misled = False
@@ -163,21 +180,26 @@ class HoistedMemory:
         """Names of the inputs of which other tensors came in at most steps of the present generation."""
         return [self.code.names[index] for index, count in self.renewed.items() if count > OFTEN]
 
-    def begin(self, session: Session, inputs: Sequence[Any]) -> None:
-        """A call of the session's present generation comes. The first such call has the weights compared."""
-        if self._begun.get(session) == session.generation:
-            return
-        samples = [sample for index in self.code.weights for sample in _samples(inputs[index])]
+    def begin(self, session: Session) -> bool:
+        """A call of the session's present generation comes. Returns whether it is the first such call."""
         with self.lock:
+            if self._begun.get(session) == session.generation:
+                return False
             self._begun[session] = session.generation
             self._generation += 1
             self.renewed.clear()
             self._parts.clear()
+            return True
+
+    def compare_weights(self, inputs: Sequence[Any]) -> None:
+        """Have samples of the weights compared with those of the last comparison; `trust` tells the answer."""
+        samples = [sample for index in self.code.weights for sample in _samples(inputs[index])]
+        with self.lock:
             before, self._samples = self._samples, samples
             if before is not None:
                 changed = _differ(before, samples)
                 misled = torch.zeros_like(changed) if self._misled is None else self._misled.to(changed.device)
-                self._answer = _Answer(torch.stack([changed, misled]))
+                self._answers.append(_Answer(torch.stack([changed, misled])))
 
     def trust(self, waits: bool = False) -> Trust:
         """Whether the kept values were made with the present weights, as far as samples tell.
@@ -186,12 +208,13 @@ class HoistedMemory:
             waits: whether to wait for a device's answer.
         """
         with self.lock:
-            if self._answer is None:
-                return Trust.YES
-            flags = self._answer.flags(waits)
-            if flags is None:
-                return Trust.NOT_YET
-            self._answer = None
+            flags = [False, False]
+            while self._answers:
+                answer = self._answers[0].flags(waits)
+                if answer is None:
+                    return Trust.NOT_YET
+                flags = [one or two for one, two in zip(flags, answer, strict=True)]
+                del self._answers[0]
             if flags[1] and not self._is_misled:
                 self._is_misled = True
                 warn(

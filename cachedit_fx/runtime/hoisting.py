@@ -44,8 +44,10 @@ class HoistedValues:
         self._batches: dict[int, list[Results]] = {}
         """Number of a piece -> its results for each of `_steps`."""
         self._is_batched = call.session.state.options.motion == "batched"
-        # A clock shows before the first block that a generation begins. The kept values are compared first then.
-        self._is_open = call.is_located or not call.begins_by_clock
+        self._is_compared = not call.is_located and call.begins_by_clock
+        if self._is_compared:  # a clock shows before the first block that a generation begins
+            memory.compare_weights(inputs)
+        self._is_open = memory.trust() is not Trust.NOT_YET
         if call.is_located:
             self.locate()
 
@@ -62,8 +64,11 @@ class HoistedValues:
         Raises:
             WeightsChanged: if the call has taken values whose weights have changed since they were made.
         """
-        self.memory.begin(self.call.session, self.inputs)
-        trust = self.memory.trust(waits=self._has_kept_ones)
+        if not self.memory.begin(self.call.session):
+            return
+        if not self._is_compared:
+            self.memory.compare_weights(self.inputs)
+        trust = self.memory.trust(waits=self._has_kept_ones and not self._is_compared)
         self._weights, self._is_open = {}, trust is not Trust.NOT_YET
         if trust is Trust.NO_LONGER and self._has_kept_ones:
             raise WeightsChanged
@@ -84,8 +89,7 @@ class HoistedValues:
         ):
             results = rows[0]
         if results is None:
-            arguments = [self[at.place] if at.is_value else self.inputs[at.place] for at in piece.arguments]
-            results = self.code.functions[number](*arguments)
+            results = self.code.functions[number](*self.code.arguments(number, self.inputs, self))
             if key is not None and weights is not None:
                 self.memory.note_parts(number, key)
                 tensors = self._conditions(piece)
@@ -157,15 +161,21 @@ class HoistedValues:
         Empty if the steps are not known, or if the piece cannot be computed for a batch.
         """
         if number not in self._batches:
-            piece, steps = self.code.pieces[number], self._steps()
-            rows = self._mapped(piece, [timestep for _, timestep in steps]) if len(steps) > 1 else []
-            self._batches[number] = rows
-            for (time, _), results in zip(steps, rows, strict=bool(rows)):
-                key = self._key(piece, time)
-                weights = self._present_weights(number)
-                if key is not None and weights is not None:
-                    self.memory.keep(number, key, results, weights, self._conditions(piece))
+            self._batches[number] = self._rows(number)
         return self._batches[number]
+
+    def _rows(self, number: int) -> list[Results]:
+        piece, steps, weights = self.code.pieces[number], self._steps(), self._present_weights(number)
+        keys = [key for time, _ in steps if (key := self._key(piece, time)) is not None]
+        if len(steps) < 2 or len(keys) < len(steps) or weights is None:
+            return []
+        kept = [results for key in keys if (results := self.memory.find(number, key)) is not None]
+        if len(kept) == len(steps):
+            return kept
+        rows = self._mapped(piece, [timestep for _, timestep in steps])
+        for key, results in zip(keys, rows, strict=bool(rows)):
+            self.memory.keep(number, key, results, weights, self._conditions(piece))
+        return rows
 
     def _mapped(self, piece: HoistedPiece, timesteps: list[torch.Tensor]) -> list[Results]:
         """The results of a piece for each timestep; empty if the piece cannot be computed for a batch."""
@@ -200,5 +210,7 @@ def time_key(timestep: Any) -> Hashable:
         return type(timestep), timestep
     if not on_host(timestep):
         return None
-    numbers = timestep.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    return timestep.shape, timestep.dtype, numbers
+    numbers = timestep.detach()
+    if numbers.dtype is torch.bfloat16:  # numpy has none
+        numbers = numbers.view(torch.int16)
+    return timestep.shape, timestep.dtype, numbers.numpy().tobytes()

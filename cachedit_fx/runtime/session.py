@@ -233,9 +233,11 @@ class Session:
         if tick is None or tick.place is None or not self.tracker.is_clocked(tick):
             return None
         schedule, index = tick.place
+        if not 0 <= index < len(schedule):
+            return None
         if on_host(schedule):
             self.schedule_time(tick)
-        if self._times is None or self._times[0] is not schedule or index >= len(self._times[1]):
+        if self._times is None or self._times[0] is not schedule:
             return None
         return self._times[1], index
 

@@ -14,6 +14,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
 )
+from lib.helpers import on_a_device
 from lib.toy_pipeline import (
     TEXTS,
     CallsOnceMore,
@@ -391,7 +392,7 @@ def test_read_backs_of_a_step(pipeline, monkeypatch, config, calibrator, reads):
 
     for module in (guard, clock, session):
         monkeypatch.setattr(module, "read_back", counting)
-    monkeypatch.setattr(clock, "on_host", lambda tensor: False)
+    on_a_device(monkeypatch)
     pipe(IMAGE, callback=lambda step: counts.append(0))
     assert counts[:-1] == reads
 

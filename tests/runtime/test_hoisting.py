@@ -8,9 +8,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 from lib.conditioned import Conditioned, StorageWatch, conditions, sample, times
+from lib.helpers import on_a_device
+from lib.models import WIDTH
 from lib.shared import SharedCapture
+from lib.toy_pipeline import ToyPipeline
 
 import cachedit_fx
+from cachedit_fx import CacheWarning
 from cachedit_fx.passes.hoist_invariants import Hoisted
 from cachedit_fx.runtime.graph import CachedGraph
 
@@ -464,6 +468,114 @@ def test_sessions_and_threads_share_the_values_of_the_timestep(timed_model):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # All steps at once
+
+
+class Pipeline(ToyPipeline):
+    """Denoises for a prompt, and compares each step with the plain model."""
+
+    def __init__(self, model, rounds=False):
+        super().__init__(model.shared)
+        self.model, self.prompt, self.offsets = model, conditions(), [0.0]
+        self.compare = torch.allclose if rounds else torch.equal
+
+    def predict(self, latents, timestep, step):
+        for offset in self.offsets:  # a call for each
+            time = (timestep + offset).expand(1)
+            result = self.transformer(latents, time, **self.prompt)
+            assert self.compare(result, self.model.model(latents, time, **self.prompt))
+        return result
+
+
+ALWAYS = STATIC | {"steps_computation_mask": "1" * 8}
+
+
+def test_a_clock_stands_for_the_timestep_on_a_device(timed_model, monkeypatch):
+    on_a_device(monkeypatch)
+    timed_model.compile(**ALWAYS)
+    pipe = Pipeline(timed_model)
+    pipe(sample())
+    computed = []
+    for _ in range(3):
+        with timed_model.noting() as names:
+            pipe(sample())
+        computed.append(len(of_time(names)))
+    assert computed == [8 * 6] * 3  # nobody has read the schedule, so no place has a number
+    timed_model.compile(**ALWAYS, calibrator="lagrange")
+    reads_schedule(pipe)
+    computed = []
+    for _ in range(3):
+        with timed_model.noting() as names:
+            pipe(sample())
+        computed.append(len(of_time(names)))
+    assert computed[0] == 8 * 6
+    assert computed[2] <= 6  # but for the first step
+
+
+def reads_schedule(pipe):
+    """Let the schedule be read at each generation's first call, as calibrators do."""
+    predict = pipe.predict
+
+    def reading(latents, timestep, step):
+        result = predict(latents, timestep, step)
+        session = pipe.transformer._state.session()
+        if session.tick is not None:
+            session.schedule_time(session.tick)
+        return result
+
+    pipe.predict = reading
+
+
+def test_a_clock_that_misleads_is_said_and_not_believed_again(timed_model, monkeypatch):
+    on_a_device(monkeypatch)
+    timed_model.compile(**ALWAYS)
+    pipe = Pipeline(timed_model)
+    reads_schedule(pipe)
+    for _ in range(2):
+        pipe(sample())
+    compare, pipe.compare = pipe.compare, lambda *_: True
+    pipe.offsets = [25.0]
+    pipe(sample())
+    pipe.compare = compare
+    with pytest.warns(CacheWarning, match="came to one step of a scheduler with two timesteps"):
+        pipe(sample())
+    for offset in (0.0, 50.0):
+        pipe.offsets = [offset]
+        pipe(sample())
+
+
+def test_batched_motion_computes_all_steps_at_once(pooled, monkeypatch):
+    pooled.compile(motion="batched", **ALWAYS)
+    pipe, batches = Pipeline(pooled, rounds=True), []
+    vmap = torch.vmap
+
+    def noting(*args, **kwargs):
+        batches.append(args)
+        return vmap(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "vmap", noting)
+    pipe(sample())  # shows the timesteps
+    assert not batches
+    for seed in (1, 2):
+        pipe.prompt, batches[:] = conditions(seed), []
+        with pooled.noting() as names:
+            pipe(sample())
+        assert of_time(names) == []
+        assert len(batches) == 6  # the projection of the timestep is kept
+    assert pooled.memory.bytes_held > 8 * 4 * 3 * WIDTH * 4
+
+
+def test_a_piece_that_no_batch_computes_is_said(pooled, monkeypatch):
+    pooled.compile(motion="batched", **ALWAYS)
+    pipe = Pipeline(pooled)
+    pipe(sample())
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("no batching rule")
+
+    monkeypatch.setattr(torch, "vmap", refuse)
+    pipe.prompt = conditions(1)
+    with pytest.warns(CacheWarning, match="is computed at each step: no batching rule"):
+        pipe(sample())
 
 
 def test_random_dependence():

@@ -233,6 +233,8 @@ OTHER_STRUCTURE = {
     "loops": ["blocks"],
     "params_modifiers": [ParamsModifier()],
     "verify": "first",
+    "motion": "batched",
+    "hoisted_mib": 8,
 }
 
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from lib import models
+from lib.helpers import on_a_device
 from lib.toys import FALLING, Timeless, denoise, make, noise
 
 from cachedit_fx import DBCacheConfig, Reason, enable_cache, refresh_context, summary
@@ -163,7 +164,7 @@ def test_one_read_back_a_call_and_the_same_decisions(model, monkeypatch, config,
         denoise(model, FALLING, texts)
     expected = [branch.decisions for branch in summary(model)[0].branches]
     refresh_context(model)
-    monkeypatch.setattr(clock, "on_host", lambda tensor: False)
+    on_a_device(monkeypatch)
     readings = Readings(monkeypatch)
     sizes: list[int] = []
 
@@ -183,7 +184,7 @@ def test_one_read_back_a_call_and_the_same_decisions(model, monkeypatch, config,
 
 
 def test_one_read_back_in_a_real_model(monkeypatch):
-    monkeypatch.setattr(clock, "on_host", lambda tensor: False)
+    on_a_device(monkeypatch)
     transformer, inputs = models.flux()
     enabled(model=transformer)
     readings = Readings(monkeypatch)

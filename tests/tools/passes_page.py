@@ -22,6 +22,7 @@ MEASURED = {
     "detect_block_loops": ("0.39", "no adapter for a model"),
     "plan_regions": ("0.06", "no rule per model for the results of its blocks"),
     "outline_blocks": ("0.48", "compiling takes 15 s; 132 s by plain `torch.compile`"),
+    "hoist_invariants": ("0.4", "a step reads 27 % fewer weights, once their results are kept"),
     "insert_cache_branch": ("0.05", "a cached step takes 4 % of an eager one, F = 1"),
     "gather_inputs": ("0.05", "Python of a cached step: 3.2 ms; 4.2 ms without the pass"),
 }

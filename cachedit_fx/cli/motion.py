@@ -1,0 +1,83 @@
+"""`cachedit bench motion`: what code motion saves, in weights that a step reads and in time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cachedit_fx.cli.options import check_compiler, check_out
+from cachedit_fx.cli.terminal import command_line, console, progress, quiet, reported, show
+from cachedit_fx.config.rules import nearest
+from cachedit_fx.report.files import machine, versions, whole_files
+from cachedit_fx.report.tables import Heading, Part, page
+
+READS = (
+    "Weights that a step reads over those that it reads without the pass, counted on graphs of true configurations; "
+    "what depends on the prompt alone is kept from the second step on. *Same steps again*: a later generation of the "
+    'same steps. *At once*: `motion="batched"`. *Step by step*: without that option. *Cached step*: the first block '
+    "is computed (F1B0), all hoisted values are kept."
+)
+TIMES = (
+    "CPU seconds over those without the pass, hoisted values kept: medians of pairs by turns, one thread, bfloat16. "
+    "A FLUX of width 1024 with 6 + 12 blocks and random weights; a cached step computes the first block."
+)
+
+
+def motion(
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", "-k", metavar="TEXT", help="Only models with TEXT in their names; may be repeated."),
+    ] = None,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Time steps with N image tokens, a square number; may be repeated. None by default.",
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option(metavar="N", min=1, max=200, help="Timed pairs of steps.")] = 20,
+    width: Annotated[int, typer.Option(metavar="N", min=64, help="Width of the model that is timed.")] = 1024,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for [b]motion.md[/b].")] = Path("cachedit-bench"),
+) -> None:
+    """Count the weights that steps of ten models read with code motion, and time steps of a random FLUX.
+
+    No weights are made for the count, which takes 5 minutes for all models. With [bold]--tokens 64[/bold] steps are
+    timed too, some 3 minutes for each number of tokens.
+
+    For a look: [bold]cachedit bench motion -k DiT[/bold].
+    """
+    check_out(out)
+    with quiet():
+        from cachedit_fx.bench import motion as bench
+        from cachedit_fx.bench.flux import Size
+    names = [name for name in bench.MODELS if not only or any(text.lower() in name.lower() for text in only)]
+    if not names:
+        guess = nearest((only or [""])[0], bench.MODELS)
+        raise typer.BadParameter(f"no model is called so; did you mean {guess!r}?", param_hint="--only")
+    sides = [round(number**0.5) for number in tokens or ()]
+    for number, side in zip(tokens or (), sides, strict=True):
+        if side**2 != number:
+            raise typer.BadParameter(f"{number} is no square number, such as {side**2}", param_hint="--tokens")
+    if width % 64:
+        raise typer.BadParameter(f"{width} is no multiple of 64, the width of a head", param_hint="--width")
+    if sides:
+        check_compiler("inductor")
+    parts: list[Part] = []
+    with reported(lambda: f"; nothing was written to {out}"), progress("models") as tell, quiet():
+        rows = []
+        for name in names:
+            tell(name)
+            rows.append(bench.count(name))
+        parts += [Heading("Weights that a step reads", 2), READS, bench.reads_table(rows)]
+        timings = [bench.measure(Size(width=width), side, rounds, tell) for side in sides]
+        if timings:
+            parts += [Heading("Time", 2), TIMES, bench.time_table(timings)]
+    show(*parts)
+    libraries = ", ".join(f"{name} {version}" for name, version in versions("torch", "diffusers").items())
+    made_by = f"`{command_line()}`, on {machine()}, {libraries}."
+    with whole_files(out) as folder:
+        (folder / "motion.md").write_text(page(Heading("Code motion"), made_by, *parts))
+    console.print(f"\n{out / 'motion.md'}  [dim]these tables[/dim]")
