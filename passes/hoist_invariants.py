@@ -356,7 +356,8 @@ class _Hoister:
         module, inputs = piece.copy(name, copied, values, results)
         arguments = [*(self._argument(piece.outer[node]) for node in inputs)]
         arguments += [Argument(self._value(piece, node), is_value=True) for node in values]
-        weights = tuple(at.place for at in arguments if not at.is_value and at.place not in label)
+        places = (at.place for at in arguments if not at.is_value and at.place not in label)
+        weights = tuple(place for place in places if tensor_of(self.inputs[place]) is not None)  # others are sizes
         indices = tuple(self.values[piece, node] for node in results)
         group = HoistedPiece(name, module, tuple(arguments), indices, tuple(sorted(label)), weights, is_timed)
         self._groups.append((group, piece, results))

@@ -23,6 +23,9 @@ from cachedit_fx.passes.outline_blocks import OutlineBlocks
 from cachedit_fx.passes.plan_regions import PlanRegions, RegionReport
 from cachedit_fx.runtime import clock, hoisted_memory, hoisting, session
 
+UNMOVED = {"hoist_invariants": False}
+"""Passes for tests that count a step's work: every call computes all of it anew."""
+
 
 @dataclass
 class Captured:

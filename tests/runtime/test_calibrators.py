@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lib.helpers import UNMOVED
 from lib.shared import SharedCapture
 from lib.toys import denoise, make, noise
 
@@ -331,7 +332,12 @@ SPARSE = DBCacheConfig(0, steps_computation_policy="static", steps_computation_m
 def test_the_output_is_predicted_and_a_cached_step_runs_what_is_left(first: int, granularity: str) -> None:
     config = SPARSE.reset(Fn_compute_blocks=first)
     model = cachedit_fx.enable_cache(
-        make(), config, LagrangeCalibratorConfig(), inner_backend="eager", granularity=granularity
+        make(),
+        config,
+        LagrangeCalibratorConfig(),
+        inner_backend="eager",
+        granularity=granularity,
+        passes=UNMOVED,
     )
     plain = denoise(make())
     assert (denoise(model) - plain).abs().max() < 0.05 * plain.abs().max()
@@ -342,7 +348,7 @@ def test_the_output_is_predicted_and_a_cached_step_runs_what_is_left(first: int,
         denoise(model)
     cachedit_fx.enable_cache(
         model, config.reset(steps_computation_mask="1" * 10), LagrangeCalibratorConfig(),
-        inner_backend="eager", granularity=granularity,
+        inner_backend="eager", granularity=granularity, passes=UNMOVED,
     )  # fmt: skip
     with FlopCounter() as all_of_it:
         assert torch.equal(denoise(model), plain)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lib import models
 from lib.cases import Halves
-from lib.helpers import capture, planned
+from lib.helpers import UNMOVED, capture, planned
 from lib.marks import only_in
 from lib.pruning import ALWAYS, BASE, MASK, STILL, TEXTS, fresh, pruned, reasons, run
 from lib.shared import SharedCapture
@@ -421,7 +421,7 @@ def test_the_work_of_pruned_blocks_is_gone(dtype):
     shared(*inputs)  # captures
     fewer = [(ALWAYS, 5), (ALWAYS.reset(Bn_compute_blocks=2), 3), (ALWAYS.reset(non_prune_block_ids=[2, 3]), 3)]
     for config, count in fewer:
-        shared.compile_anew(cache=config)
+        shared.compile_anew(cache=config, passes=UNMOVED)
         with FlopCounter() as computed:
             result = shared(*inputs)
         with FlopCounter() as reused:
@@ -457,7 +457,7 @@ def test_flux_spends_what_its_computed_blocks_cost():
     ]
     costs, whole = block_flops(model, blocks, inputs)
     assert len(costs) == 7 and len(set(costs)) > 1
-    enable_cache(model, STILL.reset(residual_diff_threshold=0.09), **EAGER)
+    enable_cache(model, STILL.reset(residual_diff_threshold=0.09), passes=UNMOVED, **EAGER)
     spent = []
     with torch.no_grad():
         model(**steps[0])

@@ -120,7 +120,8 @@ def test_every_row_comes_with_its_rival_once(ran):
 
 def test_what_a_row_says(ran):
     rows = {row["name"]: row for row in page_of(ran[1])["rows"]}
-    assert rows["never"]["psnr"] == [None, None] and rows["never"]["work"] == 1 and rows["never"]["cached_steps"] == 0
+    assert rows["never"]["psnr"] == [None, None] and rows["never"]["cached_steps"] == 0
+    assert 0.99 < rows["never"]["work"] < 1  # the text is projected once
     assert rows["4 steps"]["psnr"] == [None, None]
     mask, predicted = rows["mask"], rows["mask, TaylorSeer"]
     assert mask["cached_steps"] == predicted["cached_steps"] == 1

@@ -33,6 +33,7 @@ COMMANDS = (
     ["bench"],
     ["bench", "overhead"],
     ["bench", "cold"],
+    ["bench", "motion"],
     ["coverage"],
     ["metrics"],
     ["kernels"],

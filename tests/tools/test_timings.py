@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lib.command_line import invoke
+from lib.helpers import UNMOVED
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cachedit_fx.bench import cold, overhead, process
@@ -34,7 +35,7 @@ POLICIES = (COMPUTED, SHORT_COMPUTED, CACHED, SHORT_CACHED)
 @pytest.fixture(scope="module")
 def products():
     """Matrix products of a step of each kind."""
-    builders = overhead._builders(1, {"inner_backend": "eager"})
+    builders = overhead._builders(1, {"inner_backend": "eager", "passes": UNMOVED})
     shared = make(TINY)
     counts = {}
     with torch.no_grad():
