@@ -178,6 +178,8 @@ MODELS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
 class Reads:
     """What a step of one model reads, in elements of weights, and what is kept.
 
+    "Today" is a step without the pass.
+
     Attributes:
         parameters: of the model.
         today, cached_today: a computed and a cached step without code motion; a cached one computes the first block.
@@ -205,7 +207,7 @@ class Reads:
 
     @property
     def same_steps(self) -> float:
-        """A later generation of the same steps, over today: only values of the timestep alone are kept."""
+        """A new prompt with steps that came before, over today: only values of the timestep alone are kept."""
         return (self.rest + self.prompted) / self.today
 
     @property
@@ -354,29 +356,23 @@ def _arguments(size: Size) -> dict[str, Any]:
     }
 
 
-def reads_table(rows: Sequence[Reads]) -> Table:
-    """The weights that steps read, a line for each model."""
+def shares_table(rows: Sequence[Reads]) -> Table:
+    """What the weights are behind, and what is kept, a line for each model."""
     table = Table(
-        (
-            "model",
-            "weights",
-            "behind time alone",
-            "time and prompt",
-            "prompt",
-            "same steps again",
-            f"new prompt, {STEPS} steps at once",
-            "new prompt, step by step",
-            "cached step",
-            "values",
-            "kept a step",
-            "kept a prompt",
-        )
+        ("model", "weights", "time", "time and\nconditions", "conditions", "values", "MiB\na step", "MiB a\nprompt")
     )
     for row in rows:
         shares = (f"{part / row.parameters:.1%}" for part in (row.timed, row.prompted, row.conditions))
-        ratios = (f"{ratio:.3f}" for ratio in (row.same_steps, row.batched, row.same_steps, row.cached))
-        sizes = (f"{size / 2**20:.2f} MiB" for size in (row.kept, row.kept_conditions))
-        table.add(row.model, f"{row.parameters / 1e9:.2f} B", *shares, *ratios, str(row.values), *sizes)
+        sizes = (f"{size / 2**20:.2f}" for size in (row.kept, row.kept_conditions))
+        table.add(row.model, f"{row.parameters / 1e9:.2f} B", *shares, str(row.values), *sizes)
+    return table
+
+
+def reads_table(rows: Sequence[Reads]) -> Table:
+    """The weights that steps read, a line for each model."""
+    table = Table(("model", "step by step", f"{STEPS} steps at once", "cached step"))
+    for row in rows:
+        table.add(row.model, *(f"{ratio:.3f}" for ratio in (row.same_steps, row.batched, row.cached)))
     return table
 
 

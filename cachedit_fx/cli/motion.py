@@ -13,11 +13,14 @@ from cachedit_fx.config.rules import nearest
 from cachedit_fx.report.files import machine, versions, whole_files
 from cachedit_fx.report.tables import Heading, Part, page
 
+SHARES = (
+    "Shares of the weights whose results change with the timestep alone, with the timestep and conditions, and with "
+    "conditions alone; the hoisted values, and their size. Counted on graphs of true configurations."
+)
 READS = (
-    "Weights that a step reads over those that it reads without the pass, counted on graphs of true configurations; "
-    "what depends on the prompt alone is kept from the second step on. *Same steps again*: a later generation of the "
-    'same steps. *At once*: `motion="batched"`. *Step by step*: without that option. *Cached step*: the first block '
-    "is computed (F1B0), all hoisted values are kept."
+    "Weights that a step reads, over those that it reads without the pass, for a new prompt and steps that came "
+    'before: with `motion="step"`, with `motion="batched"`, and a cached step that computes the first block (F1B0) '
+    "with all hoisted values kept. Values of conditions are kept from the second step on."
 )
 TIMES = (
     "CPU seconds over those without the pass, hoisted values kept: medians of pairs by turns, one thread, bfloat16. "
@@ -71,6 +74,7 @@ def motion(
         for name in names:
             tell(name)
             rows.append(bench.count(name))
+        parts += [Heading("Weights behind what is hoisted", 2), SHARES, bench.shares_table(rows)]
         parts += [Heading("Weights that a step reads", 2), READS, bench.reads_table(rows)]
         timings = [bench.measure(Size(width=width), side, rounds, tell) for side in sides]
         if timings:

@@ -218,3 +218,25 @@ def test_a_pipeline_loads_fuses_and_unloads():
         assert torch.equal(generate(pipe, PROMPTS, 4), generate(twin, PROMPTS, 4))
         refresh_context(pipe, cache_config=skips)
         assert torch.equal(generate(pipe, PROMPTS, 4), found)
+
+
+def test_layers_behind_the_timestep_are_fused_and_unfused():
+    """peft fuses through `.data`, which no version counter shows; what was hoisted before must not come back."""
+    model, inputs = adapted()
+    config = lora(modules=("time", "scale", "to_q", "up"))
+    model.add_adapter(config, "a")
+    enabled(model, SKIPS)
+    results = [generation(model, inputs)]
+    changes = [
+        lambda: model.fuse_lora(lora_scale=0.7),
+        model.unload_lora,  # the graph without adapters, with weights that keep what was fused
+        lambda: model.add_adapter(config, "b"),
+        lambda: model.set_adapters("b", 0.5),
+        model.fuse_lora,
+        model.unfuse_lora,
+    ]
+    for change in changes:
+        change()
+        results.append(check_next_generation(model, inputs))
+    assert torch.equal(results[1], results[2])
+    assert not any(torch.equal(results[0], later) for later in results[1:])
