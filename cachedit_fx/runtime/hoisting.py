@@ -129,9 +129,10 @@ class HoistedValues:
     def _time_key(self) -> Hashable:
         """The part of a key that stands for the timestep; None if it would have to be read from a device."""
         if self._time is None and self.code.timestep is not None:
-            timestep, places = self.inputs[self.code.timestep], self._places()
+            timestep = self.inputs[self.code.timestep]
             self._time = time_key(timestep)
-            if places and isinstance(timestep, torch.Tensor):
+            places = self._places() if self._time is None or self._is_batched else []
+            if places:
                 is_told = self.memory.note(places[0], timestep)
                 if self._time is None and is_told and timestep.dim() <= 1:
                     self._time = places[0]

@@ -1,84 +1,17 @@
 """Hoisted values: right whatever changes between two calls, kept as long as they are right, and no longer."""
 
-import functools
 import gc
 import itertools
 import threading
-from contextlib import contextmanager
 
 import pytest
 import torch
 from lib.conditioned import Conditioned, StorageWatch, conditions, sample, times
-from lib.helpers import on_a_device
-from lib.models import WIDTH
-from lib.shared import SharedCapture
-from lib.toy_pipeline import ToyPipeline
+from lib.hoisting import STATIC, Cached, generation, of_time
 
 import cachedit_fx
-from cachedit_fx import CacheWarning
-from cachedit_fx.passes.hoist_invariants import Hoisted
-from cachedit_fx.runtime.graph import CachedGraph
 
 pytestmark = pytest.mark.keep_compiled
-
-
-class Cached:
-    """A model behind the cache at threshold 0, so that each result equals the plain model's; its hoisted memory."""
-
-    def __init__(self, model):
-        self.model, self.shared = model, SharedCapture(model)
-        self.compile()
-        self(sample(), times()[0], **conditions())
-
-    def compile(self, **options):
-        self.shared.compile_anew(**({"residual_diff_threshold": 0.0, "Fn_compute_blocks": 1} | options))
-
-    def __call__(self, *args, **kwargs):
-        return self.shared(*args, **kwargs)
-
-    @property
-    def memory(self):
-        (memory,) = self.shared._state.hoisted
-        return memory
-
-    @property
-    def hoisted(self):
-        (outcome,) = (graph.outcome for graph in self.shared._state.latest_graphs)
-        assert outcome is not None
-        return outcome.facts[Hoisted]
-
-    def computed(self, *args, **kwargs):
-        """Names of the hoisted pieces that a right call computes; the rest come from memory."""
-        with self.noting() as names:
-            self.assert_right(*args, **kwargs)
-        return names
-
-    @contextmanager
-    def noting(self):
-        """Context manager for the names of the hoisted pieces that are computed inside."""
-        names: list[str] = []
-        graphs = [graph for graph in self.shared._compiled if isinstance(graph, CachedGraph)]
-        codes = [graph.hoisted for graph in graphs if graph.hoisted is not None]
-        functions = [code.functions for code in codes]
-
-        def noted(name, function):
-            def note(*arguments):
-                names.append(name)
-                return function(*arguments)
-
-            return note
-
-        for code in codes:
-            pairs = zip(code.pieces, code.functions, strict=True)
-            code.functions = [noted(piece.name, function) for piece, function in pairs]
-        yield names
-        for code, before in zip(codes, functions, strict=True):
-            code.functions = before
-
-    @torch.no_grad()
-    def assert_right(self, *args, **kwargs):
-        """Call, and compare with the plain model, bit for bit."""
-        assert torch.equal(self(*args, **kwargs), self.model(*args, **kwargs))
 
 
 @pytest.fixture(scope="module")
@@ -105,18 +38,6 @@ def model(pooled):
 def timed_model(timed):
     timed.compile()
     return timed
-
-
-def generation(model, prompt, steps=4, batch=1):
-    """The hoisted pieces that each step computes."""
-    return [model.computed(sample(step, batch), time, **prompt) for step, time in enumerate(times(steps, batch))]
-
-
-STATIC = {"steps_computation_policy": "static", "residual_diff_threshold": 0.08}
-
-
-def of_time(names):
-    return [name for name in names if "time" in name]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -310,80 +231,6 @@ def test_gradients_pass_the_memory_by(model):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Weights
-
-
-def changes():
-    """Ways to change a weight that is behind the timestep, and one that is behind the text."""
-
-    def in_place(linear):
-        linear.weight.mul_(1.5)
-
-    def through_data(linear):
-        linear.weight.data.mul_(1.5)
-
-    def other_data(linear):
-        linear.weight.data = linear.weight.data * 1.5
-
-    def other_parameter(linear):
-        linear.weight = torch.nn.Parameter(linear.weight * 1.5)
-
-    def loaded(linear):
-        linear.load_state_dict({name: value * 1.5 for name, value in linear.state_dict().items()})
-
-    def assigned(linear):
-        linear.load_state_dict({name: value * 1.5 for name, value in linear.state_dict().items()}, assign=True)
-
-    def bias(linear):
-        linear.bias.data.add_(1.0)
-
-    return [in_place, through_data, other_data, other_parameter, loaded, assigned, bias]
-
-
-@pytest.mark.parametrize("change", changes(), ids=lambda change: change.__name__)
-@pytest.mark.parametrize("place", ["time", "text", "modulation", "key"])
-def test_a_weight_changed_between_two_generations(timed, change, place):
-    torch.manual_seed(1)
-    module = Conditioned(pooled=False)
-    timed.model.load_state_dict(module.state_dict())
-    timed.compile()
-    linear = {
-        "time": timed.model.time,
-        "text": timed.model.text,
-        "modulation": timed.model.blocks[2].modulation,
-        "key": timed.model.blocks[2].cross.to_k,
-    }[place]
-    prompt = conditions()
-    generation(timed, prompt)
-    with torch.no_grad():
-        change(linear)
-    generation(timed, prompt)
-    generation(timed, conditions(1))
-
-
-@pytest.mark.parametrize("change", ["in_place", "loaded"])
-def test_a_weight_changed_between_two_steps(timed_model, change):
-    by_name = {each.__name__: each for each in changes()}
-    prompt = conditions()
-    generation(timed_model, prompt)
-    generation(timed_model, prompt, 2)
-    with torch.no_grad():
-        by_name[change](timed_model.model.blocks[1].modulation)
-    timed_model.assert_right(sample(2), times()[2], **prompt)
-    timed_model.assert_right(sample(3), times()[3], **prompt)
-
-
-def test_the_call_that_finds_changed_weights_is_counted_once(timed_model):
-    prompt = conditions()
-    generation(timed_model, prompt)
-    timed_model.model.time.weight.data.add_(0.5)  # the prologue's values were taken before a generation was seen
-    names = timed_model.computed(sample(), times()[0], **prompt)
-    assert len(names) == len(timed_model.hoisted.pieces)
-    (stats,) = timed_model.shared.summary()
-    assert (stats.executed_steps, stats.failed_calls) == (1, 0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # How much is kept, and how long
 
 
@@ -465,118 +312,6 @@ def test_sessions_and_threads_share_the_values_of_the_timestep(timed_model):
     assert not errors
     with cachedit_fx.session("other"):
         assert [of_time(names) for names in generation(timed_model, conditions(9))] == [[]] * 4
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# All steps at once
-
-
-class Pipeline(ToyPipeline):
-    """Denoises for a prompt, and compares each step with the plain model."""
-
-    def __init__(self, model, rounds=False):
-        super().__init__(model.shared)
-        self.model, self.prompt, self.offsets = model, conditions(), [0.0]
-        self.compare = functools.partial(torch.allclose, rtol=1e-4, atol=1e-5) if rounds else torch.equal
-
-    def predict(self, latents, timestep, step):
-        for offset in self.offsets:  # a call for each
-            time = (timestep + offset).expand(1)
-            result = self.transformer(latents, time, **self.prompt)
-            assert self.compare(result, self.model.model(latents, time, **self.prompt))
-        return result
-
-
-ALWAYS = STATIC | {"steps_computation_mask": "1" * 8}
-
-
-def test_a_clock_stands_for_the_timestep_on_a_device(timed_model, monkeypatch):
-    on_a_device(monkeypatch)
-    timed_model.compile(**ALWAYS)
-    pipe = Pipeline(timed_model)
-    pipe(sample())
-    computed = []
-    for _ in range(3):
-        with timed_model.noting() as names:
-            pipe(sample())
-        computed.append(len(of_time(names)))
-    assert computed == [8 * 6] * 3  # nobody has read the schedule, so no place has a number
-    timed_model.compile(**ALWAYS, calibrator="lagrange")
-    reads_schedule(pipe)
-    computed = []
-    for _ in range(3):
-        with timed_model.noting() as names:
-            pipe(sample())
-        computed.append(len(of_time(names)))
-    assert computed[0] == 8 * 6
-    assert computed[2] <= 6  # but for the first step
-
-
-def reads_schedule(pipe):
-    """Let the schedule be read at each generation's first call, as calibrators do."""
-    predict = pipe.predict
-
-    def reading(latents, timestep, step):
-        result = predict(latents, timestep, step)
-        session = pipe.transformer._state.session()
-        if session.tick is not None:
-            session.schedule_time(session.tick)
-        return result
-
-    pipe.predict = reading
-
-
-def test_a_clock_that_misleads_is_said_and_not_believed_again(timed_model, monkeypatch):
-    on_a_device(monkeypatch)
-    timed_model.compile(**ALWAYS)
-    pipe = Pipeline(timed_model)
-    reads_schedule(pipe)
-    for _ in range(2):
-        pipe(sample())
-    compare, pipe.compare = pipe.compare, lambda *_: True
-    pipe.offsets = [25.0]
-    pipe(sample())
-    pipe.compare = compare
-    with pytest.warns(CacheWarning, match="came to one step of a scheduler with two timesteps"):
-        pipe(sample())
-    for offset in (0.0, 50.0):
-        pipe.offsets = [offset]
-        pipe(sample())
-
-
-def test_batched_motion_computes_all_steps_at_once(pooled, monkeypatch):
-    pooled.compile(motion="batched", **ALWAYS)
-    pipe, batches = Pipeline(pooled, rounds=True), []
-    vmap = torch.vmap
-
-    def noting(*args, **kwargs):
-        batches.append(args)
-        return vmap(*args, **kwargs)
-
-    monkeypatch.setattr(torch, "vmap", noting)
-    pipe(sample())  # shows the timesteps
-    assert not batches
-    for seed in (1, 2):
-        pipe.prompt, batches[:] = conditions(seed), []
-        with pooled.noting() as names:
-            pipe(sample())
-        assert of_time(names) == []
-        assert len(batches) == 6  # the projection of the timestep is kept
-    assert pooled.memory.bytes_held > 8 * 4 * 3 * WIDTH * 4
-
-
-def test_a_piece_that_no_batch_computes_is_said(pooled, monkeypatch):
-    pooled.compile(motion="batched", **ALWAYS)
-    pipe = Pipeline(pooled)
-    pipe(sample())
-
-    def refuse(*args, **kwargs):
-        raise RuntimeError("no batching rule")
-
-    monkeypatch.setattr(torch, "vmap", refuse)
-    pipe.prompt = conditions(1)
-    with pytest.warns(CacheWarning, match="is computed at each step: no batching rule"):
-        pipe(sample())
 
 
 def test_random_dependence():

@@ -1,0 +1,205 @@
+"""Hoisted values and what they are made from: weights that change, a clock in place of the timestep, batches."""
+
+import pytest
+import torch
+from lib.conditioned import Conditioned, conditions, sample, times
+from lib.helpers import on_a_device
+from lib.hoisting import ALWAYS, Cached, Pipeline, generation, of_time
+from lib.models import WIDTH
+
+from cachedit_fx import CacheWarning
+
+pytestmark = pytest.mark.keep_compiled
+
+
+@pytest.fixture(scope="module")
+def pooled():
+    """The timestep and the pooled text modulate."""
+    torch.manual_seed(0)
+    return Cached(Conditioned())
+
+
+@pytest.fixture(scope="module")
+def timed():
+    """The timestep alone modulates."""
+    torch.manual_seed(1)
+    return Cached(Conditioned(pooled=False))
+
+
+@pytest.fixture
+def model(pooled):
+    pooled.compile()
+    return pooled
+
+
+@pytest.fixture
+def timed_model(timed):
+    timed.compile()
+    return timed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def changes():
+    """Ways to change a weight that is behind the timestep, and one that is behind the text."""
+
+    def in_place(linear):
+        linear.weight.mul_(1.5)
+
+    def through_data(linear):
+        linear.weight.data.mul_(1.5)
+
+    def other_data(linear):
+        linear.weight.data = linear.weight.data * 1.5
+
+    def other_parameter(linear):
+        linear.weight = torch.nn.Parameter(linear.weight * 1.5)
+
+    def loaded(linear):
+        linear.load_state_dict({name: value * 1.5 for name, value in linear.state_dict().items()})
+
+    def assigned(linear):
+        linear.load_state_dict({name: value * 1.5 for name, value in linear.state_dict().items()}, assign=True)
+
+    def bias(linear):
+        linear.bias.data.add_(1.0)
+
+    return [in_place, through_data, other_data, other_parameter, loaded, assigned, bias]
+
+
+@pytest.mark.parametrize("change", changes(), ids=lambda change: change.__name__)
+@pytest.mark.parametrize("place", ["time", "text", "modulation", "key"])
+def test_a_weight_changed_between_two_generations(timed, change, place):
+    torch.manual_seed(1)
+    module = Conditioned(pooled=False)
+    timed.model.load_state_dict(module.state_dict())
+    timed.compile()
+    linear = {
+        "time": timed.model.time,
+        "text": timed.model.text,
+        "modulation": timed.model.blocks[2].modulation,
+        "key": timed.model.blocks[2].cross.to_k,
+    }[place]
+    prompt = conditions()
+    generation(timed, prompt)
+    with torch.no_grad():
+        change(linear)
+    generation(timed, prompt)
+    generation(timed, conditions(1))
+
+
+@pytest.mark.parametrize("change", ["in_place", "loaded"])
+def test_a_weight_changed_between_two_steps(timed_model, change):
+    by_name = {each.__name__: each for each in changes()}
+    prompt = conditions()
+    generation(timed_model, prompt)
+    generation(timed_model, prompt, 2)
+    with torch.no_grad():
+        by_name[change](timed_model.model.blocks[1].modulation)
+    timed_model.assert_right(sample(2), times()[2], **prompt)
+    timed_model.assert_right(sample(3), times()[3], **prompt)
+
+
+def test_the_call_that_finds_changed_weights_is_counted_once(timed_model):
+    prompt = conditions()
+    generation(timed_model, prompt)
+    timed_model.model.time.weight.data.add_(0.5)  # the prologue's values were taken before a generation was seen
+    names = timed_model.computed(sample(), times()[0], **prompt)
+    assert len(names) == len(timed_model.hoisted.pieces)
+    (stats,) = timed_model.shared.summary()
+    assert (stats.executed_steps, stats.failed_calls) == (1, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A clock, and all steps at once
+
+
+def test_a_clock_stands_for_the_timestep_on_a_device(timed_model, monkeypatch):
+    on_a_device(monkeypatch)
+    timed_model.compile(**ALWAYS)
+    pipe = Pipeline(timed_model)
+    pipe(sample())
+    computed = []
+    for _ in range(3):
+        with timed_model.noting() as names:
+            pipe(sample())
+        computed.append(len(of_time(names)))
+    assert computed == [8 * 6] * 3  # nobody has read the schedule, so no place has a number
+    timed_model.compile(**ALWAYS, calibrator="lagrange")
+    reads_schedule(pipe)
+    computed = []
+    for _ in range(3):
+        with timed_model.noting() as names:
+            pipe(sample())
+        computed.append(len(of_time(names)))
+    assert computed[0] == 8 * 6
+    assert computed[2] <= 6  # but for the first step
+
+
+def reads_schedule(pipe):
+    """Let the schedule be read at each generation's first call, as calibrators do."""
+    predict = pipe.predict
+
+    def reading(latents, timestep, step):
+        result = predict(latents, timestep, step)
+        session = pipe.transformer._state.session()
+        if session.tick is not None:
+            session.schedule_time(session.tick)
+        return result
+
+    pipe.predict = reading
+
+
+def test_a_clock_that_misleads_is_said_and_not_believed_again(timed_model, monkeypatch):
+    on_a_device(monkeypatch)
+    timed_model.compile(**ALWAYS)
+    pipe = Pipeline(timed_model)
+    reads_schedule(pipe)
+    for _ in range(2):
+        pipe(sample())
+    compare, pipe.compare = pipe.compare, lambda *_: True
+    pipe.offsets = [25.0]
+    pipe(sample())
+    pipe.compare = compare
+    with pytest.warns(CacheWarning, match="came to one step of a scheduler with two timesteps"):
+        pipe(sample())
+    for offset in (0.0, 50.0):
+        pipe.offsets = [offset]
+        pipe(sample())
+
+
+def test_batched_motion_computes_all_steps_at_once(pooled, monkeypatch):
+    pooled.compile(motion="batched", **ALWAYS)
+    pipe, batches = Pipeline(pooled, rounds=True), []
+    vmap = torch.vmap
+
+    def noting(*args, **kwargs):
+        batches.append(args)
+        return vmap(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "vmap", noting)
+    pipe(sample())  # shows the timesteps
+    assert not batches
+    for seed in (1, 2):
+        pipe.prompt, batches[:] = conditions(seed), []
+        with pooled.noting() as names:
+            pipe(sample())
+        assert of_time(names) == []
+        assert len(batches) == 6  # the projection of the timestep is kept
+    assert pooled.memory.bytes_held > 8 * 4 * 3 * WIDTH * 4  # eight steps, four blocks' modulations, float32
+
+
+def test_a_piece_that_no_batch_computes_is_said(pooled, monkeypatch):
+    pooled.compile(motion="batched", **ALWAYS)
+    pipe = Pipeline(pooled)
+    pipe(sample())
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("no batching rule")
+
+    monkeypatch.setattr(torch, "vmap", refuse)
+    pipe.prompt = conditions(1)
+    with pytest.warns(CacheWarning, match="is computed at each step: no batching rule"):
+        pipe(sample())
