@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 Results = tuple[torch.Tensor, ...]
 Key = tuple[Hashable, ...]
 
-SAMPLES = 8
-"""Samples of a weight in each of its dimensions."""
+SAMPLES = 64
+"""Samples of a weight."""
 PLACES = 1024
 """Places of clocks whose timesteps are noted."""
 OFTEN = 3
@@ -193,7 +193,7 @@ class HoistedMemory:
 
     def compare_weights(self, inputs: Sequence[Any]) -> None:
         """Have samples of the weights compared with those of the last comparison; `trust` tells the answer."""
-        samples = [sample for index in self.code.weights for sample in _samples(inputs[index])]
+        samples = _samples_of(inputs[index] for index in self.code.weights)
         with self.lock:
             before, self._samples = self._samples, samples
             if before is not None:
@@ -366,16 +366,30 @@ class _Answer:
         return flags
 
 
-def _samples(weight: Any) -> Iterator[torch.Tensor]:
-    """Some elements of a weight, spread over it; of all its parts, if it is a tensor of tensors."""
-    if not isinstance(weight, torch.Tensor):
-        return
+def _samples_of(weights: Iterable[Any]) -> list[torch.Tensor]:
+    """Some elements of each weight, spread over it: a vector for each dtype and device."""
+    samples: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = defaultdict(list)
+    for part in (part for weight in weights for part in _parts_of(weight)):
+        if part.numel():
+            samples[part.dtype, part.device].append(_sample(part))
+    return [torch.cat(vectors).detach() for vectors in samples.values()]
+
+
+def _parts_of(weight: Any) -> Iterator[torch.Tensor]:
+    """The weight, or all parts of a tensor of tensors."""
     if hasattr(weight, "__tensor_flatten__"):
         for name in weight.__tensor_flatten__()[0]:
-            yield from _samples(getattr(weight, name))
-    elif weight.layout is torch.strided:
-        steps = tuple(slice(None, None, max(1, size // SAMPLES)) for size in weight.shape)
-        yield weight.detach()[steps].clone()
+            yield from _parts_of(getattr(weight, name))
+    elif isinstance(weight, torch.Tensor) and weight.layout is torch.strided:
+        yield weight
+
+
+def _sample(part: torch.Tensor) -> torch.Tensor:
+    count = min(SAMPLES, part.numel())
+    step = max(1, (part.numel() - 1) // max(1, count - 1))  # not a whole number of rows, as a rule
+    if part.is_contiguous():
+        return part.as_strided((count,), (step,))
+    return part.reshape(-1)[::step][:count]
 
 
 def _differ(before: Sequence[torch.Tensor], now: Sequence[torch.Tensor]) -> torch.Tensor:
