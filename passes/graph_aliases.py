@@ -136,10 +136,10 @@ def written_by(node: fx.Node) -> tuple[fx.Node, ...]:
     return tuple(target for target in targets if memory_of(target))
 
 
-def writes_to_inputs(graph: fx.Graph) -> bool:
-    """Whether a node writes in place to memory of a graph input."""
+def writes_to_inputs(graph: fx.Graph, *pieces: fx.Graph) -> bool:
+    """Whether a node of the graph, or of the pieces that it calls, writes in place to memory of a graph input."""
     memory = {each for node in graph.nodes if node.op == "placeholder" for each in memory_of(node)}
-    targets = (target for node in graph.nodes for target in written_by(node))
+    targets = (target for each in (graph, *pieces) for node in each.nodes for target in written_by(node))
     return any(not memory.isdisjoint(memory_of(target)) for target in targets)
 
 

@@ -27,7 +27,7 @@ from torch import fx
 from .base import Facts, Interface, Rewrite, Rewritten, make_module
 from .block_loops import Detection
 from .find_timestep import TimestepSource, source_name
-from .graph_aliases import memory_of, written_by
+from .graph_aliases import memory_of, writes_to_inputs
 from .graph_cost import bytes_of, numel_of
 from .graph_values import body_nodes, tensor_of, value_of
 from .infer_dependence import Dependence, Source
@@ -133,7 +133,8 @@ class HoistInvariants(Rewrite):
         self.is_compiled = is_compiled
 
     def run(self, gm: fx.GraphModule, facts: Facts) -> Rewritten:
-        if Dependence not in facts or not facts[RegionReport].regions or _writes_to_inputs(gm):
+        pieces = (module.graph for _, module in _pieces_of(gm))
+        if Dependence not in facts or not facts[RegionReport].regions or writes_to_inputs(gm.graph, *pieces):
             return Rewritten(gm, 0)
         hoister = _Hoister(gm, facts, self.is_compiled)
         hoister.run()
@@ -150,13 +151,6 @@ def _pieces_of(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.GraphModule]]:
     calls = [node for node in gm.graph.nodes if node.op == "call_module" and KIND in node.meta]
     modules = [(call, gm.get_submodule(str(call.target))) for call in calls]
     return [(call, module) for call, module in modules if isinstance(module, fx.GraphModule)]
-
-
-def _writes_to_inputs(gm: fx.GraphModule) -> bool:
-    memory = {each for node in gm.graph.find_nodes(op="placeholder") for each in memory_of(node)}
-    graphs = [gm.graph, *(module.graph for _, module in _pieces_of(gm))]
-    targets = (target for graph in graphs for node in graph.nodes for target in written_by(node))
-    return any(not memory.isdisjoint(memory_of(target)) for target in targets)
 
 
 class _Hoister:

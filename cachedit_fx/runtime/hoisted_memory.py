@@ -23,7 +23,7 @@ from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -65,10 +65,6 @@ class HoistedCode:
         """For each piece, the pieces whose values it takes."""
         self.weights = tuple(dict.fromkeys(index for piece in self.pieces for index in piece.weights))
 
-    def arguments(self, number: int, inputs: Sequence[Any], values: Indexed) -> list[Any]:
-        """The arguments of a piece, from the graph's inputs and the hoisted values."""
-        return [values[at.place] if at.is_value else inputs[at.place] for at in self.pieces[number].arguments]
-
     def after(self, number: int) -> list[int]:
         """The piece of this number, and all pieces that take its values, directly or not."""
         numbers = {number}
@@ -78,25 +74,32 @@ class HoistedCode:
         return sorted(numbers)
 
 
-class Indexed(Protocol):
-    """What gives a tensor for an index."""
-
-    def __getitem__(self, index: int) -> torch.Tensor: ...
-
-
 class ComputedValues:
-    """The hoisted values of one call, each computed when it is taken first, and none kept."""
+    """The hoisted values of one call, each computed when it is taken first, and none kept.
+
+    Args:
+        code: the graph's hoisted pieces.
+        inputs: of the graph, in order.
+    """
 
     def __init__(self, code: HoistedCode, inputs: Sequence[Any]) -> None:
         self.code, self.inputs = code, inputs
         self._values: dict[int, torch.Tensor] = {}
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        if index not in self._values:
+        value = self._values.get(index)
+        if value is None:
             number = self.code.makers[index]
-            results = self.code.functions[number](*self.code.arguments(number, self.inputs, self))
-            self._values |= zip(self.code.pieces[number].results, results, strict=True)
-        return self._values[index]
+            self._values.update(zip(self.code.pieces[number].results, self._results(number), strict=True))
+            value = self._values[index]
+        return value
+
+    def _results(self, number: int) -> Results:
+        """All values of one piece."""
+        arguments = self.code.pieces[number].arguments
+        return self.code.functions[number](
+            *[self[at.place] if at.is_value else self.inputs[at.place] for at in arguments]
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,6 +177,8 @@ class HoistedMemory:
         self._misled: torch.Tensor | None = None
         """Whether calls came to one place of a clock with two timesteps."""
         self._is_misled = False
+        self.unbatched: set[int] = set()
+        """Numbers of pieces that cannot be computed for a batch."""
 
     @property
     def renewed_inputs(self) -> list[str]:
@@ -215,8 +220,8 @@ class HoistedMemory:
                     return Trust.NOT_YET
                 flags = [one or two for one, two in zip(flags, answer, strict=True)]
                 del self._answers[0]
-            if flags[1] and not self._is_misled:
-                self._is_misled = True
+            if flags[1]:
+                self._misled, self._is_misled = None, True
                 warn(
                     "calls came to one step of a scheduler with two timesteps, and took values that were computed for "
                     "the first: the last pictures may be wrong. From now on such values are computed at every call; "
@@ -230,6 +235,8 @@ class HoistedMemory:
         """Note the timestep that a call comes with at a clock's place. Returns whether the place tells the timestep."""
         with self.lock:
             before = self.timesteps.get(place)
+            if self._is_misled and not on_host(timestep):
+                return False
             if before is None:
                 self.timesteps[place] = timestep.detach().clone()
                 if len(self.timesteps) > PLACES:

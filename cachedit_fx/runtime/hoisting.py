@@ -9,13 +9,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cachedit_fx.passes.hoist_invariants import HoistedPiece
 from cachedit_fx.runtime.guard import on_host
-from cachedit_fx.runtime.hoisted_memory import HoistedMemory, Key, Results, Trust, Weights, part_of
+from cachedit_fx.runtime.hoisted_memory import ComputedValues, HoistedMemory, Key, Results, Trust, Weights, part_of
 
 if TYPE_CHECKING:
     from cachedit_fx.runtime.call import Call
@@ -25,8 +26,8 @@ class WeightsChanged(Exception):  # noqa: N818 - no error: the call is made agai
     """A call began a generation with values whose weights had changed meanwhile: it is to be made again."""
 
 
-class HoistedValues:
-    """The hoisted values of one call: a sequence that computes a value when it is taken first.
+class HoistedValues(ComputedValues):
+    """The hoisted values of one call, computed when they are taken first, or found in memory.
 
     Args:
         memory: where values are kept.
@@ -35,11 +36,13 @@ class HoistedValues:
     """
 
     def __init__(self, memory: HoistedMemory, inputs: Sequence[Any], call: Call) -> None:
-        self.memory, self.code, self.inputs, self.call = memory, memory.code, inputs, call
-        self._values: dict[int, torch.Tensor] = {}
+        super().__init__(memory.code, inputs)
+        self.memory, self.call = memory, call
         self._has_kept_ones = False
         self._weights: dict[int, Weights | None] = {}
         """Number of a piece -> its weights; None if its results may not be kept."""
+        self._keys: dict[tuple[int, ...], Key | None] = {}
+        """Graph inputs that results depend on -> their key in this call."""
         self._time: Hashable = None
         self._batches: dict[int, list[Results]] = {}
         """Number of a piece -> its results for each of `_steps`."""
@@ -50,13 +53,6 @@ class HoistedValues:
         self._is_open = memory.trust() is not Trust.NOT_YET
         if call.is_located:
             self.locate()
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        value = self._values.get(index)
-        if value is None:
-            self._take(self.code.makers[index])
-            value = self._values[index]
-        return value
 
     def locate(self) -> None:
         """The call's position is known now.
@@ -73,30 +69,24 @@ class HoistedValues:
         if trust is Trust.NO_LONGER and self._has_kept_ones:
             raise WeightsChanged
 
-    def _take(self, number: int) -> None:
-        """Take all values of one piece."""
+    def _results(self, number: int) -> Results:
         piece = self.code.pieces[number]
         weights = self._present_weights(number)
-        key = self._key(piece, self._time_key()) if weights is not None else None
-        results = self.memory.find(number, key) if key is not None else None
-        self._has_kept_ones |= results is not None
-        if (
-            results is None
-            and key is not None
-            and piece.is_timed
-            and self._is_batched
-            and (rows := self._batch(number))
-        ):
-            results = rows[0]
-        if results is None:
-            results = self.code.functions[number](*self.code.arguments(number, self.inputs, self))
-            if key is not None and weights is not None:
-                self.memory.note_parts(number, key)
-                tensors = self._conditions(piece)
-                if self.memory.may_return(number, key, bool(tensors)):
-                    self.memory.keep(number, key, results, weights, tensors)
-        for index, value in zip(piece.results, results, strict=True):
-            self._values[index] = value
+        key = self._present_key(piece) if weights is not None else None
+        if key is None or weights is None:
+            return super()._results(number)
+        results = self.memory.find(number, key)
+        if results is not None:
+            self._has_kept_ones = True
+            return results
+        if piece.is_timed and self._is_batched and (rows := self._batch(number)):
+            return rows[0]
+        results = super()._results(number)
+        self.memory.note_parts(number, key)
+        tensors = self._conditions(piece)
+        if self.memory.may_return(number, key, bool(tensors)):
+            self.memory.keep(number, key, results, weights, tensors)
+        return results
 
     def _present_weights(self, number: int) -> Weights | None:
         """The piece's weights; None if its results, or those of the pieces before it, may not be kept."""
@@ -109,6 +99,12 @@ class HoistedValues:
     def _conditions(self, piece: HoistedPiece) -> list[torch.Tensor]:
         values = (self.inputs[index] for index in piece.inputs if index != self.code.timestep)
         return [value for value in values if isinstance(value, torch.Tensor)]
+
+    def _present_key(self, piece: HoistedPiece) -> Key | None:
+        """The key of the piece's results in this call. Most pieces depend on the same inputs, and have one key."""
+        if piece.inputs not in self._keys:
+            self._keys[piece.inputs] = self._key(piece, self._time_key())
+        return self._keys[piece.inputs]
 
     def _key(self, piece: HoistedPiece, time: Hashable) -> Key | None:
         """The key of the piece's results at a time; None if they cannot be kept."""
@@ -131,13 +127,14 @@ class HoistedValues:
         if self._time is None and self.code.timestep is not None:
             timestep = self.inputs[self.code.timestep]
             self._time = time_key(timestep)
-            places = self._places() if self._time is None or self._is_batched else []
+            places = self._places if self._time is None or self._is_batched else []
             if places:
                 is_told = self.memory.note(places[0], timestep)
                 if self._time is None and is_told and timestep.dim() <= 1:
                     self._time = places[0]
         return self._time
 
+    @cached_property
     def _places(self) -> list[Hashable]:
         """The clock's places from the present one on, each with the form of the timestep; empty without a clock."""
         tick, timestep = self.call.tick, self.inputs[self.code.timestep or 0]
@@ -147,13 +144,14 @@ class HoistedValues:
         times, place = schedule
         return [(timestep.shape, timestep.dtype, tick.method, time) for time in times[place:]]
 
+    @cached_property
     def _steps(self) -> list[tuple[Hashable, torch.Tensor]]:
         """The steps from the present one on: the part of a key, and the timestep. Empty if one is not known."""
-        timesteps = [self.memory.timesteps.get(place) for place in self._places()]
+        timesteps = [self.memory.timesteps.get(place) for place in self._places]
         known = [timestep for timestep in timesteps if timestep is not None]
         if len(known) < len(timesteps):
             return []
-        parts = [time_key(timestep) or place for place, timestep in zip(self._places(), known, strict=True)]
+        parts = [time_key(timestep) or place for place, timestep in zip(self._places, known, strict=True)]
         return list(zip(parts, known, strict=True))
 
     def _batch(self, number: int) -> list[Results]:
@@ -166,20 +164,21 @@ class HoistedValues:
         return self._batches[number]
 
     def _rows(self, number: int) -> list[Results]:
-        piece, steps, weights = self.code.pieces[number], self._steps(), self._present_weights(number)
+        piece, steps, weights = self.code.pieces[number], self._steps, self._present_weights(number)
         keys = [key for time, _ in steps if (key := self._key(piece, time)) is not None]
-        if len(steps) < 2 or len(keys) < len(steps) or weights is None:
+        if len(steps) < 2 or len(keys) < len(steps) or weights is None or number in self.memory.unbatched:
             return []
         kept = [results for key in keys if (results := self.memory.find(number, key)) is not None]
         if len(kept) == len(steps):
             return kept
-        rows = self._mapped(piece, [timestep for _, timestep in steps])
+        rows = self._mapped(number, [timestep for _, timestep in steps])
         for key, results in zip(keys, rows, strict=bool(rows)):
             self.memory.keep(number, key, results, weights, self._conditions(piece))
         return rows
 
-    def _mapped(self, piece: HoistedPiece, timesteps: list[torch.Tensor]) -> list[Results]:
+    def _mapped(self, number: int, timesteps: list[torch.Tensor]) -> list[Results]:
         """The results of a piece for each timestep; empty if the piece cannot be computed for a batch."""
+        piece = self.code.pieces[number]
         arguments: list[Any] = []
         dims: list[int | None] = []
         for at in piece.arguments:
@@ -199,6 +198,7 @@ class HoistedValues:
         try:
             batch: Results = torch.vmap(piece.code, in_dims=tuple(dims))(*arguments)
         except (RuntimeError, ValueError, NotImplementedError) as error:
+            self.memory.unbatched.add(number)
             reason = str(error).splitlines()[0]
             self.call.session.state.warn_once(f"motion='batched': {piece.name} is computed at each step: {reason}")
             return []

@@ -95,8 +95,9 @@ class RegionCall:
         if hidden is not None and policy.measures:
             spare = self.session.spares.pop(key, None)
             residual = Residual.of(hidden, reference, spare, policy.config.downsample_factor)
+        was_located = self.call.is_located
         differences = self._locate(key, residual, signature)
-        if self.hoisted is not None:
+        if self.hoisted is not None and not was_located:
             self.hoisted.locate()
         if self.call.position is None:
             return None

@@ -127,8 +127,8 @@ class SharedSubject(Subject):
         super().__init__(module)
         self.shared = SharedCapture(module, self.note)
 
-    def compile(self, cache: DBCacheConfig | None) -> None:
-        self.shared.compile(cache=cache, verify="first")
+    def compile(self, cache: DBCacheConfig | None, **options: Any) -> None:
+        self.shared.compile(cache=cache, verify="first", **options)
 
     def __call__(self, arguments: Mapping[str, Any]) -> list[torch.Tensor]:
         return tensors(self.shared(**arguments))
