@@ -20,17 +20,17 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from .base import make_module
 from .graph_aliases import Memory, memory_of, written_by
-from .graph_values import body_nodes, open_contexts, target_name, tensor_of, value_of
+from .graph_cost import hint, numel_of
+from .graph_values import body_nodes, input_nodes, open_contexts, target_name, tensor_of, value_of
 from .infer_dependence import Source, own_source
 
 Label = frozenset[int] | None
 """The graph inputs that a value depends on, weights left out, by index; None if the value must be computed in place."""
 
-# fmt: off
-_IN_MEMORY = frozenset({
-    "linear", "addmm", "mm", "bmm", "matmul", "baddbmm", "conv1d", "conv2d", "conv3d", "scaled_dot_product_attention",
-})
-# fmt: on
+_PRODUCTS = frozenset({"linear", "addmm", "mm", "bmm", "matmul", "baddbmm"})
+_HEAVY = _PRODUCTS | {"conv1d", "conv2d", "conv3d", "scaled_dot_product_attention"}
+SMALL = 16
+"""Inductor unfolds the product of a single row with a matrix of at most so many rows and columns, on a CPU."""
 _NORMS = frozenset({"rms_norm", "layer_norm", "group_norm", "batch_norm", "instance_norm"})
 FEW = 3
 """Computing a value again is cheaper than keeping it, if it takes fewer operations than these and no matrix product. A
@@ -125,7 +125,7 @@ class InvariantPiece:
 
     def is_worth_it(self, node: fx.Node) -> bool:
         """Whether keeping the value is cheaper than computing it again, from matrix products and the piece's inputs."""
-        if _is_in_memory(node):
+        if _is_heavy(node):
             return True
         pending, visited, count = [node], {node}, 0
         while pending:
@@ -133,11 +133,7 @@ class InvariantPiece:
             if tensor_of(each) is not None and not _is_view(each):
                 count += FEW if target_name(each) in _NORMS else 1
             for source in each.all_input_nodes:
-                if (
-                    source not in visited
-                    and source.op in ("call_function", "call_method")
-                    and not _is_in_memory(source)
-                ):
+                if source not in visited and source.op in ("call_function", "call_method") and not _is_heavy(source):
                     visited.add(source)
                     pending.append(source)
         return count >= FEW
@@ -194,8 +190,24 @@ def _casts_as_another(node: fx.Node) -> bool:
     return all(each is not None for each in tensors) and len({each.device for each in tensors if each is not None}) == 1
 
 
+def _is_heavy(node: fx.Node) -> bool:
+    """Whether the node multiplies matrices, convolves or attends, or runs a kernel that torch does not have."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target.namespace not in ("aten", "prims") or target_name(node) in _HEAVY
+    return node.op in ("call_function", "call_method") and target_name(node) in _HEAVY
+
+
 def _is_in_memory(node: fx.Node) -> bool:
     """Whether compilers read the node's inputs from memory, and write its value there."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target.namespace not in ("aten", "prims") or target_name(node) in _IN_MEMORY
-    return node.op in ("call_function", "call_method") and target_name(node) in _IN_MEMORY
+    return _is_heavy(node) and not _is_unfolded(node)
+
+
+def _is_unfolded(node: fx.Node) -> bool:
+    """Whether inductor may write a matrix product as a sum of products, which it fuses: a small one, of one row."""
+    inputs = [tensor for source in input_nodes(node) if (tensor := tensor_of(source)) is not None and tensor.dim()]
+    if target_name(node) not in _PRODUCTS or len(inputs) < 2:
+        return False
+    columns = hint(tensor_of(node).shape[-1])
+    rows = numel_of(node) // max(1, columns)
+    inner = hint(inputs[1 if target_name(node) in ("addmm", "baddbmm") else 0].shape[-1])
+    return inner == 1 or (rows == 1 and (columns == 1 or max(inner, columns) <= SMALL))

@@ -40,6 +40,7 @@ PARTS = {
     "elsewhere": "models from outside diffusers: a second resolution, dynamic shapes, a third layout, no names",
     "wrappings": "LoRA, other wrappings of a transformer and its inputs, in the forms that the default part leaves out",
     "fuzz": "500 random models",
+    "motion": "code motion on and off, for every transformer class of diffusers by inductor, in float32 and bfloat16",
     "soak": "200 generations of each policy, which hold no more memory than 60; a server of 200 requests",
     "kernels": "every specialisation of the Triton kernels, compiled ahead of time; numerics in float16 and float32",
     "peers": "the same settings run by cache-dit itself, in the environment that PEERS_PYTHON names, and the order of "
