@@ -82,6 +82,7 @@ class InvariantPiece:
             else:
                 has_effect = value_of(node) is None  # such as a check
                 is_fixed = has_effect or node in in_context or not memory_of(node).isdisjoint(fixed)
+                is_fixed = is_fixed or (is_compiled and _is_rounded_by_chance(node))
                 self.labels[node] = None if is_fixed else self._label(node)
 
     def _label(self, node: fx.Node) -> Label:
@@ -188,6 +189,23 @@ def _casts_as_another(node: fx.Node) -> bool:
     if target_name(node) not in ("type_as", "to") or len(tensors) != 2 or node.kwargs:
         return False
     return all(each is not None for each in tensors) and len({each.device for each in tensors if each is not None}) == 1
+
+
+def _is_rounded_by_chance(node: fx.Node) -> bool:
+    """Whether a compiler may fuse the node with some of its users, which read a wider value then, and not with others.
+
+    Which users it fuses depends on the whole piece, and so do the bits of their results.
+    """
+    tensor = tensor_of(node)
+    if tensor is None or tensor.dtype not in (torch.bfloat16, torch.float16) or _is_view(node) or _is_in_memory(node):
+        return False
+    readers = _readers(node)
+    return len(readers) > 1 and any(reader.op != "output" and not _is_in_memory(reader) for reader in readers)
+
+
+def _readers(node: fx.Node) -> set[fx.Node]:
+    """The users of a value and of its views."""
+    return {reader for user in node.users for reader in (_readers(user) if _is_view(user) else {user})}
 
 
 def _is_heavy(node: fx.Node) -> bool:

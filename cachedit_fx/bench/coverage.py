@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from cachedit_fx import api
 from cachedit_fx.bench.errors import RequestError
+from cachedit_fx.bench.motion import Reads, count, shares_table
 from cachedit_fx.bench.progress import Tell
 from cachedit_fx.bench.variants import RUN, VariantOutcome, VariantResult
 from cachedit_fx.capture import uncompiled
@@ -37,7 +38,7 @@ from cachedit_fx.passes.block_loops import Detection
 from cachedit_fx.passes.find_timestep import NAMES
 from cachedit_fx.passes.hoist_invariants import HoistInvariants
 from cachedit_fx.passes.plan_regions import RegionReport
-from cachedit_fx.report.tables import Heading, Table, page, titled_list
+from cachedit_fx.report.tables import Heading, Part, Table, page, titled_list
 from cachedit_fx.runtime.registry import state_of_module
 from cachedit_fx.runtime.stats import CacheStats
 from cachedit_fx.runtime.verification import VerificationError
@@ -77,6 +78,7 @@ class Covered:
         work: FLOPs of a reused step over a computed one's, without code motion.
         reason: why the model falls short, for people; empty if it does not.
         variants: what was seen of each variant; None if none was tried.
+        reads: the weights that code motion takes out of a step; None if they were not counted.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Covered:
     work: float | None = None
     reason: str = ""
     variants: tuple[VariantResult, ...] | None = None
+    reads: Reads | None = None
 
     @property
     def is_full(self) -> bool:
@@ -365,12 +368,16 @@ NO_ENTRY = "no entry in the zoo: nobody has written a configuration and inputs f
 
 
 def check_all(zoo: Zoo, tell: Tell) -> Iterator[Covered]:
-    """Check every model, on one thread; those that are missing fall short."""
+    """Check every model, and count the weights of those that pass, on one thread; those that are missing fall short."""
     torch.set_num_threads(1)
     tell(more=len(zoo.models))
     for name, make in zoo.models.items():
         tell(name)
-        yield check(name, make, zoo.blocks.get(name))
+        row = check(name, make, zoo.blocks.get(name))
+        if row.is_full:
+            module, inputs = make()
+            row.reads = count(name, module, inputs(1))
+        yield row
         tell(done=1)
     yield from (Covered(name, reason=NO_ENTRY) for name in zoo.missing)
 
@@ -434,6 +441,7 @@ def markdown(rows: Sequence[Covered], made_by: str, excluded: Mapping[str, str])
             *([f"**variants**: {VARIANTS}."] if any(row.variants for row in rows) else []),
         ],
         table(rows),
+        *_motion(rows),
         *titled_list("Rows that fall short", short),
         *titled_list("Left out", left_out),
         *titled_list("Variants that are wrong", _variant_lines(rows, "wrong")),
@@ -442,6 +450,22 @@ def markdown(rows: Sequence[Covered], made_by: str, excluded: Mapping[str, str])
         *titled_list("Guessed values that the class does not know", _variant_lines(rows, "unknown")),
     )
 
+
+def _motion(rows: Sequence[Covered]) -> list[Part]:
+    """The weights that code motion takes out of a step, of the models that they were counted for."""
+    counted = [row.reads for row in rows if row.reads is not None]
+    return [Heading("Code motion", 2), MOTION, shares_table(counted)] if counted else []
+
+
+MOTION = (
+    "Shares of the weights that a step reads without code motion: those whose results change with the timestep "
+    "alone, with the timestep and conditions, and with conditions alone. The hoisted values, and their size for a "
+    "step and for a prompt. The weights that a computed step still reads if all values are kept. The configurations "
+    "are tiny, so the shares are not those of the models that people run, which performance/motion.md has. If a "
+    "model's capture breaks, the largest graph is counted, and what it takes from an earlier graph counts as a "
+    "condition."
+)
+"""What the second table has."""
 
 VARIANTS = (
     "the model with one argument of its constructor or forward changed, and how many of them the class runs; each of "

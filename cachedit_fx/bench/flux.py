@@ -15,14 +15,14 @@ class Size(NamedTuple):
     width: int = 192
     side: int = 12
     """Image tokens a side."""
+    head: int = 64
+    """Channels of an attention head."""
 
     @property
     def blocks(self) -> int:
         return self.double + self.single
 
 
-HEAD = 64
-"""Channels of an attention head."""
 STEP = 2**-10
 """By which the timestep falls from call to call."""
 
@@ -42,12 +42,12 @@ def make(size: Size) -> torch.nn.Module:
         in_channels=16,
         num_layers=size.double,
         num_single_layers=size.single,
-        attention_head_dim=HEAD,
-        num_attention_heads=size.width // HEAD,
+        attention_head_dim=size.head,
+        num_attention_heads=size.width // size.head,
         joint_attention_dim=64,
         pooled_projection_dim=32,
         guidance_embeds=False,
-        axes_dims_rope=(16, 24, 24),
+        axes_dims_rope=(16, (size.head - 16) // 2, (size.head - 16) // 2),
     ).eval()
 
 

@@ -13,9 +13,13 @@ from cachedit_fx.config.rules import nearest
 from cachedit_fx.report.files import machine, versions, whole_files
 from cachedit_fx.report.tables import Heading, Part, page
 
+HEAD = 128
+"""Width of a head of the model that is timed."""
 SHARES = (
-    "Shares of the weights whose results change with the timestep alone, with the timestep and conditions, and with "
-    "conditions alone; the hoisted values, and their size. Counted on graphs of true configurations."
+    "Shares of the weights that a step reads without code motion: those whose results change with the timestep "
+    "alone, with the timestep and conditions, and with conditions alone. The hoisted values, and their size for a "
+    "step and for a prompt. The weights that a computed step still reads if all values are kept. Counted on graphs "
+    "of true configurations."
 )
 READS = (
     "Weights that a step reads, over those that it reads without the pass, for a new prompt and steps that came "
@@ -24,7 +28,8 @@ READS = (
 )
 TIMES = (
     "CPU seconds over those without the pass, hoisted values kept: medians of pairs by turns, one thread, bfloat16. "
-    "A FLUX of width 1024 with 6 + 12 blocks and random weights; a cached step computes the first block."
+    "A FLUX of width 1024 with 6 + 12 blocks, heads of 128 and random weights; a cached step computes the first block. "
+    '"By hand" is the model without the pass whose modulations are constants: no code motion can take less.'
 )
 
 
@@ -42,7 +47,7 @@ def motion(
         ),
     ] = None,
     rounds: Annotated[int, typer.Option(metavar="N", min=1, max=200, help="Timed pairs of steps.")] = 20,
-    width: Annotated[int, typer.Option(metavar="N", min=64, help="Width of the model that is timed.")] = 1024,
+    width: Annotated[int, typer.Option(metavar="N", min=HEAD, help="Width of the model that is timed.")] = 1024,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for [b]motion.md[/b].")] = Path("cachedit-bench"),
 ) -> None:
     """Count the weights that steps of ten models read with code motion, and time steps of a random FLUX.
@@ -54,18 +59,20 @@ def motion(
     """
     check_out(out)
     with quiet():
+        from cachedit_fx.bench import known_models
         from cachedit_fx.bench import motion as bench
         from cachedit_fx.bench.flux import Size
-    names = [name for name in bench.MODELS if not only or any(text.lower() in name.lower() for text in only)]
+        from cachedit_fx.bench.motion_times import measure, time_table
+    names = [name for name in known_models.MODELS if not only or any(text.lower() in name.lower() for text in only)]
     if not names:
-        guess = nearest((only or [""])[0], bench.MODELS)
+        guess = nearest((only or [""])[0], known_models.MODELS)
         raise typer.BadParameter(f"no model is called so; did you mean {guess!r}?", param_hint="--only")
     sides = [round(number**0.5) for number in tokens or ()]
     for number, side in zip(tokens or (), sides, strict=True):
         if side**2 != number:
             raise typer.BadParameter(f"{number} is no square number, such as {side**2}", param_hint="--tokens")
-    if width % 64:
-        raise typer.BadParameter(f"{width} is no multiple of 64, the width of a head", param_hint="--width")
+    if width % HEAD:
+        raise typer.BadParameter(f"{width} is no multiple of {HEAD}, the width of a head", param_hint="--width")
     if sides:
         check_compiler("inductor")
     parts: list[Part] = []
@@ -73,12 +80,14 @@ def motion(
         rows = []
         for name in names:
             tell(name)
-            rows.append(bench.count(name))
+            row = bench.count(name, *known_models.make(name))
+            assert row is not None, f"{name}: no chain"
+            rows.append(row)
         parts += [Heading("Weights behind what is hoisted", 2), SHARES, bench.shares_table(rows)]
         parts += [Heading("Weights that a step reads", 2), READS, bench.reads_table(rows)]
-        timings = [bench.measure(Size(width=width), side, rounds, tell) for side in sides]
+        timings = [measure(Size(width=width, head=HEAD), side, rounds, tell) for side in sides]
         if timings:
-            parts += [Heading("Time", 2), TIMES, bench.time_table(timings)]
+            parts += [Heading("Time", 2), TIMES, time_table(timings)]
     show(*parts)
     libraries = ", ".join(f"{name} {version}" for name, version in versions("torch", "diffusers").items())
     made_by = f"`{command_line()}`, on {machine()}, {libraries}."

@@ -53,10 +53,10 @@ def test_the_table_says_what_held_and_what_did_not(models_file, tmp_path):
     out = tmp_path / "found" / "table.md"
     result = invoke("coverage", models_file, "--out", out)
     assert result.exit_code == 1, result.output
-    rows = {
-        line.split("|")[1].strip(): line.count("✓") for line in out.read_text().splitlines() if line.startswith("|")
-    }
+    checks, _, motion = out.read_text().partition("## Code motion")
+    rows = {line.split("|")[1].strip(): line.count("✓") for line in checks.splitlines() if line.startswith("|")}
     assert rows == {"model": 0, "---": 0, "Good": len(CHECKS), "Short": 2, "Raises": 0, "Newcomer": 0}
+    assert re.search(r"\| Good \|.*\| 0\.\d+ \|", motion) and "| Short |" not in motion
     text = out.read_text()
     assert "1 of 4 models pass every check" in text and "**Other**: no denoiser" in text
     assert re.search(r"some_models\.py:\d+, in forward, `torch\._dynamo\.graph_break", text)

@@ -1,11 +1,13 @@
 """`cachedit bench motion`: weights counted on a graph, times of steps, and the tables made of them."""
 
+import re
+
 import pytest
 import torch
 from lib import models
 from lib.command_line import invoke
 
-from cachedit_fx.bench import motion
+from cachedit_fx.bench import flux, known_models, motion, motion_times
 from cachedit_fx.bench.flux import Size
 
 
@@ -19,25 +21,25 @@ def tiny(monkeypatch):
         inputs = {name: value.to("meta") for name, value in inputs.items() if isinstance(value, torch.Tensor)}
         return module.to("meta"), inputs
 
-    monkeypatch.setattr(motion, "MODELS", {"tiny": make})
+    monkeypatch.setattr(known_models, "MODELS", {"tiny": make})
 
 
 def test_the_weights_add_up(tiny):
-    row = motion.count("tiny")
+    row = motion.count("tiny", *known_models.make("tiny"))
     assert row.today == row.parameters
     assert row.rest + row.timed + row.prompted + row.conditions == row.today
     assert row.prompted > row.timed > 0 and row.conditions > 0
     assert 0 < row.cached_rest < row.cached_today < row.today
     assert row.same_steps == (row.rest + row.prompted) / row.today
-    assert row.rest / row.today < row.batched < row.same_steps < 1
-    assert row.kept > 0 and row.kept_conditions > 0
+    assert row.kept == row.rest / row.today < row.batched < row.same_steps < 1
+    assert row.step_bytes > 0 and row.prompt_bytes > 0
 
 
 def test_the_page(tiny, tmp_path):
     result = invoke("bench", "motion", "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
     page = (tmp_path / "motion.md").read_text()
-    assert "| tiny | 0.00 B |" in page and "28 steps at once" in page
+    assert re.search(r"\| tiny \| \d+ k \| \d+\.\d+% \|", page) and "28 steps at once" in page
     assert "tiny" in result.output and all(len(line) <= 80 for line in result.output.splitlines()[:-1])
 
 
@@ -46,7 +48,7 @@ def test_the_page(tiny, tmp_path):
     [
         (("-k", "flax"), "did you mean 'FLUX.1-dev'?"),
         (("--tokens", "60"), "60 is no square number, such as 64"),
-        (("--width", "100"), "100 is no multiple of 64"),
+        (("--width", "200"), "200 is no multiple of 128"),
     ],
 )
 def test_wrong_words(words, error, tmp_path):
@@ -55,10 +57,27 @@ def test_wrong_words(words, error, tmp_path):
     assert error in " ".join(result.output.replace("│", " ").split())
 
 
+def test_a_model_whose_modulations_are_constants_is_the_model():
+    size = Size(1, 1, 128, head=64)
+    module, arguments = flux.make(size), flux.inputs(size)
+    constant = motion_times.with_constants(module, arguments)
+    assert torch.equal(constant(**arguments)[0], module(**arguments)[0])
+    assert torch.equal(constant(**arguments | {"timestep": torch.zeros(1)})[0], module(**arguments)[0])
+    weights = [sum(weight.numel() for weight in each.parameters()) for each in (constant, module)]
+    assert weights[0] < 0.8 * weights[1]
+
+
 def test_times_are_ratios(monkeypatch):
     clock = iter(range(10**6))
-    monkeypatch.setattr(motion.time, "process_time", lambda: float(next(clock)))
-    monkeypatch.setattr(motion.cachedit_fx, "compile", lambda module, **options: module)
+    monkeypatch.setattr(motion_times.time, "process_time", lambda: float(next(clock)))
+    monkeypatch.setattr(motion_times.cachedit_fx, "compile", lambda module, **options: module)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: None)
-    timing = motion.measure(Size(1, 1, 64), 2, 3)
-    assert timing == motion.Timing(4, 1.0, 1.0, 1.0, 3)
+    timing = motion_times.measure(Size(1, 1, 64), 2, 3)
+    assert timing == motion_times.Timing(4, *(1.0,) * 5, 3)
+
+
+def test_long_steps_are_timed_a_few_times(monkeypatch):
+    monkeypatch.setattr(motion_times, "LONG", -1.0)
+    monkeypatch.setattr(motion_times.cachedit_fx, "compile", lambda module, **options: module)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: None)
+    assert motion_times.measure(Size(1, 1, 64), 2, 20).rounds == motion_times.FEW
