@@ -14,30 +14,10 @@ import cachedit_fx
 pytestmark = pytest.mark.keep_compiled
 
 
-@pytest.fixture(scope="module")
-def pooled():
-    """The timestep and the pooled text modulate."""
-    torch.manual_seed(0)
-    return Cached(Conditioned())
-
-
-@pytest.fixture(scope="module")
-def timed():
-    """The timestep alone modulates."""
-    torch.manual_seed(1)
-    return Cached(Conditioned(pooled=False))
-
-
 @pytest.fixture
 def model(pooled):
     pooled.compile()
     return pooled
-
-
-@pytest.fixture
-def timed_model(timed):
-    timed.compile()
-    return timed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
