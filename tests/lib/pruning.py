@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import pytest
 from lib.toys import denoise, noise
 
 from cachedit_fx import (
@@ -12,7 +11,6 @@ from cachedit_fx import (
     summary,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*inert threshold")
 EAGER: dict[str, Any] = {"inner_backend": "eager"}
 BASE = DBPruneConfig(Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=0.06)
 ALWAYS = BASE.reset(max_warmup_steps=1, residual_diff_threshold=1e9)
