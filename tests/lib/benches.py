@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +11,37 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lib.command_line import invoke
 
-from cachedit_fx.bench.measure import Measured
+from cachedit_fx.bench.measure import Measured, Settings
+from cachedit_fx.bench.record import FILE, Record
 from cachedit_fx.bench.rows import CACHE_DIT, OURS, UNCACHED
 from cachedit_fx.bench.systems import Drawing, Setup, System
+
+SHARES_SYSTEMS = [
+    pytest.mark.keep_compiled,
+    pytest.mark.xdist_group("bench"),
+    pytest.mark.usefixtures("bench_systems"),
+]
+"""For modules whose runs of the bench take their systems from `shared_system`: one worker of xdist runs them all."""
+
+ROWS = """
+["never"]
+Fn_compute_blocks = 1
+residual_diff_threshold = 0
+
+["mask"]
+Fn_compute_blocks = 1
+steps_computation_mask = "1101"
+steps_computation_policy = "static"
+
+["mask, TaylorSeer"]
+Fn_compute_blocks = 1
+steps_computation_mask = "1101"
+steps_computation_policy = "static"
+calibrator = "taylorseer"
+"""
+"""A file of rows for four steps."""
 
 ENTRY = """
 import torch
@@ -54,7 +82,7 @@ def shared_system(setup: Setup) -> System:
 
 @contextmanager
 def shared_systems() -> Iterator[None]:
-    """Runs of the bench take their systems from `shared_system`. For modules marked `keep_compiled`."""
+    """Runs of the bench take their systems from `shared_system`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cachedit_fx.bench.measure.System", shared_system)
         yield
@@ -89,3 +117,18 @@ def measured(name: str, work: float, psnr: list[float | None], system: str = OUR
     """A row, made up."""
     values: dict[str, Any] = {"steps": 28, "arguments": {}, "cached_steps": 10.0} | more
     return Measured(name, system, work=work, psnr=psnr, **values)
+
+
+def record_of(rows: list[Measured], **more: Any) -> Record:
+    """A run with these rows."""
+    return Record(Settings(("a red circle",), **more), "cachedit bench", "a machine", {"torch": "2"}, rows)
+
+
+def bench(*arguments: Any) -> Any:
+    """Run `cachedit bench`."""
+    return invoke("bench", *arguments, columns=200)
+
+
+def page_of(folder: Path) -> Any:
+    """What a run has written."""
+    return json.loads((folder / FILE).read_text())

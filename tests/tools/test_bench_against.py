@@ -3,12 +3,11 @@
 import json
 import os
 import signal
-import sys
 import threading
 import time
 
 import pytest
-from lib.benches import ENTRY, WorkerHere, measured, shared_systems, stub_python
+from lib.benches import SHARES_SYSTEMS, WorkerHere, measured, stub_python
 from lib.command_line import invoke, plain
 
 from cachedit_fx.bench.against import Pair, paired_rows, pairs_of, peer_of, spread, table, verdicts
@@ -17,7 +16,7 @@ from cachedit_fx.bench.pages import markdown
 from cachedit_fx.bench.record import Record
 from cachedit_fx.bench.rows import Row, RowError
 
-pytestmark = [pytest.mark.keep_compiled, pytest.mark.xdist_group("bench")]  # they share what is compiled
+pytestmark = SHARES_SYSTEMS
 
 
 def rows(steps=(10, 12), psnr=40.0, seconds=0.4):
@@ -91,16 +90,6 @@ def test_a_row_and_its_peer_have_the_same_settings():
 def test_a_row_without_a_counterpart_is_refused(row, told):
     with pytest.raises(RowError, match=told):
         peer_of(row)
-
-
-@pytest.fixture
-def entry(tmp_path, monkeypatch):
-    (tmp_path / "toy_entry.py").write_text(ENTRY)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    with shared_systems():
-        yield "toy_entry:Entry"
-    sys.modules.pop("toy_entry", None)
 
 
 def against(*arguments):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from lib.benches import measured, shared_systems
+from lib.benches import SHARES_SYSTEMS, measured
 from lib.command_line import invoke, plain
 from PIL import Image
 from rich.console import Console
@@ -17,16 +17,10 @@ from cachedit_fx.runtime.policies.base import Decision, Reason
 from cachedit_fx.runtime.stats import CacheStats
 from cachedit_fx.shapes import tokenize
 
-pytestmark = [pytest.mark.keep_compiled, pytest.mark.xdist_group("bench")]  # they share what is compiled
+pytestmark = SHARES_SYSTEMS
 
 STEPS, WARMUP = 6, 4
 FILES = ["differences.png", "grid.png", "table.md"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def systems():
-    with shared_systems():
-        yield
 
 
 def invoke_demo(out, *arguments):

@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from lib.benches import ENTRY, measured, shared_systems
+from lib.benches import ENTRY, SHARES_SYSTEMS, measured
 from lib.command_line import invoke, plain
 from lib.small_networks import save_clip, save_image_reward
 
@@ -13,7 +13,7 @@ from cachedit_fx.bench.pages import markdown
 from cachedit_fx.bench.record import Record
 from cachedit_fx.bench.rows import RowError, named_arguments, named_row, read_rows
 
-pytestmark = [pytest.mark.keep_compiled, pytest.mark.xdist_group("bench")]  # they share what is compiled
+pytestmark = SHARES_SYSTEMS
 
 NAMES = [
     ("F8B0_W4MC2_R0.12", (8, 0, 4, 0.12), {"max_continuous_cached_steps": 2}),
@@ -64,9 +64,8 @@ def test_the_table_is_filled_and_resumed(entry, tmp_path):
         save(folder)
     weights = ("--clip", "save_clip", "--image-reward", "save_image_reward", "--out", "out")
     rows = ("--row", "F1B0_W1MC1_R9", "--row", "F1B0_W2MC1_R9")
-    with shared_systems():
-        assert invoke(*entry, *weights, *rows[:2], columns=200).exit_code == 0
-        result = invoke(*entry, *weights, *rows, "--resume", columns=200)
+    assert invoke(*entry, *weights, *rows[:2], columns=200).exit_code == 0
+    result = invoke(*entry, *weights, *rows, "--resume", columns=200)
     assert result.exit_code == 0, result.output
     page = {row["name"]: row for row in json.loads((tmp_path / "out/bench.json").read_text())["rows"]}
     assert len(page["uncached"]["clip_score"]) == len(page["F1B0_W2MC1_R9"]["image_reward"]) == 2
