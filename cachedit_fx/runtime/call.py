@@ -9,7 +9,7 @@ position, and the numbering of its regions. A graph that is called alone (plain 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -177,6 +177,27 @@ class Call:
         is_same = before is not None and self.tick is not None and self.tick.same_schedule(before)
         return self.session.tracker.is_clocked(self.tick) and not is_same
 
+    def locate(self, signature: Hashable = None) -> bool:
+        """Find the call's position, and begin a generation if the call is the first of one. Returns whether it is.
+
+        `signature` tells the shapes of the values that a region reads; None for an uncached call.
+        """
+        session, tracker = self.session, self.session.tracker
+        before = tracker.generation
+        self.on_failure(lambda: tracker.restore(before))
+        self.is_located = True
+        evidence = Evidence(signature, self.branch_name, self.tick, self.time)
+        joins_aside = tracker.joins_aside(evidence)
+        self.position = tracker.observe(evidence)
+        if self.position is None:
+            return False
+        self.on_success(lambda: setattr(session, "tick", self.tick))
+        self.on_success(lambda: session.end_aside(joins_aside))
+        begins = self.position.generation != session.generation
+        if begins:
+            self.on_failure(session.begin(self.position.generation))
+        return begins
+
     def now(self) -> float | None:
         """The call's place in time, in one unit for all calls of a generation; None if it is not known."""
         if self.session.tracker.is_clocked(self.tick):
@@ -199,7 +220,8 @@ class Call:
         if uncached is not None:
             with self.session.lock:
                 self._place_uncached(uncached.is_step)
-                self.session.record_uncached(uncached.cause, uncached.is_step)
+                self.on_success(lambda: self.session.record_uncached(uncached.cause, uncached.is_step))
+                self.commit()
             self.session.state.warn_once(uncached.explanation, (lambda: diagnose(self)) if diagnose else None)
 
     def _place_uncached(self, is_step: bool) -> None:
@@ -210,16 +232,10 @@ class Call:
         tracker = self.session.tracker
         if self.is_located or (not tracker.is_clocked(self.tick) and (self.time.waits or self.time() is None)):
             return
-        evidence = Evidence(None, self.branch_name, self.tick, self.time)
-        if not is_step:
-            if tracker.begins_aside(evidence):
-                self.session.aside = Counter()
-            return
-        self.session.end_aside(tracker.joins_aside(evidence))
-        position = tracker.observe(evidence)
-        if position is not None and position.generation != self.session.generation:
-            self.session.begin(position.generation)
-        self.session.tick = self.tick
+        if is_step:
+            self.locate()
+        elif tracker.begins_aside(Evidence(None, self.branch_name, self.tick, self.time)):
+            self.session.aside = Counter()
 
     def enter(
         self, graph: RewrittenGraph, regions: Sequence[RegionInfo], timestep: torch.Tensor | float | None

@@ -23,7 +23,6 @@ from cachedit_fx.runtime.memory import BranchMemory, copy_of
 from cachedit_fx.runtime.policies.base import Action, Decision, Situation, context_start, decision_of
 from cachedit_fx.runtime.region import RegionInfo, RegionKey
 from cachedit_fx.runtime.stopwatch import Stopwatch
-from cachedit_fx.runtime.tracker import Evidence
 
 
 class Entry(NamedTuple):
@@ -235,23 +234,12 @@ class RegionCall:
                 values, (number,) = read_differences(residual, list(references.values()), call.time.unread)
                 differences = dict(zip(references, values, strict=True))
                 call.time.set(number)
-        before = tracker.generation
-        call.on_failure(lambda: tracker.restore(before))
-        call.is_located = True
-        evidence = Evidence(signature, call.branch_name, call.tick, call.time)
-        joins_aside = tracker.joins_aside(evidence)
-        call.position = tracker.observe(evidence)
+        begins = call.locate(signature)
         if call.position is None:
             call.on_success(lambda: self.session.record_uncached(LATE))
-            return {}
-        call.on_success(lambda: setattr(self.session, "tick", call.tick))
-        call.on_success(lambda: self.session.end_aside(joins_aside))
-        if call.position.generation == self.session.generation:
-            return differences
-        call.on_failure(self.session.begin(call.position.generation))
-        if call.route is not None:
+        if begins and call.route is not None:
             call.route.generation_begins()
-        return {}
+        return {} if begins else differences
 
     def _references(self, key: RegionKey, signature: Hashable) -> dict[int, torch.Tensor]:
         """Branch -> reference that r may be compared with, for every branch that the call may belong to."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lib.conditioned import Conditioned, conditions, sample, times
 from lib.helpers import on_a_device
-from lib.hoisting import ALWAYS, Cached, Pipeline, generation, of_time
+from lib.hoisting import ALWAYS, Pipeline, generation, of_time
 from lib.models import WIDTH
 
 from cachedit_fx import CacheWarning
