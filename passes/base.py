@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Generic, TypeVar
@@ -172,3 +172,29 @@ def make_module(root: torch.nn.Module | dict[str, Any], graph: fx.Graph, name: s
     time of all passes together.
     """
     return _LazyGraphModule(root, graph, name)
+
+
+def module_of(
+    root: torch.nn.Module,
+    name: str,
+    inputs: Iterable[fx.Node],
+    members: Iterable[fx.Node],
+    results: Iterable[fx.Node],
+    copy: Callable[[fx.Graph, fx.Node, Callable[[fx.Node], fx.Node]], fx.Node] = fx.Graph.node_copy,
+) -> fx.GraphModule:
+    """A graph module that computes `results` from `inputs` by copies of `members`, which are in graph order.
+
+    Args:
+        root: holds what members name by `get_attr` or call.
+        copy: copies a member into a graph, with the nodes there that a function gives for its inputs.
+    """
+    graph = fx.Graph()
+    local: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        local[node] = graph.placeholder(node.name)
+        local[node].meta = dict(node.meta)
+    for node in members:
+        local[node] = copy(graph, node, local.__getitem__)
+        local[node].meta = dict(node.meta)
+    graph.output(tuple(local[node] for node in results))
+    return make_module(root, graph, name)

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 from torch import fx
 from torch.fx.node import map_arg
 
-from .base import Facts, Interface, Rewrite, Rewritten, make_module
+from .base import Facts, Interface, Rewrite, Rewritten, make_module, module_of
 from .block_loops import Detection
 from .find_timestep import TimestepSource
 from .graph_values import live_ins
@@ -78,7 +78,7 @@ def _guard(
     inputs = live_ins(members)
     base_inputs = list(dict.fromkeys(origin[value] for value in region.bases.inputs))
     compute, bases = f"{region.name}_compute", f"{region.name}_bases"
-    gm.add_module(compute, _module(gm, compute, inputs, members, results))
+    gm.add_module(compute, module_of(gm, compute, inputs, members, results))
     gm.add_module(bases, _bases(gm, bases, base_inputs, region, origin))
 
     inside, successor = set(members), members[-1].next
@@ -101,22 +101,6 @@ def _guard(
             origin[value] = getitem
     for node in reversed(members):
         gm.graph.erase_node(node)
-
-
-def _module(
-    gm: fx.GraphModule, name: str, inputs: Sequence[fx.Node], members: Sequence[fx.Node], results: Sequence[fx.Node]
-) -> fx.GraphModule:
-    """A graph module that computes `results` from `inputs` by copies of `members`."""
-    graph = fx.Graph()
-    local: dict[fx.Node, fx.Node] = {}
-    for node in inputs:
-        local[node] = graph.placeholder(node.name)
-        local[node].meta = dict(node.meta)
-    for node in members:
-        local[node] = graph.node_copy(node, local.__getitem__)
-        local[node].meta = dict(node.meta)
-    graph.output(tuple(local[node] for node in results))
-    return make_module(gm, graph, name)
 
 
 def _bases(

@@ -10,15 +10,14 @@ matrix product, convolution or attention reads or writes. Views are made again b
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
-from .base import make_module
+from .base import module_of
 from .graph_aliases import Memory, memory_of, written_by
 from .graph_cost import hint, numel_of
 from .graph_values import body_nodes, input_nodes, open_contexts, target_name, tensor_of, value_of
@@ -159,22 +158,16 @@ class InvariantPiece:
         self, name: str, copied: set[fx.Node], taken: Sequence[fx.Node], results: Sequence[fx.Node]
     ) -> tuple[fx.GraphModule, list[fx.Node]]:
         """A module of the copied nodes: its inputs are those of the piece that it needs, then the values it takes."""
-        graph, local, root = fx.Graph(), dict[fx.Node, fx.Node](), dict[str, Any]()
         inputs = [node for node in self.inputs if node in copied]
-        for node in (*inputs, *taken):
-            local[node] = graph.placeholder(node.name)
-            local[node].meta = dict(node.meta)
-        for node in self.nodes:
-            if node in copied and node not in local:
-                if node.op == "get_attr":
-                    root[str(node.target)] = functools.reduce(getattr, str(node.target).split("."), self.module)
-                if _casts_as_another(node):
-                    local[node] = graph.call_method("to", (local[node.args[0]], value_of(node).dtype))
-                else:
-                    local[node] = graph.node_copy(node, local.__getitem__)
-                local[node].meta = dict(node.meta)
-        graph.output(tuple(local[node] for node in results))
-        return make_module(root, graph, name), inputs
+        members = [node for node in self.nodes if node in copied and node.op != "placeholder"]
+        return module_of(self.module, name, (*inputs, *taken), members, results, _copy), inputs
+
+
+def _copy(graph: fx.Graph, node: fx.Node, local: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    """Copy a node into another graph. A cast to the dtype of another tensor does without the other tensor."""
+    if _casts_as_another(node):
+        return graph.call_method("to", (local(cast(fx.Node, node.args[0])), value_of(node).dtype))
+    return graph.node_copy(node, local)
 
 
 def _is_view(node: fx.Node) -> bool:
