@@ -148,8 +148,8 @@ class Session:
         self._failures = 0
         """Calls that raised since the last one that did not."""
         self.watches: list[tuple[CacheStats, Action, Stopwatch]] = []
-        self._times: tuple[torch.Tensor, list[float]] | None = None
-        """A clock's schedule, and its elements as numbers."""
+        self._times: tuple[torch.Tensor | None, list[float]] = (None, [])
+        """A clock's schedule, and its elements as numbers; None and no elements while none was read."""
         self.call: Call | None = None
         """The present transformer call; None between calls."""
         self.tick: Tick | None = None
@@ -224,9 +224,7 @@ class Session:
         if tick.place is None:
             return None
         schedule, index = tick.place
-        if self._times is None or self._times[0] is not schedule:
-            self._times = schedule, read_back([schedule])
-        return self._times[1][index]
+        return self._numbers(schedule)[index]
 
     def schedule(self, tick: Tick | None) -> tuple[list[float], int] | None:
         """A clock's schedule as numbers, and the place in it; None if reading the schedule would wait for a device."""
@@ -235,11 +233,14 @@ class Session:
         schedule, index = tick.place
         if not 0 <= index < len(schedule):
             return None
-        if on_host(schedule):
-            self.schedule_time(tick)
-        if self._times is None or self._times[0] is not schedule:
-            return None
-        return self._times[1], index
+        is_read = self._times[0] is schedule
+        return (self._numbers(schedule), index) if is_read or on_host(schedule) else None
+
+    def _numbers(self, schedule: torch.Tensor) -> list[float]:
+        """The elements of a clock's schedule."""
+        if self._times[0] is not schedule:
+            self._times = schedule, read_back([schedule])
+        return self._times[1]
 
     def forget(self) -> None:
         """Use nothing stored again: the next call starts a generation."""
