@@ -78,11 +78,7 @@ def rewrite(gm: fx.GraphModule, options: Options, traced: Traced = NOTHING_KNOWN
 
 
 def pass_manager(options: Options, traced: Traced = NOTHING_KNOWN) -> PassManager:
-    """The passes, switched on and off by the options: by `passes={"name": False}`, and no regions if `cache` is None.
-
-    Raises:
-        PassOrderError: if a name in `passes` is no pass.
-    """
+    """The passes, switched on and off by the options. Raises PassOrderError if a name in `passes` is no pass."""
     without_cache = {PlanRegions.name: False, InsertCacheBranch.name: False} if options.cache is None else {}
     return PassManager(pipeline(options, traced), dict(options.passes) | without_cache)
 
