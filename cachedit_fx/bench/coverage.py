@@ -17,7 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -322,6 +322,11 @@ class Zoo:
             return self
         chosen = {name: make for name, make in self.models.items() if any(t.lower() in name.lower() for t in texts)}
         return Zoo(chosen, self.blocks, self.excluded)
+
+    def without(self, names: Collection[str]) -> Zoo:
+        """The other models."""
+        models = {name: make for name, make in self.models.items() if name not in names}
+        return replace(self, models=models)
 
 
 def load_zoo(models: str) -> Zoo:

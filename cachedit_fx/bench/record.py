@@ -8,18 +8,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from cachedit_fx.bench.errors import RequestError
 from cachedit_fx.bench.measure import Measured, Settings
+from cachedit_fx.bench.resume import ResumeError, kept_rows, save_page
 from cachedit_fx.bench.rows import UNCACHED, Row
-from cachedit_fx.report.files import whole_files
 
 FILE = "bench.json"
 _UNKEPT = ("pictures", "stats")
 """Fields of `Measured` that are not JSON's."""
-
-
-class ResumeError(RequestError):
-    """A file cannot be continued; the message says why."""
 
 
 @dataclass
@@ -75,8 +70,7 @@ class Record:
             "notes": self.notes,
             "rows": [_as_json(row) for row in self.rows],
         }
-        with whole_files(folder) as staging:
-            (staging / FILE).write_text(json.dumps(page, indent=1, default=str) + "\n")
+        save_page(folder / FILE, page)
 
 
 def _as_json(row: Measured) -> dict[str, Any]:
@@ -92,23 +86,6 @@ def load_rows(folder: Path, settings: Settings) -> list[Measured]:
     Raises:
         ResumeError: if there is none, or it was made with other settings.
     """
-    path = folder / FILE
-    try:
-        page = json.loads(path.read_text())
-        before = Settings(()).plain_values() | page["settings"]  # settings newer than the file had their defaults
-        rows = page["rows"]
-    except OSError as error:
-        raise ResumeError(f"there is nothing to resume: {path} cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError):
-        raise ResumeError(f"{path} was not written by `cachedit bench`") from None
-    now = settings.plain_values()
-    changed = [name for name in now if before[name] != now[name]]
-    if changed:
-        words = ", ".join(f"{name} {_short(before[name])} there and {_short(now[name])} now" for name in changed)
-        raise ResumeError(f"{path} was made with other settings: {words}. Use the same ones, or another folder")
+    rows = kept_rows(folder / FILE, "cachedit bench", settings.plain_values(), Settings(()).plain_values())
     names = {item.name for item in fields(Measured)} - set(_UNKEPT)
     return [Measured(**{name: value for name, value in row.items() if name in names}) for row in rows]
-
-
-def _short(value: Any) -> str:
-    return f"{len(value)} others" if isinstance(value, list) else repr(value)

@@ -10,7 +10,7 @@ A variant is captured once, since the policies share one structure. Outcomes are
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -23,13 +23,11 @@ from cachedit_fx.bench.coverage import (
     Subject,
     Zoo,
     at_timestep,
-    check_all,
     equal,
     error_text,
     has_counted,
     tensors,
 )
-from cachedit_fx.bench.progress import Tell
 from cachedit_fx.bench.variants import (
     Change,
     Inputs,
@@ -146,9 +144,9 @@ def vocabulary_of(zoo: Zoo) -> Vocabulary:
     return Vocabulary(modules)
 
 
-def check_all_with_variants(zoo: Zoo, vocabulary: Vocabulary, tell: Tell) -> Iterator[Covered]:
-    """`check_all`, and the variants of every model that could be checked."""
-    for row in check_all(zoo, tell):
+def with_variants(rows: Iterable[Covered], zoo: Zoo, vocabulary: Vocabulary) -> Iterator[Covered]:
+    """The rows of a zoo, each with the variants of its model if that could be checked."""
+    for row in rows:
         if row.passed:
             row.variants = tuple(check_variants(*zoo.models[row.name](), vocabulary))
         yield row

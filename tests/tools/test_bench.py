@@ -16,7 +16,8 @@ import cachedit_fx
 from cachedit_fx.bench.errors import BenchmarkError
 from cachedit_fx.bench.measure import Bench, Group, Settings
 from cachedit_fx.bench.pages import markdown
-from cachedit_fx.bench.record import ResumeError, load_rows
+from cachedit_fx.bench.record import load_rows
+from cachedit_fx.bench.resume import ResumeError
 from cachedit_fx.bench.rows import UNCACHED, Row, read_rows
 from cachedit_fx.bench.systems import Setup
 from cachedit_fx.report.plots import save_quality

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 from lib.command_line import invoke, plain
 
-from cachedit_fx.bench.coverage import CHECKS, LEGEND, Covered, table
+from cachedit_fx.bench.coverage import CHECKS, LEGEND, NO_ENTRY, Covered, table
+from cachedit_fx.bench.coverage_record import CoverageRecord
 from cachedit_fx.bench.variants import VariantResult
 from cachedit_fx.cli.terminal import console
 from cachedit_fx.report.tables import terminal
@@ -84,6 +85,47 @@ def test_the_table_fits_a_terminal_of_80_columns(has_variants):
     assert list(CHECKS) == re.findall(r"\w+", LEGEND.partition(": ")[2].partition(".")[0])
 
 
+VARIANT = VariantResult("an_argument=True", "uncached", "no block loop")
+
+
+def test_a_run_that_was_stopped_goes_on(models_file, tmp_path, monkeypatch):
+    names, stops_at = [], "Short"
+
+    def check(name, make, blocks=None):
+        if name == stops_at:
+            raise KeyboardInterrupt
+        names.append(name)
+        if name == "Raises":
+            return Covered(name, reason="cannot be made")
+        return Covered(name, dict.fromkeys(CHECKS, True), ("blocks x 4",), 0.25)
+
+    monkeypatch.setattr("cachedit_fx.bench.coverage.check", check)
+    monkeypatch.setattr("cachedit_fx.bench.variant_checks.check_variants", lambda *_: [VARIANT])
+    out, unfinished = tmp_path / "out" / "table.md", tmp_path / "out" / "table-unfinished.json"
+    stopped = invoke("coverage", models_file, "--variants", "--out", out)
+    assert stopped.exit_code == 130 and "after 1 of 3 models" in plain(stopped.output)
+    assert "--resume goes on" in plain(stopped.output) and list(out.parent.iterdir()) == [unfinished]
+    other = invoke("coverage", models_file, "--out", out, "--resume")
+    assert other.exit_code == 2 and "variants True there and False now" in plain(other.output)
+    stops_at = ""
+    resumed = invoke("coverage", models_file, "--variants", "--out", out, "--resume")
+    assert resumed.exit_code == 1 and "2 of 4 models pass every check" in plain(resumed.output), resumed.output
+    assert names == ["Good", "Short", "Raises"] and not unfinished.exists()
+    invoke("coverage", models_file, "--variants", "--out", tmp_path / "whole.md")
+    assert out.read_text() == (tmp_path / "whole.md").read_text()
+    assert out.read_text().count("`an_argument=True`: no block loop") == 2
+    nothing = invoke("coverage", models_file, "--variants", "--out", out, "--resume")
+    assert nothing.exit_code == 2 and "there is nothing to resume" in plain(nothing.output)
+
+
+def test_models_without_an_entry_are_looked_for_again(tmp_path):
+    record = CoverageRecord(tmp_path / "rows.json", {})
+    record.add(Covered("Good"))
+    record.add(Covered("Newcomer", reason=NO_ENTRY))
+    record.resume(tmp_path / "rows.json")
+    assert list(record.rows) == ["Good"]
+
+
 def test_one_model_alone(models_file):
     result = invoke("coverage", models_file, "--only", "good")
     assert result.exit_code == 0 and "1 of 1 models" in plain(result.output)
@@ -95,6 +137,7 @@ def test_one_model_alone(models_file):
         (["nowhere.py"], "nowhere.py cannot be imported"),
         (["json"], "json has no ZOO"),
         (["MODELS", "--only", "absent"], "no name contains absent"),
+        (["MODELS", "--resume"], "say by --out what was to be written"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_runs(models_file, arguments, message):
