@@ -427,22 +427,6 @@ def test_without_a_region_the_result_is_right_and_one_warning_says_why(kind, opt
     assert region.uncached_calls == 3 and region.work == 1.0
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.9], ids=["same timestep", "later timestep"])
-def test_uncached_steps_join_the_generation_of_calls_that_want_gradients(scale):
-    """As cached steps do: the calls before the first step count in its generation."""
-    model = make(Loopless)
-    fast = compiled(model, OPTIONS)
-    with pytest.warns(CacheWarning):
-        for start in (500.0, 700.0):  # the second generation begins where the timestep turns back
-            for time in (start, start * 0.9):
-                fast(noise(), torch.tensor([time]))
-            with torch.no_grad():
-                fast(noise(), torch.tensor([start * 0.9 * scale]))
-                fast(noise(), torch.tensor([start * 0.9 * scale * 0.9]))
-            (region,) = summary(fast)
-            assert region.uncached_causes == {"gradients wanted": 2, "no block loop": 2}
-
-
 def test_no_cache_wanted():
     """`cache=None`: the graph is cut and compiled all the same; nothing is kept, counted or warned of."""
     model, inner = make(), CountingBackend()

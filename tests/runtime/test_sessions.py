@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lib.toys import FALLING, denoise, make, noise
+from lib.toys import FALLING, Loopless, denoise, make, noise
 
 from cachedit_fx import (
     CacheWarning,
@@ -350,6 +350,21 @@ def test_an_uncached_generation_after_a_cached_one(model):
         assert (region.name, region.uncached_calls, region.cached_steps) == ("uncached", 4, [])
     denoise(model)
     assert summary(model)[0].uncached_calls == 0
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.9], ids=["same timestep", "later timestep"])
+def test_uncached_steps_join_the_generation_of_calls_that_want_gradients(scale):
+    """As cached steps do: the calls before the first step count in its generation."""
+    model = enable_cache(make(Loopless), BASE, inner_backend="eager")
+    with pytest.warns(CacheWarning):
+        for start in (500.0, 700.0):  # the second generation begins where the timestep turns back
+            for time in (start, start * 0.9):
+                model(noise(), torch.tensor([time]))
+            with torch.no_grad():
+                model(noise(), torch.tensor([start * 0.9 * scale]))
+                model(noise(), torch.tensor([start * 0.9 * scale * 0.9]))
+            (region,) = summary(model)
+            assert region.uncached_causes == {"gradients wanted": 2, "no block loop": 2}
 
 
 def test_the_steps_of_a_generation_may_run_in_several_threads(model, alone):
