@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cachedit_fx.bench.coverage import NO_ENTRY, Covered
+from cachedit_fx.bench.motion import Reads
 from cachedit_fx.bench.resume import kept_rows, save_page
 from cachedit_fx.bench.variants import VariantResult
 
@@ -49,6 +50,11 @@ class CoverageRecord:
 
 
 def _covered(row: Mapping[str, Any]) -> Covered:
-    variants = row["variants"]
-    results = None if variants is None else tuple(VariantResult(**variant) for variant in variants)
-    return Covered(**{**row, "loops": tuple(row["loops"]), "variants": results})
+    """A row as `asdict` and JSON have left it."""
+    variants, reads = row["variants"], row["reads"]
+    values = {
+        "loops": tuple(row["loops"]),
+        "variants": None if variants is None else tuple(VariantResult(**variant) for variant in variants),
+        "reads": None if reads is None else Reads(**reads),
+    }
+    return Covered(**{**row, **values})

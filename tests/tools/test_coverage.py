@@ -1,13 +1,14 @@
 """`cachedit coverage` over models of one's own: the table, the file, the exit code, and what it refuses."""
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from lib.command_line import invoke, plain
 
 from cachedit_fx.bench.coverage import CHECKS, LEGEND, NO_ENTRY, Covered, table
 from cachedit_fx.bench.coverage_record import CoverageRecord
+from cachedit_fx.bench.motion import Reads
 from cachedit_fx.bench.variants import VariantResult
 from cachedit_fx.cli.terminal import console
 from cachedit_fx.report.tables import terminal
@@ -118,12 +119,16 @@ def test_a_run_that_was_stopped_goes_on(models_file, tmp_path, monkeypatch):
     assert nothing.exit_code == 2 and "there is nothing to resume" in plain(nothing.output)
 
 
-def test_models_without_an_entry_are_looked_for_again(tmp_path):
+def test_rows_survive_the_file(tmp_path):
+    """But for those of models without an entry, which are looked for again."""
+    row = Covered("Good", {"exact": True}, ("blocks x 4",), 0.25, "why", (VARIANT,), Reads("Good", 1, 2, 3, 4, 5))
+    defaults = Covered("Good")
+    assert all(getattr(row, item.name) != getattr(defaults, item.name) for item in fields(Covered)[1:])
     record = CoverageRecord(tmp_path / "rows.json", {})
-    record.add(Covered("Good"))
-    record.add(Covered("Newcomer", reason=NO_ENTRY))
+    for each in (row, Covered("Plain"), Covered("Newcomer", reason=NO_ENTRY)):
+        record.add(each)
     record.resume(tmp_path / "rows.json")
-    assert list(record.rows) == ["Good"]
+    assert record.rows == {"Good": row, "Plain": Covered("Plain")}
 
 
 def test_one_model_alone(models_file):
