@@ -216,9 +216,10 @@ def _is_in_memory(node: fx.Node) -> bool:
 def _is_unfolded(node: fx.Node) -> bool:
     """Whether inductor may write a matrix product as a sum of products, which it fuses: a small one, of one row."""
     inputs = [tensor for source in input_nodes(node) if (tensor := tensor_of(source)) is not None and tensor.dim()]
-    if target_name(node) not in _PRODUCTS or len(inputs) < 2:
+    result = tensor_of(node)
+    if target_name(node) not in _PRODUCTS or len(inputs) < 2 or result is None or not result.dim():
         return False
-    columns = hint(tensor_of(node).shape[-1])
+    columns = hint(result.shape[-1])
     rows = numel_of(node) // max(1, columns)
     inner = hint(inputs[1 if target_name(node) in ("addmm", "baddbmm") else 0].shape[-1])
     return inner == 1 or (rows == 1 and (columns == 1 or max(inner, columns) <= SMALL))

@@ -243,7 +243,7 @@ def test_the_branch_changes_nothing_under_inductor():
 def test_alike_blocks_are_compiled_once():
     inner = CountingBackend()
     denoise(compiled(make(blocks=12), OPTIONS | {"inner_backend": inner}))
-    assert inner.pieces == 2  # a block, and what is hoisted out of it
+    assert inner.pieces == 1  # a block: the toy's linear of the timestep is too small to be hoisted
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def test_two_models_of_one_class_share_a_graph_but_no_state():
         for timestep in FALLING:
             for index, model in enumerate(fast):
                 hidden[index] = hidden[index] - 0.05 * model(hidden[index], torch.tensor([timestep]), TEXT)
-    assert inner.pieces - before == 2, "not one graph"
+    assert inner.pieces - before == 1, "not one graph"
     for index, model in enumerate(fast):
         assert torch.equal(hidden[index], expected[index][0])
         assert decisions(model) == expected[index][1]

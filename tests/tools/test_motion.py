@@ -26,6 +26,7 @@ def tiny(monkeypatch):
 
 def test_the_weights_add_up(tiny):
     row = motion.count("tiny", *known_models.make("tiny"))
+    assert row is not None
     assert row.today == row.parameters
     assert row.rest + row.timed + row.prompted + row.conditions == row.today
     assert row.prompted > row.timed > 0 and row.conditions > 0
