@@ -210,7 +210,7 @@ def _is_heavy(node: fx.Node) -> bool:
 
 def _is_in_memory(node: fx.Node) -> bool:
     """Whether compilers read the node's inputs from memory, and write its value there."""
-    return _is_heavy(node) and not _is_unfolded(node)
+    return _is_heavy(node) and not _is_unfolded(node) and not _is_joined(node)
 
 
 def _is_unfolded(node: fx.Node) -> bool:
@@ -223,3 +223,13 @@ def _is_unfolded(node: fx.Node) -> bool:
     rows = numel_of(node) // max(1, columns)
     inner = hint(inputs[1 if target_name(node) in ("addmm", "baddbmm") else 0].shape[-1])
     return inner == 1 or (rows == 1 and (columns == 1 or max(inner, columns) <= SMALL))
+
+
+def _is_joined(node: fx.Node) -> bool:
+    """Whether inductor may join a product with the sum that is its only user, into one product with an addend."""
+    result = tensor_of(node)
+    is_bare = target_name(node) in ("mm", "matmul") or (
+        target_name(node) == "linear" and len(node.all_input_nodes) == 2
+    )
+    sums = [user for user in node.users if target_name(user) in ("add", "add_", "iadd")]
+    return is_bare and result is not None and result.dim() == 2 and len(sums) == len(node.users) == 1
