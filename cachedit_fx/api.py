@@ -19,6 +19,7 @@ from cachedit_fx.config.options import Options, ParamsModifier, parse_options
 from cachedit_fx.config.rules import FLAG, OptionError, check, integer, optional
 from cachedit_fx.kernels.cpu import compiler
 from cachedit_fx.passes.base import Traced
+from cachedit_fx.placement import Placement, bring_back, wait_on_host
 from cachedit_fx.runtime.compiled_call import CompiledCall, Guards
 from cachedit_fx.runtime.listener import listen, stop_listening
 from cachedit_fx.runtime.model_state import ModelState
@@ -89,8 +90,12 @@ def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa
         previous.guards = guards
         state.set_options(settings)
         return module
+    is_on_host = settings.time_weights == "host"
+    if state is not None and not is_on_host:
+        bring_back(module)
     state = ModelState(settings)
     state.traced = Traced.of(module)
+    place = Placement(settings, state.traced, state.warn_once) if is_on_host else None
     # Dynamo keeps a backend for good, and the state holds buffers: the module's call owns the state.
     state_ref = weakref.ref(state)
 
@@ -112,9 +117,11 @@ def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa
     def make_call(module: torch.nn.Module) -> CompiledCall:
         state = state_ref()
         assert state is not None
-        return CompiledCall(module, backend, state, torch_options, guards)
+        return CompiledCall(module, backend, state, torch_options, guards, place)
 
     register(module, Registration(state, make_call))
+    if is_on_host:
+        wait_on_host(module)
     return module
 
 
@@ -214,6 +221,7 @@ def disable_cache(pipe_or_module: Model) -> Model:
         is_shell = inner is not module and (is_wrapper(module) or state_of_module(inner) is not None)
         if state_of_module(inner) is not None:
             inner._compiled_call_impl = None
+            bring_back(inner)
             stop_listening(inner)
             unregister(inner)
         elif inner._compiled_call_impl is not None and states_of(inner):

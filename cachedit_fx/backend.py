@@ -31,6 +31,7 @@ from cachedit_fx.passes.normalize import Normalize
 from cachedit_fx.passes.outline_blocks import OutlineBlocks
 from cachedit_fx.passes.plan_regions import PlanRegions
 from cachedit_fx.runtime.graph import GRADIENTS, UncachedGraph, graph_of
+from cachedit_fx.runtime.host_pieces import claim_pieces, mark_weights, refuse_weights
 from cachedit_fx.runtime.model_state import ModelState
 from cachedit_fx.runtime.registry import StateFinder, anchors_of
 
@@ -46,6 +47,10 @@ def cachedit(
     parsed = parse_options(options, mode=mode)
     if parsed.verify:
         raise OptionError("verify compares with the module, and torch.compile hands a backend graphs: use enable_cache")
+    if parsed.time_weights == "host":
+        raise OptionError(
+            "time_weights='host' moves a module's weights, and torch.compile hands a backend graphs: use enable_cache"
+        )
     return compile_graph(gm, example_inputs, parsed)
 
 
@@ -58,12 +63,14 @@ def compile_graph(
     """
     finder = StateFinder(options, state, anchors_of(gm, example_inputs))
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
+        refuse_weights(example_inputs, "gradients are wanted")
         timestep = FindTimestep(options.timestep, numbers_in_frame()).run(gm, Facts())
         return UncachedGraph(compile_whole(gm, example_inputs, options), finder, GRADIENTS, timestep)
     guard_storages(gm, example_inputs)
     traced, verifier = (state.traced, state.verifier) if state is not None else (NOTHING_KNOWN, None)
     captured = copy_of(gm) if verifier is not None else gm
     outcome = rewrite(gm, options, traced)
+    claim_pieces(outcome, example_inputs)
     if state is not None and state.observe is not None:
         state.observe(outcome.facts)
     forward = lower(outcome, options) or compile_whole(gm, example_inputs, options)
@@ -74,6 +81,7 @@ def compile_graph(
 
 def rewrite(gm: fx.GraphModule, options: Options, traced: Traced = NOTHING_KNOWN) -> Outcome:
     """Run the passes on `gm`, a graph of the module that `traced` tells of. Nothing is compiled."""
+    mark_weights(gm)
     return pass_manager(options, traced.in_frame(numbers_in_frame(), kept_results(gm))).run(gm)
 
 

@@ -42,6 +42,7 @@ class Explanation:
         weights: "sample", "timestep", "conditions" or "weights" -> the share of the weights' elements whose results
             change with it. "weights" is for results that never change. A weight counts for the first of the four that
             its results change with.
+        host_bytes: size in bytes of the weights that leave the device with `time_weights="host"`.
     """
 
     loops: tuple[BlockLoop, ...]
@@ -52,6 +53,7 @@ class Explanation:
     work: dict[str, float]
     weights: dict[str, float]
     hoisted: dict[tuple[str, ...], HoistedShare]
+    host_bytes: int
 
     def __str__(self) -> str:
         lines = ["Block loops" if self.loops else "Block loops: none"]
@@ -85,6 +87,8 @@ class Explanation:
             f"with {', '.join(names)}"
             for names, share in self.hoisted.items()
         )
+        if self.hoisted:
+            lines.append(f'Weights that time_weights="host" takes off the device: {_size(self.host_bytes)}')
         lines.extend(f"Note: {note}" for note in self.notes)
         count = self.code.count("\n")
         return "\n".join([*lines, f"The rewritten graph has {count} lines of code: print(explanation.code)"])
@@ -92,6 +96,11 @@ class Explanation:
 
 def _shape(shape: tuple[Any, ...]) -> str:
     return f"[{', '.join(str(size) for size in shape)}]"
+
+
+def _size(size: int) -> str:
+    """A size in bytes as text."""
+    return f"{size / 2**20:.3g} MiB" if size < 1000 * 2**20 else f"{size / 2**30:.3g} GiB"
 
 
 class _Captured(Exception):
@@ -212,6 +221,12 @@ def _hoisted(outcomes: Sequence[Outcome]) -> dict[tuple[str, ...], HoistedShare]
     return shares
 
 
+def _host_bytes(outcomes: Sequence[Outcome]) -> int:
+    """Size in bytes of the weights that may lie on the host. They may if the call is one graph."""
+    hoisted = outcomes[0].facts.get(Hoisted) if len(outcomes) == 1 else None
+    return hoisted.time_bytes if hoisted is not None else 0
+
+
 def _explanation(outcomes: Sequence[Outcome], notes: tuple[str, ...]) -> Explanation:
     detections = [detection for outcome in outcomes if (detection := outcome.facts.get(Detection)) is not None]
     reports = [report for outcome in outcomes if (report := outcome.facts.get(RegionReport)) is not None]
@@ -230,4 +245,5 @@ def _explanation(outcomes: Sequence[Outcome], notes: tuple[str, ...]) -> Explana
         work={loop.name: loop.cost / total for loop in loops},
         weights=_shares(outcomes),
         hoisted=_hoisted(outcomes),
+        host_bytes=_host_bytes(outcomes),
     )

@@ -34,6 +34,7 @@ from .infer_dependence import Dependence, Source
 from .invariant_values import InvariantPiece, Label
 from .outline_blocks import KIND, Outline, branch_values
 from .plan_regions import RegionReport
+from .time_weights import time_weights
 
 HOISTED = "cachedit_hoisted"
 """Key in the meta of a graph input that is a hoisted value: its index."""
@@ -79,6 +80,7 @@ class Hoisted(Interface):
         names: the names of the graph's inputs.
         inputs: the indices of the hoisted values that the graph takes as inputs, in order.
         timestep: the index of the timestep among the graph's inputs; None if there is none.
+        time_weights: the parameters that only pieces behind the timestep read, as graph inputs.
     """
 
     graph_module: fx.GraphModule = field(repr=False)
@@ -86,11 +88,18 @@ class Hoisted(Interface):
     names: tuple[str, ...] = field(repr=False)
     inputs: tuple[int, ...] = field(repr=False)
     timestep: int | None = None
+    time_weights: tuple[int, ...] = field(default=(), repr=False)
 
     @property
     def count(self) -> int:
         """The number of hoisted values."""
         return sum(len(piece.results) for piece in self.pieces)
+
+    @property
+    def time_bytes(self) -> int:
+        """The size in bytes of the parameters that only pieces behind the timestep read."""
+        inputs = self.graph_module.graph.find_nodes(op="placeholder")
+        return sum(bytes_of(inputs[place]) for place in self.time_weights)
 
     def by_inputs(self) -> dict[tuple[str, ...], HoistedShare]:
         """Names of the inputs that values depend on -> how many values, how large, and what they would read."""
@@ -235,7 +244,8 @@ class _Hoister:
         names = tuple(source_name(self._flat[node][0]) for node in self.inputs)
         placeholders = self.gm.graph.find_nodes(op="placeholder")
         taken = tuple(node.meta[HOISTED] for node in placeholders if HOISTED in node.meta)
-        return Hoisted(module, tuple(group for group, *_ in groups), names, taken, timestep)
+        pieces = tuple(group for group, *_ in groups)
+        return Hoisted(module, pieces, names, taken, timestep, time_weights(self.inputs, pieces))
 
     def outline(self) -> Outline:
         """The outline of the outer graph as it is now."""

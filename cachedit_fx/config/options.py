@@ -26,10 +26,18 @@ Granularity: TypeAlias = Literal["block", "region"]
 CompiledPieces: TypeAlias = Literal["blocks", "all"]
 Verify: TypeAlias = Literal["first"]
 Motion: TypeAlias = Literal["step", "batched"]
+TimeWeights: TypeAlias = Literal["device", "host"]
 BackendName: TypeAlias = Literal["inductor", "aot_eager", "eager"]
 InnerBackend: TypeAlias = BackendName | Callable[..., Any]
 # Names as of torch 2.13 and 2.14. Asking `torch._inductor` for them would import it.
 Mode: TypeAlias = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite"]
+
+
+_HOISTING = frozenset(
+    {"normalize", "find_timestep", "infer_dependence", "detect_block_loops", "plan_regions", "outline_blocks"}
+    | {"hoist_invariants"}
+)
+"""Passes without which nothing is hoisted."""
 
 
 class LoopSettings(NamedTuple):
@@ -181,6 +189,11 @@ class Options:
     """When hoisted values that change with the timestep are computed. "step" = when a step asks for them; no bit
     changes. "batched" = for all steps of a generation at once, if an earlier generation had the same steps. Weights are
     then read once a generation, and results differ by rounding, since a batch sums in another order."""
+    time_weights: TimeWeights = setting("device", choice(*get_args(TimeWeights)))
+    """Where weights lie that serve the timestep's values alone. "host" = on the CPU, which computes these values, and
+    only results go to the model's device. Results differ by rounding, since another processor computes them. It is best
+    with motion="batched". `explain` says how many bytes leave the device. `torch.compile(backend="cachedit")` does not
+    take it."""
     hoisted_mib: int = setting(256, integer(0, "MiB"))
     """The highest size of the hoisted values that a model keeps for each of its graphs, in MiB. Values beyond it are
     computed at every step."""
@@ -229,6 +242,8 @@ class Options:
                 f"params_modifiers set the policy of each block loop separately: they need scope='loop' and a cache, "
                 f"not scope={self.scope!r}, cache={self.cache!r}"
             )
+        if self.time_weights == "host":
+            self._check_host()
         for policy, calibrator in self.loop_settings:
             calibrator_of(calibrator)  # raises if there is none
             own = policy.config.calibrator
@@ -237,6 +252,21 @@ class Options:
                 raise OptionError(f"cache={name!r} brings its own calibrator: leave out calibrator={calibrator!r}")
             if calibrator is not None and calibrator.calibrator_cache_type == "output":
                 self._check_output_target(policy.structure())
+
+    def _check_host(self) -> None:
+        """Raise on settings under which no weight can lie on the host."""
+        switched_off = [name for name, is_on in self.passes if not is_on and name in _HOISTING]
+        if self.cache is None or switched_off:
+            reason = f"passes={{{switched_off[0]!r}: False}}" if switched_off else "cache=None"
+            raise OptionError(
+                f"time_weights='host' computes hoisted values on the host, and {reason} leaves nothing hoisted: leave "
+                "out one of them"
+            )
+        if self.verify:
+            raise OptionError(
+                "verify compares with the plain module, which cannot run while time_weights='host' keeps weights on "
+                "the host: leave out one of them"
+            )
 
     def _check_output_target(self, cut: Cut) -> None:
         if cut.unit == "block":
@@ -286,11 +316,11 @@ class Options:
 
     def structure(self) -> Structure:
         """A hashable key of the structural settings. Options of equal structure can share their compiled graphs."""
-        bare = replace(self, cache=None, calibrator=None, params_modifiers=())
+        bare = self.time_weights, replace(self, cache=None, calibrator=None, params_modifiers=(), time_weights="device")
         return bare, self.predicts_output, tuple(policy.structure() for policy, _ in self.loop_settings)
 
 
-Structure: TypeAlias = tuple[Options, bool, tuple[Cut, ...]]
+Structure: TypeAlias = tuple[tuple[TimeWeights, Options], bool, tuple[Cut, ...]]
 
 
 def parse_options(options: Mapping[str, Any] | None, *, mode: str | None = None) -> Options:

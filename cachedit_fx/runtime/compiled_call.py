@@ -26,6 +26,7 @@ from cachedit_fx.config.rules import OptionError
 from cachedit_fx.passes.block_loops import LoopNotFound
 from cachedit_fx.runtime.call import NO_LOOP, NOT_CAPTURED, Call, current_call
 from cachedit_fx.runtime.guard import on_host
+from cachedit_fx.runtime.host_tensor import HostWeightError
 from cachedit_fx.runtime.model_state import ModelState
 from cachedit_fx.runtime.progress import compiling
 from cachedit_fx.runtime.shortcut import Route, look_of
@@ -55,6 +56,7 @@ class CompiledCall:
         state: the module's state.
         torch_options: keywords of `torch.compile`.
         guards: when a call passes dynamo's guards.
+        place: called before each call with the module and the inputs, to put weights on the host or the device.
     """
 
     def __init__(
@@ -64,8 +66,9 @@ class CompiledCall:
         state: ModelState,
         torch_options: Mapping[str, Any],
         guards: Guards = "always",
+        place: Callable[[torch.nn.Module, Sequence[Any], Mapping[str, Any]], None] | None = None,
     ) -> None:
-        self.guards = guards
+        self.guards, self.place = guards, place
         self.module, self.backend, self.state, self.torch_options = weakref.ref(module), backend, state, torch_options
         self.refused: set[Hashable] = set()
         """Shapes and dtypes of inputs that could not be captured."""
@@ -90,6 +93,8 @@ class CompiledCall:
 
     def _result(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         try:
+            if self.place is not None and (module := self.module()) is not None:
+                self.place(module, args, kwargs)
             if self.settled:
                 return self._settled_result(args, kwargs)
             with compiling(type(self.module()).__name__):
@@ -97,7 +102,7 @@ class CompiledCall:
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, LoopNotFound):
                 raise OptionError(f"loops: {error.inner_exception}") from None
-            if isinstance(error.inner_exception, OptionError):
+            if isinstance(error.inner_exception, (OptionError, HostWeightError)):
                 raise error.inner_exception from None
             raise
 

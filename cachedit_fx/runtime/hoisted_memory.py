@@ -29,6 +29,7 @@ import torch
 
 from cachedit_fx.passes.hoist_invariants import Hoisted
 from cachedit_fx.runtime.guard import on_host
+from cachedit_fx.runtime.host_pieces import functions_of, weights_on_host
 from cachedit_fx.runtime.warning import warn
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ class HoistedCode:
     def __init__(self, hoisted: Hoisted) -> None:
         self.pieces, self.timestep, self.names = hoisted.pieces, hoisted.timestep, hoisted.names
         self.inputs = hoisted.inputs
-        self.functions: list[Callable[..., Results]] = [getattr(hoisted.graph_module, p.name) for p in self.pieces]
+        self.functions, self.captured = functions_of(hoisted)
+        self.on_host = weights_on_host(hoisted)
+        """The weights that lie on the host, as graph inputs."""
         self.makers = {index: number for number, piece in enumerate(self.pieces) for index in piece.results}
         """Index of a value -> the number of the piece that makes it."""
         self.before = [
@@ -64,6 +67,15 @@ class HoistedCode:
         ]
         """For each piece, the pieces whose values it takes."""
         self.weights = tuple(dict.fromkeys(index for piece in self.pieces for index in piece.weights))
+
+    def own_inputs(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        """The graph's inputs as the pieces take them: weights on the host as they are there."""
+        if not self.on_host:
+            return inputs
+        own = list(inputs)
+        for index in self.on_host:
+            own[index] = own[index].host
+        return own
 
     def after(self, number: int) -> list[int]:
         """The piece of this number, and all pieces that take its values, directly or not."""
@@ -83,7 +95,7 @@ class ComputedValues:
     """
 
     def __init__(self, code: HoistedCode, inputs: Sequence[Any]) -> None:
-        self.code, self.inputs = code, inputs
+        self.code, self.inputs = code, code.own_inputs(inputs)
         self._values: dict[int, torch.Tensor] = {}
 
     def __getitem__(self, index: int) -> torch.Tensor:
@@ -405,4 +417,5 @@ def _differ(before: Sequence[torch.Tensor], now: Sequence[torch.Tensor]) -> torc
     if forms[0] != forms[1]:
         return torch.tensor(True)
     flags = [((one != two) & ~(one.isnan() & two.isnan())).any() for one, two in zip(before, now, strict=True)]
-    return torch.stack([flag.to(flags[0].device) for flag in flags]).any() if flags else torch.tensor(False)
+    home = next((flag.device for flag in flags if not on_host(flag)), None)  # a move to the host would wait
+    return torch.stack([flag.to(home or flag.device) for flag in flags]).any() if flags else torch.tensor(False)

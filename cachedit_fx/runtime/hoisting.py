@@ -17,6 +17,7 @@ import torch
 from cachedit_fx.passes.hoist_invariants import HoistedPiece
 from cachedit_fx.runtime.guard import on_host
 from cachedit_fx.runtime.hoisted_memory import ComputedValues, HoistedMemory, Key, Results, Trust, Weights, part_of
+from cachedit_fx.runtime.host_tensor import to_host
 
 if TYPE_CHECKING:
     from cachedit_fx.runtime.call import Call
@@ -49,7 +50,7 @@ class HoistedValues(ComputedValues):
         self._is_batched = call.session.state.options.motion == "batched"
         self._is_compared = not call.is_located and call.begins_by_clock
         if self._is_compared:  # a clock shows before the first block that a generation begins
-            memory.compare_weights(inputs)
+            memory.compare_weights(self.inputs)
         self._is_open = memory.trust() is not Trust.NOT_YET
         if call.is_located:
             self.locate()
@@ -126,19 +127,29 @@ class HoistedValues(ComputedValues):
         """The part of a key that stands for the timestep; None if it would have to be read from a device."""
         if self._time is None and self.code.timestep is not None:
             timestep = self.inputs[self.code.timestep]
-            self._time = time_key(timestep)
+            self._time = self._numbers(timestep)
             places = self._places if self._time is None or self._is_batched else []
             if places:
                 is_told = self.memory.note(places[0], timestep)
                 if self._time is None and is_told and timestep.dim() <= 1:
                     self._time = places[0]
+            if self._time is None and self.code.on_host:
+                self._time = time_key(to_host(timestep))
         return self._time
+
+    def _numbers(self, timestep: Any) -> Hashable:
+        """The numbers of a timestep as a part of a key; None if they would have to be read from a device.
+
+        They are read for pieces on the host if no place can tell them: in a timestep for each token.
+        """
+        is_read = self.code.on_host and isinstance(timestep, torch.Tensor) and timestep.dim() > 1
+        return time_key(to_host(timestep) if is_read else timestep)
 
     @cached_property
     def _places(self) -> list[Hashable]:
         """The clock's places from the present one on, each with the form of the timestep; empty without a clock."""
         tick, timestep = self.call.tick, self.inputs[self.code.timestep or 0]
-        schedule = self.call.session.schedule(tick)
+        schedule = self.call.session.schedule(tick, waits=bool(self.code.on_host))
         if schedule is None or tick is None or not isinstance(timestep, torch.Tensor):
             return []
         times, place = schedule
@@ -151,7 +162,7 @@ class HoistedValues(ComputedValues):
         known = [timestep for timestep in timesteps if timestep is not None]
         if len(known) < len(timesteps):
             return []
-        parts = [time_key(timestep) or place for place, timestep in zip(self._places, known, strict=True)]
+        parts = [self._numbers(timestep) or place for place, timestep in zip(self._places, known, strict=True)]
         return list(zip(parts, known, strict=True))
 
     def _batch(self, number: int) -> list[Results]:
@@ -174,6 +185,12 @@ class HoistedValues(ComputedValues):
         rows = self._mapped(number, [timestep for _, timestep in steps])
         for key, results in zip(keys, rows, strict=bool(rows)):
             self.memory.keep(number, key, results, weights, self._conditions(piece))
+        if rows and self.memory.find(number, keys[-1]) is None:
+            self.memory.unbatched.add(number)
+            self.call.session.state.warn_once(
+                f"motion='batched': some values are computed at each step, since those of {len(steps)} steps exceed "
+                f"hoisted_mib={self.call.session.state.options.hoisted_mib}"
+            )
         return rows
 
     def _mapped(self, number: int, timesteps: list[torch.Tensor]) -> list[Results]:
@@ -196,7 +213,7 @@ class HoistedValues(ComputedValues):
             else:
                 arguments.append(self[at.place] if at.is_value else self.inputs[at.place])
         try:
-            batch: Results = torch.vmap(piece.code, in_dims=tuple(dims))(*arguments)
+            batch: Results = torch.vmap(self.code.captured[number], in_dims=tuple(dims))(*arguments)
         except (RuntimeError, ValueError, NotImplementedError) as error:
             self.memory.unbatched.add(number)
             reason = str(error).splitlines()[0]

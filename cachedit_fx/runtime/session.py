@@ -226,15 +226,18 @@ class Session:
         schedule, index = tick.place
         return self._numbers(schedule)[index]
 
-    def schedule(self, tick: Tick | None) -> tuple[list[float], int] | None:
-        """A clock's schedule as numbers, and the place in it; None if reading the schedule would wait for a device."""
+    def schedule(self, tick: Tick | None, waits: bool = False) -> tuple[list[float], int] | None:
+        """A clock's schedule as numbers, and the place in it.
+
+        None if there is none, or if reading the schedule would wait for a device, unless `waits` is True.
+        """
         if tick is None or tick.place is None or not self.tracker.is_clocked(tick):
             return None
         schedule, index = tick.place
         if not 0 <= index < len(schedule):
             return None
         is_read = self._times[0] is schedule
-        return (self._numbers(schedule), index) if is_read or on_host(schedule) else None
+        return (self._numbers(schedule), index) if waits or is_read or on_host(schedule) else None
 
     def _numbers(self, schedule: torch.Tensor) -> list[float]:
         """The elements of a clock's schedule."""

@@ -63,7 +63,7 @@ class Conditioned(nn.Module):
         temb = self.time(time_embedding(timestep).to(hidden_states.dtype))
         if self.pooled is not None:
             temb = temb + self.pooled(pooled)
-        angles = ids[:, None].float() * torch.linspace(0.1, 1, WIDTH)
+        angles = ids[:, None].float() * torch.linspace(0.1, 1, WIDTH, device=ids.device)
         rotary = torch.cat([angles.cos()[:, ::2], angles.sin()[:, ::2]], dim=-1)[None].to(hidden_states.dtype)
         text = self.text(encoder_hidden_states)
         x = self.embed(hidden_states)

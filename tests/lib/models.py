@@ -24,7 +24,7 @@ def inputs(batch: int = 1, tokens: int = 6, width: int = WIDTH, timestep: float 
 
 def time_embedding(timestep: Tensor, width: int = WIDTH) -> Tensor:
     """The usual sinusoids."""
-    frequencies = torch.exp(-torch.arange(width // 2) * (9.0 / width))
+    frequencies = torch.exp(-torch.arange(width // 2, device=timestep.device) * (9.0 / width))
     angles = timestep[:, None].float() * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 

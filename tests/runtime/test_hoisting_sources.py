@@ -177,3 +177,18 @@ def test_a_piece_that_no_batch_computes_is_said(pooled, monkeypatch):
     pipe.prompt = conditions(1)
     with pytest.warns(CacheWarning, match="is computed at each step: no batching rule"):
         pipe(sample())
+
+
+def test_a_batch_that_there_is_no_room_for_is_computed_once_and_said(pooled, monkeypatch):
+    pooled.compile(motion="batched", hoisted_mib=0, **ALWAYS)
+    pipe, batches, vmap = Pipeline(pooled, rounds=True), [], torch.vmap
+
+    def noting(*args, **kwargs):
+        batches.append(args)
+        return vmap(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "vmap", noting)
+    pipe(sample())
+    with pytest.warns(CacheWarning, match="those of 8 steps exceed hoisted_mib=0"):
+        pipe(sample())
+    assert len(batches) == 7

@@ -234,6 +234,7 @@ OTHER_STRUCTURE = {
     "params_modifiers": [ParamsModifier()],
     "verify": "first",
     "motion": "batched",
+    "time_weights": "host",
     "hoisted_mib": 8,
 }
 
