@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -41,6 +41,8 @@ class Reads:
         values: number of hoisted values.
         step_bytes: of the values that change with the timestep, for one step.
         prompt_bytes: of the values that change with conditions alone.
+        bytes: of the parameters.
+        host_bytes: of the parameters that leave the device with `time_weights="host"`.
     """
 
     model: str
@@ -55,6 +57,8 @@ class Reads:
     values: int = 0
     step_bytes: int = 0
     prompt_bytes: int = 0
+    bytes: int = 0
+    host_bytes: int = 0
 
     @property
     def kept(self) -> float:
@@ -104,7 +108,8 @@ def count(name: str, module: nn.Module, arguments: Mapping[str, Any]) -> Reads |
     plain, moved = outcomes
     if CacheBranch not in plain.facts or CacheBranch not in moved.facts:
         return None
-    return _reads(name, sum(parameter.numel() for parameter in module.parameters()), plain, moved)
+    reads = _reads(name, sum(parameter.numel() for parameter in module.parameters()), plain, moved)
+    return replace(reads, bytes=sum(parameter.nbytes for parameter in module.parameters()))
 
 
 def _reads(name: str, parameters: int, plain: Outcome, moved: Outcome) -> Reads:
@@ -135,6 +140,7 @@ def _reads(name: str, parameters: int, plain: Outcome, moved: Outcome) -> Reads:
         hoisted.count,
         sizes[True],
         sizes[False],
+        host_bytes=hoisted.time_bytes,
     )
 
 

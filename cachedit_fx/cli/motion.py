@@ -26,6 +26,13 @@ READS = (
     'before: with `motion="step"`, with `motion="batched"`, and a cached step that computes the first block (F1B0) '
     "with all hoisted values kept. Values of conditions are kept from the second step on."
 )
+MEMORY = (
+    "GiB of the accelerator that weights and hoisted values take at their peak, derived from the graph and not "
+    "measured: weights in bfloat16, and the values of one prompt and 28 steps, as far as the default of `hoisted_mib` "
+    'keeps them. "on the host" are the weights that `time_weights="host"` takes there. The last columns are what a '
+    "card has left, without the option → with it. Activations, what the cache stores, text encoders and decoders are "
+    "left out."
+)
 TIMES = (
     "CPU seconds over those without the pass, hoisted values kept: medians of pairs by turns, one thread, bfloat16. "
     "A FLUX of width 1024 with 6 + 12 blocks, heads of 128 and random weights; a cached step computes the first block. "
@@ -62,6 +69,7 @@ def motion(
         from cachedit_fx.bench import known_models
         from cachedit_fx.bench import motion as bench
         from cachedit_fx.bench.flux import Size
+        from cachedit_fx.bench.motion_memory import cards, memory_table
         from cachedit_fx.bench.motion_times import measure, time_table
     names = [name for name in known_models.MODELS if not only or any(text.lower() in name.lower() for text in only)]
     if not names:
@@ -85,6 +93,7 @@ def motion(
             rows.append(row)
         parts += [Heading("Weights behind what is hoisted", 2), SHARES, bench.shares_table(rows)]
         parts += [Heading("Weights that a step reads", 2), READS, bench.reads_table(rows)]
+        parts += [Heading("Memory with weights on the host", 2), MEMORY, memory_table(rows), cards(rows)]
         timings = [measure(Size(width=width, head=HEAD), side, rounds, tell) for side in sides]
         if timings:
             parts += [Heading("Time", 2), TIMES, time_table(timings)]

@@ -7,7 +7,7 @@ import torch
 from lib import models
 from lib.command_line import invoke
 
-from cachedit_fx.bench import flux, known_models, motion, motion_times
+from cachedit_fx.bench import flux, known_models, motion, motion_memory, motion_times
 from cachedit_fx.bench.flux import Size
 
 
@@ -34,6 +34,16 @@ def test_the_weights_add_up(tiny):
     assert row.same_steps == (row.rest + row.prompted) / row.today
     assert row.kept == row.rest / row.today < row.batched < row.same_steps < 1
     assert row.step_bytes > 0 and row.prompt_bytes > 0
+    assert row.bytes == 2 * row.parameters
+    assert row.host_bytes == 2 * (row.timed + row.prompted)
+
+
+def test_a_card_holds_what_it_could_not():
+    row = motion.Reads("one", 0, 0, 0, 0, 0, step_bytes=2**40, bytes=30 * 2**30, host_bytes=12 * 2**30)
+    assert motion_memory.on_device(row) == (30.25 * 2**30, 18.25 * 2**30)  # no more than `hoisted_mib` is kept
+    fits, holds_anyway = motion_memory.cards([row])
+    assert fits.startswith("A card of 24 GiB can hold") and fits.endswith(": one.")
+    assert holds_anyway.startswith("A card of 48 GiB") and holds_anyway.endswith(": none of these models.")
 
 
 def test_the_page(tiny, tmp_path):
@@ -41,6 +51,7 @@ def test_the_page(tiny, tmp_path):
     assert result.exit_code == 0, result.output
     page = (tmp_path / "motion.md").read_text()
     assert re.search(r"\| tiny \| \d+ k \| \d+\.\d+% \|", page) and "28 steps at once" in page
+    assert 'peak with "host"' in page and "A card of 24 GiB" in page
     assert "tiny" in result.output and all(len(line) <= 80 for line in result.output.splitlines()[:-1])
 
 
