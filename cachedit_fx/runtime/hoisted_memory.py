@@ -309,15 +309,22 @@ class HoistedMemory:
                     self.renewed[index] += 1
                     self._parts[index].add(part)
 
-    def keep(self, number: int, key: Key, results: Results, weights: Weights, tensors: Iterable[torch.Tensor]) -> None:
-        """Keep the results of a piece, made from these conditions, if there is room and the weights are still these."""
+    def keep(self, number: int, key: Key, results: Results, weights: Weights, tensors: Iterable[torch.Tensor]) -> bool:
+        """Keep the results of a piece, made from these conditions, if there is room and the weights are still these.
+
+        Returns False if there is no room.
+        """
         kept = _Kept(results, (), self._generation)
         with self.lock:
-            if weights is self._weights[number] and self._make_room(kept.size):
-                self._forget(number, key)
-                kept.tensors = tuple(weakref.ref(each, self._dropper(number, key, part_of(each))) for each in tensors)
-                self._kept[number][key] = kept
-                self.bytes_held += kept.size
+            if weights is not self._weights[number]:
+                return True
+            if not self._make_room(kept.size):
+                return False
+            self._forget(number, key)
+            kept.tensors = tuple(weakref.ref(each, self._dropper(number, key, part_of(each))) for each in tensors)
+            self._kept[number][key] = kept
+            self.bytes_held += kept.size
+            return True
 
     def _drop(self, numbers: Iterable[int]) -> None:
         """Keep nothing of these pieces."""

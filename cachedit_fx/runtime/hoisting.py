@@ -183,9 +183,9 @@ class HoistedValues(ComputedValues):
         if len(kept) == len(steps):
             return kept
         rows = self._mapped(number, [timestep for _, timestep in steps])
-        for key, results in zip(keys, rows, strict=bool(rows)):
-            self.memory.keep(number, key, results, weights, self._conditions(piece))
-        if rows and self.memory.find(number, keys[-1]) is None:
+        tensors = self._conditions(piece)
+        pairs = zip(keys, rows, strict=bool(rows))
+        if not all(self.memory.keep(number, key, results, weights, tensors) for key, results in pairs):
             self.memory.unbatched.add(number)
             self.call.session.state.warn_once(
                 f"motion='batched': some values are computed at each step, since those of {len(steps)} steps exceed "
