@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from cachedit_fx.backend import compile_graph, pass_manager
-from cachedit_fx.capture import is_wrapper, on_compile, unwrap_call
+from cachedit_fx.capture import RECOMPILE_LIMIT, is_wrapper, on_compile, unwrap_call
 from cachedit_fx.config.cache import DBCacheConfig
 from cachedit_fx.config.calibrators import CalibratorConfig
 from cachedit_fx.config.options import Options, ParamsModifier, parse_options
@@ -40,9 +40,6 @@ from cachedit_fx.runtime.warning import warn
 
 Model = TypeVar("Model")
 
-RECOMPILE_LIMIT = 64
-"""Graphs of one model. Dynamo's default of eight is soon used up: every loaded adapter makes a graph, as do autocast,
-grad modes, a batch of one, other inputs. Calls beyond the limit run eager, uncached."""
 
 TORCH_RULES = {
     "fullgraph": FLAG,

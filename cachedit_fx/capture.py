@@ -135,6 +135,11 @@ def capturing() -> AbstractContextManager[None]:
     return flags
 
 
+RECOMPILE_LIMIT = 64
+"""Graphs of one model. Dynamo's default of eight is soon used up: every loaded adapter makes a graph, as do autocast,
+grad modes, a batch of one, other inputs. Calls beyond the limit run eager, uncached."""
+
+
 def isolated_compile(function: Callable[..., Any], backend: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """`torch.compile` with a separate recompile limit. Dynamo counts per code object, which models of a class share."""
     isolated: dict[str, Any] = {"isolate_recompiles": True}  # missing from the overloads of 2.13 and 2.14

@@ -24,7 +24,9 @@ from torch import fx
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from cachedit_fx.capture import RECOMPILE_LIMIT, isolated_compile
 from cachedit_fx.config.options import Options
 from cachedit_fx.passes.graph_aliases import REPLACED, memory_of, written_by
 from cachedit_fx.passes.graph_values import target_key, value_of
@@ -72,7 +74,8 @@ def lower(outcome: Outcome, options: Options) -> Callable[..., Any] | None:
         if is_compiled:
             compiled += 1
             report(f"compiling piece {compiled} of {total}, {name}, for {len(users)} places of the model")
-            module = Lowered(compile_piece(module, compiler))
+            lowering = compile_late if _lacks_lengths(module) else compile_piece
+            module = Lowered(lowering(module, compiler))
         for holder, name in users:
             setattr(holder, name, module)
     logger.info("%d pieces, %d distinct", sum(map(len, places.values())), len(places))
@@ -143,6 +146,23 @@ def compile_piece(piece: fx.GraphModule, compiler: InnerCompiler) -> Callable[..
     inputs = [_fake_input(node) for node in piece.graph.nodes if node.op == "placeholder"]
     with tracing(TracingContext(_fake_mode(inputs))):
         return compiler(piece, inputs)
+
+
+def compile_late(piece: fx.GraphModule, compiler: InnerCompiler) -> Callable[..., Any]:
+    """Have one piece compiled at its first call, by the lengths that come then. Other lengths compile it once more.
+
+    Dynamo guards what the compiled form takes for granted. Without its guards nothing would, as lengths that depend on
+    data have no value yet while the graph is compiled.
+    """
+    return isolated_compile(piece.forward, compiler, fullgraph=True, recompile_limit=RECOMPILE_LIMIT)
+
+
+def _lacks_lengths(piece: fx.GraphModule) -> bool:
+    """Whether sizes of the piece's inputs depend on data, and no input holds the lengths that they are made of."""
+    inputs = [value_of(node) for node in piece.graph.find_nodes(op="placeholder")]
+    lengths = {value.node.expr for value in inputs if isinstance(value, torch.SymInt)}
+    symbols = [free_unbacked_symbols(value) for value in inputs if isinstance(value, torch.Tensor)]
+    return not set().union(*symbols) <= lengths
 
 
 def _fake_input(node: fx.Node) -> Any:

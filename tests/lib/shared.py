@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from cachedit_fx.api import RECOMPILE_LIMIT
 from cachedit_fx.backend import cachedit, compile_graph
 from cachedit_fx.bench.coverage import Subject, tensors
-from cachedit_fx.capture import copy_of
+from cachedit_fx.capture import RECOMPILE_LIMIT, copy_of
 from cachedit_fx.config.cache import DBCacheConfig
 from cachedit_fx.config.options import Options, parse_options
 from cachedit_fx.passes.base import Facts, Traced
