@@ -22,12 +22,14 @@ ONLY_FLOAT32 = {
     "SanaWMTransformer3DModel": "takes an inverse that a CPU has for float32 only",
 }
 """Classes whose plain module raises in bfloat16 on a CPU."""
+NOT_BY_INDUCTOR = {"Kandinsky6SRTransformer3DModel": "g++ refuses what inductor writes of its flex attention"}
+"""Classes that plain `torch.compile` cannot compile on a CPU either, with torch 2.13."""
 CASES = [
     (name, dtype, inner)
     for name in CLASSES
     for dtype in ("float32", "bfloat16")
     for inner in ("eager", "inductor")
-    if dtype == "float32" or name not in ONLY_FLOAT32
+    if (dtype == "float32" or name not in ONLY_FLOAT32) and (inner == "eager" or name not in NOT_BY_INDUCTOR)
 ]
 STEPS = (FIRST, LATER, FIRST, LATER)
 """Timesteps of two generations. The second one finds the hoisted values of the first."""
