@@ -1,0 +1,168 @@
+"""Moves parts of tensors between the ranks of a process group: all communication of rewritten graphs goes through here.
+
+    cut        whole tensor     ──► this rank's part               no communication
+    gather     parts            ──► whole tensor                   all-gather, or all-to-all if parts differ in length
+    exchange   cut along one    ──► cut along another axis         all-to-all
+    reduce     partial sums     ──► their sum                      all-reduce
+
+Segments are pairs (count, unit), as in `passes.layouts`: of each segment a rank holds consecutive units, the first
+ranks one more if the ranks do not divide them. Lengths follow from the whole lengths, so nothing is padded, and ranks
+never tell each other lengths. All functions are traceable: inductor sees functional collectives of torch.distributed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+Segments = Sequence[tuple[Any, Any]]
+"""(count, unit) of each segment of an axis as a whole."""
+
+
+def cut(x: torch.Tensor, axis: int, segments: Segments, group: str) -> torch.Tensor:
+    """This rank's part of a whole tensor, contiguous."""
+    rank, ranks = _place(group)
+    parts, start = [], 0
+    for count, unit in segments:
+        own, before = _own(count, rank, ranks), _before(count, rank, ranks)
+        parts.append(x.narrow(axis, start + before * unit, own * unit))
+        start = start + count * unit
+    return _joined(parts, axis).contiguous()
+
+
+def gather(x: torch.Tensor, axis: int, segments: Segments, group: str) -> torch.Tensor:
+    """The whole tensor, from all ranks' parts."""
+    _, ranks = _place(group)
+    lengths = [_length(segments, rank, ranks) for rank in range(ranks)]
+    flat = x.movedim(axis, 0).contiguous()
+    if _are_equal(lengths):
+        whole = _wait(torch.ops._c10d_functional.all_gather_into_tensor(flat, ranks, group))
+    else:
+        sent = flat.repeat(ranks, *[1] * (flat.dim() - 1))
+        whole = _wait(torch.ops._c10d_functional.all_to_all_single(sent, lengths, [flat.shape[0]] * ranks, group))
+    if len(segments) > 1:
+        parts = [part.split(_lengths(segments, rank, ranks)) for rank, part in enumerate(whole.split(lengths))]
+        whole = torch.cat([part[index] for index in range(len(segments)) for part in parts])
+    return whole.movedim(0, axis).contiguous()
+
+
+def exchange(
+    x: torch.Tensor, axis: int, segments: Segments, new_axis: int, new_segments: Segments, group: str
+) -> torch.Tensor:
+    """A tensor that is cut along `axis`, cut along `new_axis` instead.
+
+    A whole axis of several segments is in the order of the ranks' parts, both in `x` and in the result.
+    """
+    rank, ranks = _place(group)
+    old, new = ([_length(each, at, ranks) for at in range(ranks)] for each in (segments, new_segments))
+    sent = x.movedim((new_axis, axis), (0, 1)).contiguous()
+    rest = sent.shape[2:]
+    width = 1
+    for size in rest:
+        width = width * size
+    received = _wait(
+        torch.ops._c10d_functional.all_to_all_single(
+            sent.flatten(),
+            [new[rank] * length * width for length in old],
+            [length * old[rank] * width for length in new],
+            group,
+        )
+    )
+    if _are_equal(old):
+        parts = received.view(ranks, new[rank], old[rank], *rest)
+        joined = parts.transpose(0, 1).reshape(new[rank], ranks * old[rank], *rest)
+    else:
+        pieces = received.split([new[rank] * length * width for length in old])
+        joined = torch.cat([p.view(new[rank], n, *rest) for p, n in zip(pieces, old, strict=True)], 1)
+    return joined.movedim((0, 1), (new_axis, axis))
+
+
+def reduce(x: torch.Tensor, group: str) -> torch.Tensor:
+    """The sum of all ranks' tensors."""
+    return _wait(torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group))
+
+
+def by_rank(x: torch.Tensor, axis: int, segments: Segments, group: str) -> torch.Tensor:
+    """A whole tensor with an axis in the order of the ranks' parts: what gathered parts would be side by side."""
+    _, ranks = _place(group)
+    wholes = x.split([count * unit for count, unit in segments], axis)
+    parts = [
+        part.split([_own(count, rank, ranks) * unit for rank in range(ranks)], axis)
+        for part, (count, unit) in zip(wholes, segments, strict=True)
+    ]
+    return torch.cat([part[rank] for rank in range(ranks) for part in parts], axis)
+
+
+def take(x: torch.Tensor, axis: int, segments: Segments, first: int, last: int, group: str) -> torch.Tensor:
+    """This rank's part of the segments [first, last), from its part of all segments."""
+    rank, ranks = _place(group)
+    lengths = _lengths(segments, rank, ranks)
+    return x.narrow(axis, sum(lengths[:first]), sum(lengths[first:last]))
+
+
+def take_apart(
+    x: torch.Tensor, axis: int, segments: Segments, ranges: Sequence[tuple[int, int]], group: str
+) -> tuple[torch.Tensor, ...]:
+    """Several such runs of segments."""
+    return tuple(take(x, axis, segments, first, last, group) for first, last in ranges)
+
+
+def whole_size(x: torch.Tensor, axis: int, segments: Segments, asked: int | None, group: str) -> Any:
+    """The size of the whole tensor: of the axis `asked`, or of all as a tuple."""
+    length = sum(count * unit for count, unit in segments)
+    sizes = (*x.shape[:axis], length, *x.shape[axis + 1 :])
+    return sizes if asked is None else sizes[asked]
+
+
+COMMUNICATING = frozenset({gather, exchange, reduce})
+"""The functions that all ranks of a group must call together."""
+LOCAL = frozenset({cut, by_rank, take, take_apart, whole_size})
+"""The other ones that rewritten graphs call."""
+
+
+def _place(group: str) -> tuple[int, int]:
+    """(this process's rank in the group, number of ranks)."""
+    resolved = _resolve_process_group(group)  # type: ignore[arg-type]
+    return dist.get_rank(resolved), dist.get_world_size(resolved)
+
+
+def _own(count: Any, rank: int, ranks: int) -> Any:
+    """How many of `count` units the rank holds."""
+    return (count + (ranks - 1 - rank)) // ranks
+
+
+def _before(count: Any, rank: int, ranks: int) -> Any:
+    """How many units the ranks before it hold."""
+    return sum(_own(count, other, ranks) for other in range(rank))
+
+
+def _lengths(segments: Segments, rank: int, ranks: int) -> list[Any]:
+    """The lengths of the rank's parts of the segments."""
+    return [_own(count, rank, ranks) * unit for count, unit in segments]
+
+
+def _length(segments: Segments, rank: int, ranks: int) -> Any:
+    return sum(_lengths(segments, rank, ranks))
+
+
+def _are_equal(lengths: Sequence[Any]) -> bool:
+    """Whether all are the same number. Symbols count as unequal, since comparing them would fix them."""
+    return all(isinstance(length, int) for length in lengths) and len(set(lengths)) == 1
+
+
+def _joined(parts: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), axis)
+
+
+def _wait(x: torch.Tensor) -> torch.Tensor:
+    return torch.ops._c10d_functional.wait_tensor(x)
+
+
+def splits(lengths: Sequence[int]) -> list[int]:
+    """Running sums: where each part ends."""
+    return list(itertools.accumulate(lengths))

@@ -1,0 +1,243 @@
+"""Lets several ranks share the work on one sample: cuts sequences, and puts collectives around attention (Ulysses).
+
+    q = self.to_q(hidden)                       hidden_cut = cut(hidden, 1, ((1024, 1),))        once, before block 0
+    y = attention(q, k, v)             ->       q = self.to_q(hidden_cut)
+    out = self.proj(y)                          y = attention(exchange(q), exchange(k), exchange(v))
+    ...                                         out = self.proj(exchange(y))
+    output(norm_out(hidden_57))                 output(gather(norm_out(hidden_57)))
+
+It carries out what `infer_sequence_axes` has planned. Values from before the chain are cut at the chain's first node,
+never where they are made: the prologue may still write to them. All ranks get the same graph text. What differs between
+ranks is computed by the functions of `cachedit_fx.collectives` from the whole lengths. So the blocks of a graph stay
+identical, and each is compiled once.
+
+The graph's inputs and results are whole on every rank.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import sympy
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.node import map_arg
+
+from cachedit_fx import collectives
+
+from .axis_rules import As, Step, map_arguments
+from .base import Facts, FlatGraph, Interface, Rewrite, Rewritten
+from .block_loops import Detection
+from .find_timestep import TimestepSource
+from .graph_aliases import memory_of
+from .graph_values import body_nodes, tensor_of, value_of
+from .infer_sequence_axes import SequenceAxes
+from .layouts import Cut, Layout, Segment, Size, size_of
+from .normalize import Normalized
+
+
+@dataclass(frozen=True)
+class Ranks(Interface):
+    """Fact: all ranks of a group must call the graph together, with equal inputs, and get equal results.
+
+    Attributes:
+        group: its name.
+        share: the share of the work of the chain's linear layers that the ranks divide.
+        gathers: name of an operation of the chain -> how often it needs a value whole.
+        blocks: of the chain.
+    """
+
+    group: str
+    share: float
+    gathers: dict[str, int]
+    blocks: int
+
+
+class InsertUlysses(Rewrite):
+    """Cuts the chain's streams, and inserts the collectives.
+
+    Args:
+        group: the name of the process group.
+    """
+
+    name: ClassVar[str] = "insert_ulysses"
+    requires: ClassVar[tuple[type, ...]] = (FlatGraph, Normalized, Detection, SequenceAxes)
+    provides: ClassVar[tuple[type, ...]] = (Ranks,)
+    preserves: ClassVar[tuple[type, ...]] = (FlatGraph, Normalized, TimestepSource)
+
+    def __init__(self, group: str) -> None:
+        self.group = group
+
+    def run(self, gm: fx.GraphModule, facts: Facts) -> Rewritten:
+        axes, detection = facts[SequenceAxes], facts[Detection]
+        fact = _ranks(self.group, axes, detection)
+        blocks = {node: block for loop in detection.loops for block in loop.blocks for node in block.nodes}
+        _Rewriter(gm, axes, blocks, self.group).run()
+        return Rewritten(gm, len(axes.steps), (fact,))
+
+
+def _ranks(group: str, axes: SequenceAxes, detection: Detection) -> Ranks:
+    from collections import Counter
+
+    from .graph_values import target_name
+
+    counts = Counter(target_name(gather.node) for gather in axes.chain_gathers)
+    return Ranks(group, axes.share, dict(counts), sum(loop.num_blocks for loop in detection.chain_loops))
+
+
+class _Rewriter:
+    """Rewrites one graph, in its order.
+
+    Args:
+        blocks: node -> the block that it belongs to, for nodes of blocks.
+    """
+
+    def __init__(self, gm: fx.GraphModule, axes: SequenceAxes, blocks: dict[fx.Node, Any], group: str) -> None:
+        self.graph, self.axes, self.blocks, self.group = gm.graph, axes, blocks, group
+        nodes = body_nodes(gm.graph)
+        self.before = {node for node in gm.graph.nodes if node.op in ("placeholder", "get_attr")}
+        self.before |= set(nodes[: nodes.index(axes.entry)])
+        self.values: dict[fx.Node, fx.Node] = {}
+        """Node -> the node that later ones read in its place."""
+        self.copies: dict[Any, fx.Node] = {}
+        """(node, layout, ..., block) -> the value in this layout."""
+        self.lengths = _Lengths(gm.graph)
+
+    def run(self) -> None:
+        layouts: dict[fx.Node, Any] = dict(self.axes.streams)
+        with self.graph.inserting_before(self.axes.entry):
+            for stream, cut in self.axes.streams.items():
+                self.values[stream] = self._call(collectives.cut, stream, _along(cut), None)
+        for node, step in self.axes.steps.items():
+            self._rewrite(node, step, layouts)
+            layouts[node] = step.result
+
+    def _rewrite(self, node: fx.Node, step: Step, layouts: dict[fx.Node, Any]) -> None:
+        args, kwargs = map_arguments(
+            (step.args, dict(step.kwargs)), lambda read: self._read(node, read, layouts.get(read.node))
+        )
+        if step.target is not None:
+            node.op, node.target = "call_function", step.target
+            if step.target in collectives.LOCAL:
+                args = (*args, self.group)
+        args, kwargs = self.lengths.named((args, kwargs), node)
+        node.args, node.kwargs = tuple(args), kwargs
+        if node.op == "output":
+            return
+        if step.made is not None:
+            node.meta["example_value"] = _run(node)
+        if step.is_partial:
+            self._hand_on(node, collectives.reduce, ())
+        elif isinstance(step.handed_on, Cut):
+            self._hand_on(node, collectives.exchange, (*_along(step.made), *_along(step.handed_on)))
+
+    def _hand_on(self, node: fx.Node, target: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        """Put a collective after the node, and let later nodes read its value."""
+        with self.graph.inserting_after(node):
+            new = self._call(target, node, arguments, node)
+        self.values[node] = new
+        node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+    def _read(self, user: fx.Node, read: As, layout: Any) -> fx.Node:
+        """The node that has the value in the layout that the user reads."""
+        value = self.values.get(read.node, read.node)
+        if layout == read.layout and not read.by_rank:
+            return value
+        is_written = not self.axes.written.isdisjoint(memory_of(read.node))
+        place, block = user, self.blocks.get(user)
+        if not is_written and read.node not in self.blocks and read.node in self.before:
+            place, block = self.axes.entry, None
+        key = read.node, read.layout, read.by_rank, block
+        if key not in self.copies or is_written:
+            with self.graph.inserting_before(place):
+                self.copies[key] = self._converted(value, layout, read, place if block is not None else None)
+        return self.copies[key]
+
+    def _converted(self, value: fx.Node, layout: Layout, read: As, place: fx.Node | None) -> fx.Node:
+        wanted: Layout = read.layout
+        if layout is not None and wanted is not None and layout.axis != wanted.axis:
+            return self._call(collectives.exchange, value, (*_along(layout), *_along(wanted)), place)
+        if layout is not None:
+            value = self._call(collectives.gather, value, _along(layout), place)
+        for cut in read.by_rank:
+            value = self._call(collectives.by_rank, value, _along(cut), place)
+        return value if wanted is None else self._call(collectives.cut, value, _along(wanted), place)
+
+    def _call(
+        self, target: Callable[..., Any], value: fx.Node, arguments: tuple[Any, ...], place: fx.Node | None
+    ) -> fx.Node:
+        """A call of a function of `collectives`, in the module that `place` belongs to."""
+        node = self.graph.call_function(target, (value,))
+        node.args = (value, *self.lengths.named(arguments, node), self.group)
+        node.meta = {
+            key: place.meta[key] for key in ("nn_module_stack", "stack_trace") if place is not None and key in place.meta
+        }
+        node.meta["example_value"] = _run(node)
+        return node
+
+
+def _along(cut: Layout) -> tuple[Any, ...]:
+    assert cut is not None
+    return cut.axis, cut.segments
+
+
+class _Lengths:
+    """Names lengths in the arguments of nodes: numbers as they are, symbols by the nodes that have their values."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.order = {node: place for place, node in enumerate(graph.nodes)}
+        self.nodes: dict[Size, fx.Node] = {}
+        self.tensors: dict[Size, tuple[fx.Node, int]] = {}
+        for node in graph.nodes:
+            value = value_of(node)
+            if isinstance(value, torch.SymInt):
+                self.nodes.setdefault(size_of(value), node)
+            tensor = tensor_of(node)
+            for axis, size in enumerate(tensor.shape if tensor is not None else ()):
+                if isinstance(size, torch.SymInt):
+                    self.tensors.setdefault(size_of(size), (node, axis))
+
+    def named(self, arguments: Any, user: fx.Node) -> Any:
+        """`arguments` with segments as pairs, and symbols as nodes."""
+        if isinstance(arguments, Segment):
+            return self.named(arguments.count, user), self.named(arguments.unit, user)
+        if isinstance(arguments, torch.SymInt):
+            return self.named(size_of(arguments), user)
+        if isinstance(arguments, sympy.Expr):
+            return self._node(arguments)
+        if isinstance(arguments, (tuple, list)):
+            return type(arguments)(self.named(each, user) for each in arguments)
+        if isinstance(arguments, dict):
+            return {name: self.named(each, user) for name, each in arguments.items()}
+        return arguments
+
+    def _node(self, size: Size) -> fx.Node:
+        if size not in self.nodes:
+            tensor, axis = self.tensors[size]
+            with self.graph.inserting_after(tensor):
+                node = self.graph.call_method("size", (tensor, axis))
+            node.meta = {"example_value": value_of(tensor).shape[axis]}
+            self.nodes[size] = node
+        return self.nodes[size]
+
+
+def _run(node: fx.Node) -> Any:
+    """The node's value, from the recorded values of its arguments."""
+    args, kwargs = map_arg((node.args, dict(node.kwargs)), value_of)
+    mode = next(
+        (value.fake_mode for each in node.all_input_nodes if hasattr(value := value_of(each), "fake_mode")), None
+    )
+    with mode if mode is not None else torch.no_grad(), torch.no_grad():
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        result = node.target(*args, **kwargs)
+    return args[0] if node.target is operator.setitem else result
+
+
+__all__ = ["InsertUlysses", "Ranks", "ShapeEnv"]
