@@ -112,6 +112,15 @@ def take_apart(
     return tuple(take(x, axis, segments, first, last, group) for first, last in ranges)
 
 
+def write_(
+    x: torch.Tensor, value: Any, axis: int, segments: Segments, first: int, last: int, group: str
+) -> torch.Tensor:
+    """Write this rank's part of the segments [first, last) into its part of all segments, in place."""
+    part = take(x, axis, segments, first, last, group)
+    part[...] = value
+    return x
+
+
 def whole_size(x: torch.Tensor, axis: int, segments: Segments, asked: int | None, group: str) -> Any:
     """The size of the whole tensor: of the axis `asked`, or of all as a tuple."""
     length = sum(count * unit for count, unit in segments)
@@ -121,7 +130,7 @@ def whole_size(x: torch.Tensor, axis: int, segments: Segments, asked: int | None
 
 COMMUNICATING = frozenset({gather, exchange, reduce})
 """The functions that all ranks of a group must call together."""
-LOCAL = frozenset({cut, by_rank, take, take_apart, whole_size})
+LOCAL = frozenset({cut, by_rank, take, take_apart, write_, whole_size})
 """The other ones that rewritten graphs call."""
 
 

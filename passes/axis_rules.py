@@ -24,7 +24,7 @@ from cachedit_fx import collectives
 
 from .graph_aliases import arguments_of, overloads_of
 from .graph_values import input_nodes, target_name, tensor_of, value_of
-from .layouts import Cut, Layout, Size, hints_of, regrouped, simplified, size_of
+from .layouts import Cut, Layout, Size, hints_of, regrouped, simplified, size_of, unit_for
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,14 @@ def map_arguments(arguments: Any, function: Callable[[As], Any]) -> Any:
     return arguments
 
 
+class Wish(NamedTuple):
+    """An axis of this length should have a border of segments somewhere, or whole units on each rank."""
+
+    length: Size
+    border: Size | None = None
+    unit: Size = 1
+
+
 class Call:
     """A node as rules see it.
 
@@ -93,18 +101,41 @@ class Call:
         node: of the flat graph.
         layouts: node -> layout of its value; nodes that are missing are whole.
         ranks: how many ranks share the work.
+        equal: symbol -> the size that it is known to equal.
 
     Attributes:
-        wishes: (length of an axis, position): borders of segments at which the node would like it cut.
+        wishes: how the node would like an axis cut, if it is not cut so.
     """
 
-    def __init__(self, node: fx.Node, layouts: Mapping[fx.Node, Any], ranks: int) -> None:
-        self.node, self.layouts, self.ranks = node, layouts, ranks
-        self.wishes: list[tuple[Size, Size]] = []
+    def __init__(
+        self, node: fx.Node, layouts: Mapping[fx.Node, Any], ranks: int, equal: Mapping[Any, Size] | None = None
+    ) -> None:
+        self.node, self.layouts, self.ranks, self.equal = node, layouts, ranks, equal or {}
+        self.wishes: list[Wish] = []
 
     def layout(self, value: Any) -> Any:
         """The layout of an argument; None if it is whole or no node."""
         return self.layouts.get(value) if isinstance(value, fx.Node) else None
+
+    def sizes(self, value: Any) -> list[Size] | None:
+        """The sizes of an argument's whole value, or of the node's; None if it is no tensor."""
+        tensor = tensor_of(value) if isinstance(value, fx.Node) else None
+        return None if tensor is None else self.all_sizes(tensor)
+
+    def all_sizes(self, tensor: torch.Tensor) -> list[Size]:
+        """The sizes of a tensor, equal symbols made one."""
+        sizes = [size_of(size) for size in tensor.shape]
+        return [self.resolved(size) for size in sizes] if self.equal else sizes
+
+    def resolved(self, size: Size) -> Size:
+        """A size with equal symbols made one."""
+        return size if isinstance(size, int) else simplified(size.xreplace(self.equal))
+
+    def number(self, value: Any) -> Size | None:
+        """An argument that is a whole number, or a node that is one, as a size."""
+        number = value_of(value) if isinstance(value, fx.Node) else value
+        is_number = isinstance(number, (int, torch.SymInt)) and not isinstance(number, bool)
+        return self.resolved(size_of(number)) if is_number else None
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -169,21 +200,9 @@ def rule_of(node: fx.Node) -> Rule | None:
     return pointwise if _is_pointwise(node, name) else None
 
 
-def sizes_of(value: Any) -> list[Size] | None:
-    """The sizes of an argument's whole value; None if it is no tensor."""
-    tensor = tensor_of(value) if isinstance(value, fx.Node) else None
-    return None if tensor is None else [size_of(size) for size in tensor.shape]
-
-
 def positive(axis: int, rank: int) -> int:
     """An axis counted from the first."""
     return axis + rank if axis < 0 else axis
-
-
-def number_of(value: Any) -> Size | None:
-    """An argument that is a whole number, or a node that is one, as a size."""
-    number = value_of(value) if isinstance(value, fx.Node) else value
-    return size_of(number) if isinstance(number, (int, torch.SymInt)) and not isinstance(number, bool) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,14 +235,14 @@ def _is_pointwise(node: fx.Node, name: str) -> bool:
 
 def pointwise(call: Call) -> Step | None:
     """Operands are broadcast to the result's shape; those that have the axis are cut there."""
-    result = sizes_of(call.node)
+    result = call.sizes(call.node)
     operands = [each for each in call.node.all_input_nodes if tensor_of(each) is not None]
     if target_name(call.node) in _READ_FOR_FORM:
         operands = operands[:1]
     if result is None or any(isinstance(call.layout(each), tuple) for each in operands):
         return None
     for operand, cut in call.cuts:
-        sizes = sizes_of(operand)
+        sizes = call.sizes(operand)
         if operand in operands and sizes is not None and len(sizes) <= len(result):
             return _broadcast(call, cut.at(cut.axis + len(result) - len(sizes)), result, operands)
     others = {each: call.layout(each) for each in call.node.all_input_nodes}
@@ -232,10 +251,10 @@ def pointwise(call: Call) -> Step | None:
 
 def _broadcast(call: Call, cut: Cut, result: Sequence[Size], operands: Sequence[fx.Node]) -> Step | None:
     layouts: dict[fx.Node, Layout] = {each: call.layout(each) for each in call.node.all_input_nodes}
-    if result[cut.axis] != cut.length:
+    if result[cut.axis] == 1:
         return None
     for operand in operands:
-        sizes = sizes_of(operand)
+        sizes = call.sizes(operand)
         assert sizes is not None
         layouts[operand] = operand_layout(cut, sizes, len(result))
     return call.step(cut, layouts)
@@ -255,7 +274,7 @@ def operand_layout(cut: Cut, sizes: Sequence[Size], rank: int) -> Layout:
 def source_of(call: Call) -> tuple[fx.Node, Cut, list[Size]] | None:
     """The first argument, its cut and its sizes, if it is the only input that is cut."""
     value, layout = call.first, call.layout(call.first)
-    sizes = sizes_of(value)
+    sizes = call.sizes(value)
     if not isinstance(layout, Cut) or sizes is None or any(each is not value for each, _ in call.cuts):
         return None
     return value, layout, sizes
@@ -269,9 +288,10 @@ def reshape(call: Call) -> Step | None:
     if source is None or before is None or after is None or before.dtype is not after.dtype:
         return None
     value, cut, sizes = source
-    result = [size_of(size) for size in after.shape]
+    result = call.all_sizes(after)
     new = regrouped(cut, sizes, result, (hints_of(before), hints_of(after)))
     if new is None:
+        call.wishes.append(Wish(cut.length, unit=unit_for(cut, sizes, result)))
         return None
     if target_name(call.node) in ("squeeze", "unsqueeze"):
         return call.step(new, {value: cut})
@@ -315,7 +335,7 @@ def permute(call: Call) -> Step | None:
 def attribute(call: Call) -> Step | None:
     """Transposed views, and what does not depend on the axis' length."""
     name, layout = call.node.args[1], call.layout(call.first)
-    sizes = sizes_of(call.first)
+    sizes = call.sizes(call.first)
     if name in ("T", "mT") and isinstance(layout, Cut) and sizes is not None:
         last = len(sizes) - 1
         swapped = {last: last - 1, last - 1: last}.get(layout.axis, layout.axis)
@@ -327,26 +347,26 @@ def attribute(call: Call) -> Step | None:
     return None
 
 
-@rule("dim", "ndimension", "is_floating_point", "is_complex", "get_device", "element_size")
+@rule("dim", "ndimension", "sym_storage_offset", "is_floating_point", "is_complex", "get_device", "element_size")
 def form(call: Call) -> Step | None:
     """What does not depend on the axis' length."""
     return call.step(None, {call.first: call.layout(call.first)})
 
 
-@rule("size")
+@rule("size", "sym_size")
 def whole_size(call: Call) -> Step | None:
     """Sizes are those of the whole value."""
     layout = call.layout(call.first)
     if not isinstance(layout, Cut):
         return None
-    axis = call.arguments.get("dim") if target_name(call.node) == "size" else None
+    axis = [*call.node.args[1:], *call.node.kwargs.values(), None][0] if target_name(call.node) != "getattr" else None
     return Step((As(call.first, layout), layout.axis, layout.segments, axis), {}, None, collectives.whole_size)
 
 
 @rule("expand", "expand_as", "broadcast_to", "repeat", "tile")
 def expand(call: Call) -> Step | None:
     """Other axes are repeated."""
-    source, result = source_of(call), sizes_of(call.node)
+    source, result = source_of(call), call.sizes(call.node)
     if source is None or result is None:
         return None
     value, cut, sizes = source
@@ -366,10 +386,11 @@ def expand(call: Call) -> Step | None:
 def repeat_interleave(call: Call) -> Step | None:
     """Along another axis; along the axis itself, each unit becomes longer."""
     source = source_of(call)
-    axis, repeats = call.arguments.get("dim"), call.arguments.get("repeats")
-    if source is None or not isinstance(axis, int) or not isinstance(repeats, int):
+    given = [*call.node.args[1:3], *call.node.kwargs.values()]
+    if source is None or len(given) < 2 or not all(isinstance(each, int) for each in given[:2]):
         return None
     value, cut, sizes = source
+    repeats, axis = given[0], call.node.kwargs.get("dim", given[1])
     if positive(axis, len(sizes)) != cut.axis:
         return call.step(cut, {value: cut})
     return call.step(
@@ -380,7 +401,7 @@ def repeat_interleave(call: Call) -> Step | None:
 @rule("view_as_complex", "view_as_real")
 def view_as_numbers(call: Call) -> Step | None:
     """The last axis becomes a part of each number, or the other way round."""
-    source, result = source_of(call), sizes_of(call.node)
+    source, result = source_of(call), call.sizes(call.node)
     if source is None or result is None:
         return None
     value, cut, _ = source
@@ -396,7 +417,7 @@ def view_as_numbers(call: Call) -> Step | None:
 def join(call: Call) -> Step | None:
     """Along the axis: segments one after the other. Along another one: all are cut at the same places."""
     tensors = call.first
-    sizes = sizes_of(call.node)
+    sizes = call.sizes(call.node)
     if target_name(call.node) in ("hstack", "vstack") or not isinstance(tensors, (list, tuple)) or sizes is None:
         return None
     given = call.node.args[1] if len(call.node.args) > 1 else call.node.kwargs.get("dim", call.node.kwargs.get("axis", 0))
@@ -415,7 +436,7 @@ def join(call: Call) -> Step | None:
 
 def _part_along(call: Call, value: Any, axis: int) -> Layout:
     """The layout of one of the values that are joined along `axis`: as it is cut already, else as one segment."""
-    layout, sizes = call.layout(value), sizes_of(value)
+    layout, sizes = call.layout(value), call.sizes(value)
     if isinstance(layout, Cut) and layout.axis == axis:
         return layout
     return Cut.along(axis, sizes[axis]) if sizes is not None and axis < len(sizes) else None
@@ -439,7 +460,7 @@ def take_apart(call: Call) -> Step | None:
     start: Size = 0
     ranges: list[tuple[int, int]] = []
     for part in results:
-        end = simplified(start + size_of(part.shape[axis]))
+        end = simplified(start + call.resolved(size_of(part.shape[axis])))
         found = _range_of(call, cut, start, end)
         if found is not None:
             ranges.append(found)
@@ -454,7 +475,7 @@ def _range_of(call: Call, cut: Cut, start: Size, end: Size) -> tuple[int, int] |
     """The segments that make up [start, end); a wish if the borders are inside segments."""
     found = cut.between(start, end)
     if found is None:
-        call.wishes += [(cut.length, border) for border in (start, end)]
+        call.wishes += [Wish(cut.length, border) for border in (start, end)]
     return found
 
 
@@ -470,7 +491,7 @@ def narrow(call: Call) -> Step | None:
     if axis != cut.axis:
         is_select = target_name(call.node) == "select"
         return call.step(cut.at(cut.axis - (is_select and axis < cut.axis)), {value: cut})
-    begin, length = number_of(start), number_of(arguments[3]) if len(arguments) > 3 else None
+    begin, length = call.number(start), call.number(arguments[3]) if len(arguments) > 3 else None
     found = _range_of(call, cut, begin, simplified(begin + length)) if begin is not None and length is not None else None
     return _segments(call, value, cut, found) if found is not None else None
 
@@ -508,7 +529,7 @@ class _Indexed(NamedTuple):
 
 def _indexed(call: Call, cut: Cut, sizes: Sequence[Size], index: Any) -> _Indexed | None:
     entries = list(index) if isinstance(index, (tuple, list)) else [index]
-    if any(isinstance(entry, (fx.Node, list, tuple, bool)) and number_of(entry) is None for entry in entries):
+    if any(isinstance(entry, (fx.Node, list, tuple, bool)) and call.number(entry) is None for entry in entries):
         return None
     consumed = sum(entry is not None and entry is not Ellipsis for entry in entries)
     if Ellipsis in entries:
@@ -547,33 +568,38 @@ def _slice_range(call: Call, cut: Cut, entry: slice) -> tuple[int, int] | None:
         return None
     borders: list[Size] = []
     for value, default in ((entry.start, 0), (entry.stop, cut.length)):
-        number = default if value is None else number_of(value)
+        number = default if value is None else call.number(value)
         if number is None:
             return None
-        is_negative = isinstance(number, int) and number < 0
-        number = simplified(cut.length + number) if is_negative else number
         if isinstance(number, int) and isinstance(cut.length, int):
-            number = min(max(number, 0), cut.length)
+            number = min(max(number + cut.length if number < 0 else number, 0), cut.length)
+        elif number not in cut.borders:
+            number = simplified(cut.length + number)  # counted from the end
         borders.append(number)
     return _range_of(call, cut, borders[0], borders[1])
 
 
 @rule("setitem")
 def setitem(call: Call) -> Step | None:
-    """A write to the whole of the axis: the value is cut as the target is."""
+    """A write to the whole of the axis, or to segments of it: the value is cut as the target is."""
     target, index, value = call.node.args
-    cut, sizes = call.layout(target), sizes_of(target)
+    cut, sizes = call.layout(target), call.sizes(target)
     if not isinstance(cut, Cut) or sizes is None or not isinstance(target, fx.Node):
         return None
     indexed = _indexed(call, cut, sizes, index)
-    if indexed is None or indexed.range is not None:
+    if indexed is None or not (indexed.range is None or indexed.is_only):
         return None
     layouts: dict[Any, Layout] = {target: cut}
-    written = sizes_of(value)
+    part = cut.at(indexed.axis) if indexed.range is None else Cut(indexed.axis, cut.segments[slice(*indexed.range)])
+    written = call.sizes(value)
     if written is not None:
-        rank = len(_result_sizes(tensor_of(target), index))
-        layouts[value] = operand_layout(cut.at(indexed.axis), written, rank)
-    return call.step(cut, layouts)
+        layouts[value] = operand_layout(part, written, len(_result_sizes(tensor_of(target), index)))
+    if indexed.range is None:
+        return call.step(cut, layouts)
+    first, last = indexed.range
+    written_value = As(value, layouts[value]) if isinstance(value, fx.Node) else value
+    args = As(target, cut), written_value, cut.axis, cut.segments, first, last
+    return Step(args, {}, None, collectives.write_)
 
 
 def _result_sizes(tensor: torch.Tensor | None, index: Any) -> Sequence[Any]:
@@ -587,7 +613,7 @@ def _result_sizes(tensor: torch.Tensor | None, index: Any) -> Sequence[Any]:
 @rule("pad")
 def pad(call: Call) -> Step | None:
     """Other axes are padded."""
-    source, result = source_of(call), sizes_of(call.node)
+    source, result = source_of(call), call.sizes(call.node)
     pads = call.arguments.get("pad")
     if source is None or result is None or not isinstance(pads, (list, tuple)):
         return None

@@ -14,11 +14,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
 
-from .axis_rules import As, Call, Step, operand_layout, positive, rule, sizes_of, source_of
+from .axis_rules import As, Call, Step, operand_layout, positive, rule, source_of
 from .graph_values import target_name, value_of
 from .layouts import Cut, Layout, Size
 
@@ -36,17 +37,13 @@ def contraction(call: Call) -> Step | None:
     if spelled is None:
         return None
     operands, letters, result, bias = spelled
-    letter = _letter_of(call, operands, letters, result)
-    if letter is None:
+    heads = _scores_by_heads(call, operands, letters)
+    letter, cut = heads or _letter_of(call, operands, letters, result)
+    if cut is None:
         return None
-    cut = next(
-        layout
-        for operand, names in zip(operands, letters, strict=True)
-        if isinstance(layout := call.layout(operand), Cut) and names[layout.axis] == letter
-    )
     layouts: dict[Any, Layout] = {}
     for operand, names in zip(operands, letters, strict=True):
-        sizes = sizes_of(operand)
+        sizes = call.sizes(operand)
         axis = names.index(letter) if letter in names else None
         wanted = cut.at(axis) if axis is not None and sizes is not None and sizes[axis] != 1 else None
         if layouts.setdefault(operand, wanted) != wanted:
@@ -55,9 +52,11 @@ def contraction(call: Call) -> Step | None:
         return None if bias is not None else call.step(None, layouts, is_partial=True)
     made = cut.at(result.index(letter))
     if bias is not None:
-        sizes = sizes_of(bias)
+        sizes = call.sizes(bias)
         assert sizes is not None
         layouts[bias] = operand_layout(made, sizes, len(result))
+    if cut.rows and heads is None:
+        return call.step(replace(made, rows=()), layouts, handed_on=Cut(len(result) - 2, cut.rows))
     return call.step(made, layouts)
 
 
@@ -71,7 +70,7 @@ def _spelled(call: Call) -> tuple[list[fx.Node], list[Letters], Letters, fx.Node
     if len(values) < 2:
         return None
     left, right = values[:2]
-    a, b, out = sizes_of(left), sizes_of(right), sizes_of(node)
+    a, b, out = call.sizes(left), call.sizes(right), call.sizes(node)
     if a is None or b is None or out is None or not a or not b or len(b) < (1 if name == "linear" else 2) or len(a) < 2:
         return None
     if name == "linear":
@@ -98,15 +97,41 @@ def _spelled_einsum(call: Call) -> tuple[list[fx.Node], list[Letters], Letters, 
     return [each for each in operands if isinstance(each, fx.Node)], letters, list(result), None
 
 
-def _letter_of(call: Call, operands: Sequence[fx.Node], letters: Sequence[Letters], result: Letters) -> str | None:
-    """The letter that the product is cut along: one that an operand is cut along already, of the result if possible."""
+def _letter_of(
+    call: Call, operands: Sequence[fx.Node], letters: Sequence[Letters], result: Letters
+) -> tuple[str, Cut | None]:
+    """The letter that the product is cut along, and the cut: one that an operand has, of the result if possible."""
     candidates = [
-        names[layout.axis]
+        (names[layout.axis], layout)
         for operand, names in zip(operands, letters, strict=True)
         if isinstance(layout := call.layout(operand), Cut)
     ]
-    agreed = [each for each in candidates if candidates.count(each) > 1]
-    return next((each for each in [*agreed, *candidates] if each in result), candidates[0] if candidates else None)
+    names = [name for name, _ in candidates]
+    agreed = [each for each in candidates if names.count(each[0]) > 1]
+    inside = (each for each in [*agreed, *candidates] if each[0] in result)
+    return next(inside, candidates[0] if candidates else ("", None))
+
+
+def _scores_by_heads(
+    call: Call, operands: Sequence[fx.Node], letters: Sequence[Letters]
+) -> tuple[str, Cut] | None:
+    """The letter of the heads, and their cut, for products of queries and keys, both cut along their tokens.
+
+    Each rank then has the scores of its heads whole. Their product with the values is handed back along the rows.
+    """
+    cuts = [call.layout(operand) for operand in operands]
+    if len(operands) != 2 or not all(isinstance(cut, Cut) and len(cut.segments) == 1 for cut in cuts):
+        return None
+    rows, columns = (names[cut.axis] for names, cut in zip(letters, cuts, strict=True))
+    sizes = [call.sizes(operand) or [] for operand in operands]
+    if rows in letters[1] or columns in letters[0]:
+        return None
+    for name in reversed(letters[0]):
+        counts = [sizes[at][names.index(name)] for at, names in enumerate(letters) if name in names]
+        is_shared = len(counts) == 2 and counts[0] == counts[1]
+        if is_shared and name != letters[0][-1] and isinstance(counts[0], int) and counts[0] >= call.ranks:
+            return name, replace(Cut.along(letters[0].index(name), counts[0]), rows=cuts[0].segments)
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,7 +213,7 @@ def look_up(call: Call) -> Step | None:
     """Look-ups along another axis, with an index that has the axis too."""
     arguments = list(call.arguments.values())
     value, axis, index = (*arguments, None, None, None)[:3]
-    sizes, indices = sizes_of(value), sizes_of(index)
+    sizes, indices = call.sizes(value), call.sizes(index)
     if sizes is None or indices is None or not isinstance(axis, int) or len(sizes) != len(indices):
         return None
     _, cut = call.cuts[0]
@@ -210,11 +235,11 @@ def convolution(call: Call) -> Step | None:
     """Over samples; over positions if it looks at one position only."""
     source = source_of(call)
     arguments = list(call.arguments.values())
-    kernel = sizes_of(arguments[1]) if len(arguments) > 1 else None
+    kernel = call.sizes(arguments[1]) if len(arguments) > 1 else None
     if source is None or kernel is None or len(source[2]) != len(kernel):
         return None
     value, cut, sizes = source
-    result = sizes_of(call.node)
+    result = call.sizes(call.node)
     is_pointwise = all(size == 1 for size in kernel[2:]) and result is not None and result[2:] == sizes[2:]
     return call.step(cut, {value: cut}) if cut.axis == 0 or (cut.axis > 1 and is_pointwise) else None
 
@@ -231,7 +256,7 @@ def attention(call: Call) -> Step | None:
     """See the head of this file."""
     arguments = call.arguments
     operands = [arguments.get(name) for name in (QUERY, KEY, VALUE)]
-    sizes = [each for operand in operands if (each := sizes_of(operand)) is not None]
+    sizes = [each for operand in operands if (each := call.sizes(operand)) is not None]
     if len(sizes) < 3 or any(len(each) != len(sizes[0]) for each in sizes):
         return None
     tokens = len(sizes[0]) - 2
@@ -275,7 +300,7 @@ def _attention_step(call: Call, reads: Mapping[str, Any], made: Cut, handed_on: 
 def _mask(call: Call, cut: Cut, rank: int, by_rank: tuple[Cut, ...] = ()) -> Any:
     """The mask for a result of `rank` axes that is cut so, its axes in the order of `by_rank`."""
     mask = call.arguments.get(MASK)
-    sizes = sizes_of(mask)
+    sizes = call.sizes(mask)
     if sizes is None or not isinstance(mask, fx.Node):
         return mask
     orders = tuple(each for order in by_rank if (each := operand_layout(order, sizes, rank)) and len(each.segments) > 1)

@@ -20,13 +20,13 @@ from typing import Any, ClassVar, NamedTuple
 from torch import fx
 
 from . import axis_rules_compute  # noqa: F401 - enters its rules
-from .axis_rules import Call, Step, rule_of, sizes_of
+from .axis_rules import Call, Step, Wish, rule_of
 from .base import Analysis, Facts, FlatGraph
 from .block_loops import Detection
 from .graph_aliases import Memory, memory_of, written_by
-from .graph_cost import cost_of, hint, is_compute, numel_of
-from .graph_values import body_nodes, input_nodes, is_of_module, target_name
-from .layouts import Cut, Segment, Size, simplified
+from .graph_cost import cost_of, is_compute
+from .graph_values import body_nodes, input_nodes, is_of_module, target_name, tensor_of
+from .layouts import Cut, Segment, Size, simplified, size_of
 from .normalize import Normalized
 
 
@@ -141,15 +141,27 @@ def _is_weight(node: fx.Node) -> bool:
 
 
 def _cuts_of(stream: fx.Node, best: _Trial, graph: _Chain) -> Iterator[_Trial]:
-    """The trials in which one more stream is cut, along each of its axes. Twice, if nodes ask for borders."""
-    for axis, size in enumerate(sizes_of(stream) or ()):
+    """The trials in which one more stream is cut, along each of its axes; and as nodes wish it, if they do."""
+    tensor = tensor_of(stream)
+    for axis, size in enumerate(map(size_of, tensor.shape) if tensor is not None else ()):
         if isinstance(size, int) and size < graph.ranks:
             continue
         trial = _Trial(best.streams | {stream: Cut.along(axis, size)}, graph)
         yield trial
-        borders = trial.borders(size)
-        if borders:
-            yield _Trial(best.streams | {stream: Cut(axis, borders)}, graph)
+        for segments in wished(size, trial.wishes, graph.ranks):
+            yield _Trial(best.streams | {stream: Cut(axis, segments)}, graph)
+
+
+def wished(length: Size, wishes: Sequence[Wish], ranks: int) -> Iterator[tuple[Segment, ...]]:
+    """The segments of an axis of this length that nodes wish for: with borders, and with longer units."""
+    own = [wish for wish in wishes if wish.length == length]
+    places = {wish.border for wish in own if wish.border is not None} - {0, length}
+    if places:
+        edges = [0, *sorted(places, key=lambda place: (not isinstance(place, int), place if isinstance(place, int) else 0)), length]
+        yield tuple(Segment(simplified(high - low)) for low, high in zip(edges, edges[1:], strict=False))
+    for unit in {wish.unit for wish in own} - {1}:
+        if isinstance(length, int) and isinstance(unit, int) and length // unit >= ranks:
+            yield (Segment(length // unit, unit),)
 
 
 class _MustBeWhole(Exception):
@@ -179,7 +191,8 @@ class _Trial:
             self.steps: dict[fx.Node, Step] = {}
             self.gathers: list[Gather] = []
             self.exchanges = 0
-            self.wishes: list[tuple[Size, Size]] = []
+            self.wishes: list[Wish] = []
+            self.equal: dict[Any, Size] = {}
             try:
                 self._follow()
                 break
@@ -188,9 +201,10 @@ class _Trial:
         self.cut_flops = sum(flops for node, flops in graph.linear.items() if self._is_cut(node))
 
     @property
-    def merit(self) -> tuple[int, int, int]:
-        """More is better."""
-        return self.cut_flops, -sum(gather.in_chain for gather in self.gathers), -self.exchanges
+    def merit(self) -> tuple[int, ...]:
+        """More is better. Among equals more streams are cut, so that the first block is like the others."""
+        gathers = sum(gather.in_chain for gather in self.gathers)
+        return self.cut_flops, -gathers, -self.exchanges, len(self.streams)
 
     def fact(self) -> SequenceAxes:
         return SequenceAxes(
@@ -204,15 +218,6 @@ class _Trial:
             sum(self.graph.linear.values()),
         )
 
-    def borders(self, size: Size) -> tuple[Segment, ...] | None:
-        """The segments of an axis of this size that nodes asked for; None if no node did."""
-        places = {border for length, border in self.wishes if length == size and border not in (0, size)}
-        if not places:
-            return None
-        ordered = sorted(places, key=_hint)
-        edges = [0, *ordered, size]
-        return tuple(Segment(simplified(high - low)) for low, high in zip(edges, edges[1:], strict=False))
-
     def _is_cut(self, node: fx.Node) -> bool:
         step = self.steps.get(node)
         return step is not None and (step.made is not None or step.is_partial)
@@ -225,7 +230,7 @@ class _Trial:
         for position, (node, rule) in enumerate(zip(self.graph.nodes, self.graph.rules, strict=True)):
             if not any(self.layouts.get(each) is not None for each in node.all_input_nodes):
                 continue
-            call = Call(node, self.layouts, self.graph.ranks)
+            call = Call(node, self.layouts, self.graph.ranks, self.equal)
             step = rule(call) if rule is not None and node not in self.whole else None
             self.wishes += call.wishes
             if step is None or self._writes_to_copy(node, step):
@@ -236,7 +241,16 @@ class _Trial:
             self.steps[node] = step
             if step.result is not None:
                 self.layouts[node] = step.result
+                self._learn(node, step.result)
             self._count(node, step, position < self.graph.end)
+
+    def _learn(self, node: fx.Node, layout: Any) -> None:
+        """Note that the symbol for the length of a cut axis equals the length of its segments."""
+        tensor = tensor_of(node)
+        if isinstance(layout, Cut) and tensor is not None:
+            size = size_of(tensor.shape[layout.axis])
+            if not isinstance(size, int) and size.is_Symbol and size != layout.length:
+                self.equal[size] = layout.length
 
     def _writes_to_copy(self, node: fx.Node, step: Step) -> fx.Node | None:
         """A value that the node, or a later one, would write to although the step reads a copy of it."""
@@ -260,10 +274,3 @@ class _Trial:
             else:
                 self.gathers.append(Gather(node, read.node, in_chain))
         self.exchanges += step.handed_on is not None
-
-
-def _hint(size: Size) -> int:
-    return size if isinstance(size, int) else 0
-
-
-__all__: Sequence[str] = ("Gather", "InferSequenceAxes", "SequenceAxes", "hint", "numel_of")

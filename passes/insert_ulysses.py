@@ -124,7 +124,7 @@ class _Rewriter:
             node.op, node.target = "call_function", step.target
             if step.target in collectives.LOCAL:
                 args = (*args, self.group)
-        args, kwargs = self.lengths.named((args, kwargs), node)
+        args, kwargs = self.lengths.named((args, kwargs))
         node.args, node.kwargs = tuple(args), kwargs
         if node.op == "output":
             return
@@ -172,7 +172,7 @@ class _Rewriter:
     ) -> fx.Node:
         """A call of a function of `collectives`, in the module that `place` belongs to."""
         node = self.graph.call_function(target, (value,))
-        node.args = (value, *self.lengths.named(arguments, node), self.group)
+        node.args = (value, *self.lengths.named(arguments), self.group)
         node.meta = {
             key: place.meta[key] for key in ("nn_module_stack", "stack_trace") if place is not None and key in place.meta
         }
@@ -186,43 +186,44 @@ def _along(cut: Layout) -> tuple[Any, ...]:
 
 
 class _Lengths:
-    """Names lengths in the arguments of nodes: numbers as they are, symbols by the nodes that have their values."""
+    """Names lengths in the arguments of nodes: numbers as they are, symbols by the first nodes that have their values."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
-        self.order = {node: place for place, node in enumerate(graph.nodes)}
+        self.sources: dict[Size, tuple[fx.Node, int | None]] = {}
+        """Size -> the node that it is the value of, or the tensor that has it as the size of an axis."""
         self.nodes: dict[Size, fx.Node] = {}
-        self.tensors: dict[Size, tuple[fx.Node, int]] = {}
         for node in graph.nodes:
             value = value_of(node)
             if isinstance(value, torch.SymInt):
-                self.nodes.setdefault(size_of(value), node)
-            tensor = tensor_of(node)
-            for axis, size in enumerate(tensor.shape if tensor is not None else ()):
+                self.sources.setdefault(size_of(value), (node, None))
+            for axis, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
                 if isinstance(size, torch.SymInt):
-                    self.tensors.setdefault(size_of(size), (node, axis))
+                    self.sources.setdefault(size_of(size), (node, axis))
 
-    def named(self, arguments: Any, user: fx.Node) -> Any:
+    def named(self, arguments: Any) -> Any:
         """`arguments` with segments as pairs, and symbols as nodes."""
         if isinstance(arguments, Segment):
-            return self.named(arguments.count, user), self.named(arguments.unit, user)
+            return self.named(arguments.count), self.named(arguments.unit)
         if isinstance(arguments, torch.SymInt):
-            return self.named(size_of(arguments), user)
+            return self.named(size_of(arguments))
         if isinstance(arguments, sympy.Expr):
             return self._node(arguments)
         if isinstance(arguments, (tuple, list)):
-            return type(arguments)(self.named(each, user) for each in arguments)
+            return type(arguments)(self.named(each) for each in arguments)
         if isinstance(arguments, dict):
-            return {name: self.named(each, user) for name, each in arguments.items()}
+            return {name: self.named(each) for name, each in arguments.items()}
         return arguments
 
     def _node(self, size: Size) -> fx.Node:
         if size not in self.nodes:
-            tensor, axis = self.tensors[size]
-            with self.graph.inserting_after(tensor):
-                node = self.graph.call_method("size", (tensor, axis))
-            node.meta = {"example_value": value_of(tensor).shape[axis]}
-            self.nodes[size] = node
+            source, axis = self.sources[size]
+            if axis is not None:
+                with self.graph.inserting_after(source):
+                    node = self.graph.call_method("size", (source, axis))
+                node.meta = {"example_value": value_of(source).shape[axis]}
+                source = node
+            self.nodes[size] = source
         return self.nodes[size]
 
 

@@ -67,10 +67,12 @@ class Cut:
     Attributes:
         axis: counted from the first, from 0.
         segments: of the axis as a whole, in the model's order.
+        rows: of scores of attention that are cut by heads: the segments of the axis that the queries were cut along.
     """
 
     axis: int
     segments: tuple[Segment, ...]
+    rows: tuple[Segment, ...] = ()
 
     @classmethod
     def along(cls, axis: int, *lengths: Size) -> Cut:
@@ -120,6 +122,13 @@ def regrouped(cut: Cut, before: Sequence[Size], after: Sequence[Size], hints: tu
             flat = _flattened(cut, [before[index] for index in inside], axis)
             return _unflattened(flat, [after[index] for index in outside], outside.start) if flat else None
     return None
+
+
+def unit_for(cut: Cut, before: Sequence[Size], after: Sequence[Size]) -> Size:
+    """The unit that would let the cut follow into a reshape that splits its axis; 1 if none would."""
+    outer = product(before[: cut.axis])
+    firsts = [axis for axis, size in enumerate(after) if size != 1 and product(after[:axis]) == outer]
+    return (_quotient(cut.length, after[firsts[0]]) or 1) if firsts else 1
 
 
 def hints_of(tensor: torch.Tensor) -> list[int]:
