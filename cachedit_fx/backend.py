@@ -1,7 +1,8 @@
 """The whole way on one screen: from dynamo's graph to a callable that reuses the results of earlier steps.
 
-    graph ─► normalize ─► find_timestep ─► infer_dependence ─► detect_block_loops ─► plan_regions ─► outline_blocks
-                   ─► hoist_invariants ─► insert_cache_branch ─► gather_inputs ─► lower ─► CachedGraph
+    graph ─► normalize ─► find_timestep ─► infer_dependence ─► detect_block_loops ─► infer_sequence_axes
+          ─► insert_ulysses ─► plan_regions ─► outline_blocks ─► hoist_invariants ─► insert_cache_branch
+          ─► gather_inputs ─► lower ─► CachedGraph
 
 `torch.compile(model, backend="cachedit", options={...})` finds `cachedit` below through an entry point.
 `cachedit_fx.compile` binds `compile_graph` to one module's state.
@@ -25,7 +26,9 @@ from cachedit_fx.passes.find_timestep import FindTimestep
 from cachedit_fx.passes.gather_inputs import GatherInputs
 from cachedit_fx.passes.hoist_invariants import HoistInvariants
 from cachedit_fx.passes.infer_dependence import InferDependence
+from cachedit_fx.passes.infer_sequence_axes import InferSequenceAxes
 from cachedit_fx.passes.insert_cache_branch import InsertCacheBranch
+from cachedit_fx.passes.insert_ulysses import ContextParallel, InsertUlysses
 from cachedit_fx.passes.manager import Outcome, PassManager
 from cachedit_fx.passes.normalize import Normalize
 from cachedit_fx.passes.outline_blocks import OutlineBlocks
@@ -33,7 +36,9 @@ from cachedit_fx.passes.plan_regions import PlanRegions
 from cachedit_fx.runtime.graph import GRADIENTS, UncachedGraph, graph_of
 from cachedit_fx.runtime.host_pieces import claim_pieces, mark_weights, refuse_weights
 from cachedit_fx.runtime.model_state import ModelState
+from cachedit_fx.runtime.ranks import ranks_of
 from cachedit_fx.runtime.registry import StateFinder, anchors_of
+from cachedit_fx.runtime.warning import warn
 
 
 def cachedit(
@@ -73,6 +78,9 @@ def compile_graph(
     claim_pieces(outcome, example_inputs)
     if state is not None and state.observe is not None:
         state.observe(outcome.facts)
+    parallel = outcome.facts.get(ContextParallel)
+    if parallel is not None and parallel.gathers:
+        warn(parallel.note)
     forward = lower(outcome, options) or compile_whole(gm, example_inputs, options)
     if verifier is not None:
         forward = verifier.watch(forward, captured, outcome, lambda: rewrite(copy_of(captured), options, traced))
@@ -86,19 +94,28 @@ def rewrite(gm: fx.GraphModule, options: Options, traced: Traced = NOTHING_KNOWN
 
 
 def pass_manager(options: Options, traced: Traced = NOTHING_KNOWN) -> PassManager:
-    """The passes, switched on and off by the options. Raises PassOrderError if a name in `passes` is no pass."""
-    without_cache = {PlanRegions.name: False, InsertCacheBranch.name: False} if options.cache is None else {}
-    return PassManager(pipeline(options, traced), dict(options.passes) | without_cache)
+    """The passes, switched on and off by the options: `passes={"name": False}`, `cache=None`, `ulysses_size=1`.
+
+    Raises:
+        OptionError: if there are no `ulysses_size` ranks.
+        PassOrderError: if a name in `passes` is no pass.
+    """
+    off = (PlanRegions, InsertCacheBranch) if options.cache is None else ()
+    off += (InferSequenceAxes, InsertUlysses) if options.ulysses_size == 1 else ()
+    return PassManager(pipeline(options, traced), dict(options.passes) | {pass_.name: False for pass_ in off})
 
 
 def pipeline(options: Options, traced: Traced) -> list[Pass]:
     """The passes in order, with their options."""
+    ranks = ranks_of(options.ulysses_size)
     cuts = [settings.policy.structure() for settings in options.loop_settings]
     return [
         Normalize(),
         FindTimestep(options.timestep, traced.numbers),
         InferDependence(traced.sample),
         DetectBlockLoops(options.loops, traced=traced),
+        InferSequenceAxes(options.ulysses_size),
+        InsertUlysses(ranks.name if ranks is not None else ""),
         PlanRegions(cuts, options.scope or "model", options.predicts_output, traced.kept),
         OutlineBlocks(options.granularity, canonical_layout=options.inner_backend != "eager"),
         HoistInvariants(options.compiles),

@@ -1,9 +1,9 @@
 """Moves parts of tensors between the ranks of a process group: all communication of rewritten graphs goes through here.
 
-    cut        whole tensor     ──► this rank's part               no communication
-    gather     parts            ──► whole tensor                   all-gather, or all-to-all if parts differ in length
-    exchange   cut along one    ──► cut along another axis         all-to-all
-    reduce     partial sums     ──► their sum                      all-reduce
+    cut_sequence      whole tensor    ──► this rank's part          no communication
+    gather_sequence   parts           ──► whole tensor              all-gather; all-to-all if parts differ in length
+    exchange          cut along one   ──► cut along another axis    all-to-all
+    sum_over_ranks    partial sums    ──► their sum                 all-reduce
 
 Segments are pairs (count, unit), as in `passes.layouts`: of each segment a rank holds consecutive units, the first
 ranks one more if the ranks do not divide them. Lengths follow from the whole lengths, so nothing is padded, and ranks
@@ -12,7 +12,6 @@ never tell each other lengths. All functions are traceable: inductor sees functi
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ Segments = Sequence[tuple[Any, Any]]
 """(count, unit) of each segment of an axis as a whole."""
 
 
-def cut(x: torch.Tensor, axis: int, segments: Segments, group: str) -> torch.Tensor:
+def cut_sequence(x: torch.Tensor, axis: int, segments: Segments, group: str) -> torch.Tensor:
     """This rank's part of a whole tensor, contiguous."""
     rank, ranks = _place(group)
     parts, start = [], 0
@@ -35,7 +34,7 @@ def cut(x: torch.Tensor, axis: int, segments: Segments, group: str) -> torch.Ten
     return _joined(parts, axis).contiguous()
 
 
-def gather(x: torch.Tensor, axis: int, segments: Segments, group: str) -> torch.Tensor:
+def gather_sequence(x: torch.Tensor, axis: int, segments: Segments, group: str) -> torch.Tensor:
     """The whole tensor, from all ranks' parts."""
     _, ranks = _place(group)
     lengths = [_length(segments, rank, ranks) for rank in range(ranks)]
@@ -82,12 +81,12 @@ def exchange(
     return joined.movedim((0, 1), (new_axis, axis))
 
 
-def reduce(x: torch.Tensor, group: str) -> torch.Tensor:
+def sum_over_ranks(x: torch.Tensor, group: str) -> torch.Tensor:
     """The sum of all ranks' tensors."""
     return _wait(torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group))
 
 
-def by_rank(x: torch.Tensor, axis: int, segments: Segments, group: str) -> torch.Tensor:
+def order_by_rank(x: torch.Tensor, axis: int, segments: Segments, group: str) -> torch.Tensor:
     """A whole tensor with an axis in the order of the ranks' parts: what gathered parts would be side by side."""
     _, ranks = _place(group)
     wholes = x.split([count * unit for count, unit in segments], axis)
@@ -98,25 +97,25 @@ def by_rank(x: torch.Tensor, axis: int, segments: Segments, group: str) -> torch
     return torch.cat([part[rank] for rank in range(ranks) for part in parts], axis)
 
 
-def take(x: torch.Tensor, axis: int, segments: Segments, first: int, last: int, group: str) -> torch.Tensor:
+def take_segments(x: torch.Tensor, axis: int, segments: Segments, first: int, last: int, group: str) -> torch.Tensor:
     """This rank's part of the segments [first, last), from its part of all segments."""
     rank, ranks = _place(group)
     lengths = _lengths(segments, rank, ranks)
     return x.narrow(axis, sum(lengths[:first]), sum(lengths[first:last]))
 
 
-def take_apart(
+def split_segments(
     x: torch.Tensor, axis: int, segments: Segments, ranges: Sequence[tuple[int, int]], group: str
 ) -> tuple[torch.Tensor, ...]:
     """Several such runs of segments."""
-    return tuple(take(x, axis, segments, first, last, group) for first, last in ranges)
+    return tuple(take_segments(x, axis, segments, first, last, group) for first, last in ranges)
 
 
-def write_(
+def write_segments_(
     x: torch.Tensor, value: Any, axis: int, segments: Segments, first: int, last: int, group: str
 ) -> torch.Tensor:
     """Write this rank's part of the segments [first, last) into its part of all segments, in place."""
-    part = take(x, axis, segments, first, last, group)
+    part = take_segments(x, axis, segments, first, last, group)
     part[...] = value
     return x
 
@@ -128,9 +127,9 @@ def whole_size(x: torch.Tensor, axis: int, segments: Segments, asked: int | None
     return sizes if asked is None else sizes[asked]
 
 
-COMMUNICATING = frozenset({gather, exchange, reduce})
+COMMUNICATING = frozenset({gather_sequence, exchange, sum_over_ranks})
 """The functions that all ranks of a group must call together."""
-LOCAL = frozenset({cut, by_rank, take, take_apart, write_, whole_size})
+LOCAL = frozenset({cut_sequence, order_by_rank, take_segments, split_segments, write_segments_, whole_size})
 """The other ones that rewritten graphs call."""
 
 
@@ -170,8 +169,3 @@ def _joined(parts: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
 
 def _wait(x: torch.Tensor) -> torch.Tensor:
     return torch.ops._c10d_functional.wait_tensor(x)
-
-
-def splits(lengths: Sequence[int]) -> list[int]:
-    """Running sums: where each part ends."""
-    return list(itertools.accumulate(lengths))

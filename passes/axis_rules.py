@@ -468,7 +468,7 @@ def take_apart(call: Call) -> Step | None:
     if len(ranges) < len(results):
         return None
     made = tuple(Cut(axis, cut.segments[first:last]) for first, last in ranges)
-    return Step((As(value, cut), axis, cut.segments, tuple(ranges)), {}, made, collectives.take_apart)
+    return Step((As(value, cut), axis, cut.segments, tuple(ranges)), {}, made, collectives.split_segments)
 
 
 def _range_of(call: Call, cut: Cut, start: Size, end: Size) -> tuple[int, int] | None:
@@ -499,7 +499,7 @@ def narrow(call: Call) -> Step | None:
 def _segments(call: Call, value: fx.Node, cut: Cut, found: tuple[int, int]) -> Step:
     first, last = found
     made = Cut(cut.axis, cut.segments[first:last])
-    return Step((As(value, cut), cut.axis, cut.segments, first, last), {}, made, collectives.take)
+    return Step((As(value, cut), cut.axis, cut.segments, first, last), {}, made, collectives.take_segments)
 
 
 @rule("getitem")
@@ -599,7 +599,7 @@ def setitem(call: Call) -> Step | None:
     first, last = indexed.range
     written_value = As(value, layouts[value]) if isinstance(value, fx.Node) else value
     args = As(target, cut), written_value, cut.axis, cut.segments, first, last
-    return Step(args, {}, None, collectives.write_)
+    return Step(args, {}, None, collectives.write_segments_)
 
 
 def _result_sizes(tensor: torch.Tensor | None, index: Any) -> Sequence[Any]:

@@ -200,7 +200,7 @@ _DATA_MOVEMENT = frozenset({
     "cat", "concat", "concatenate", "stack", "chunk", "split", "split_with_sizes", "tensor_split", "unbind", "getitem",
     "narrow", "select", "slice", "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "permute",
     "transpose", "swapaxes", "movedim", "squeeze", "unsqueeze", "contiguous", "expand", "expand_as", "repeat", "clone",
-    "alias",
+    "alias", "cut_sequence", "take_segments", "split_segments",
 })
 # fmt: on
 

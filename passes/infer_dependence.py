@@ -5,8 +5,8 @@
     attention(hidden_states, ...)                           SAMPLE        new at every step
 
 A value that does not depend on the sample can be computed once and kept. The size of the sample is no dependence on its
-numbers: a rotary table for the sample's length counts as a condition. Random numbers and lengths that depend on data
-count as the sample, since their values must be computed in their place.
+numbers: a rotary table for the sample's length counts as a condition. Random numbers, lengths that depend on data, and
+what ranks exchange count as the sample, since these values must be computed in their place.
 
 No value's name matters but that of the sample and of the timestep, which other passes and the caller know.
 """
@@ -22,6 +22,8 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
+
+from cachedit_fx.collectives import COMMUNICATING
 
 from .base import Analysis, Facts, FlatGraph
 from .choose_chain import sample_input
@@ -184,6 +186,8 @@ def own_source(gm: fx.GraphModule, node: fx.Node) -> Source:
     """What a node adds to the sources of its inputs: random numbers, lengths that depend on data, sizes of inputs."""
     if node.op == "get_attr":
         return Source.NONE
+    if node.target in COMMUNICATING:
+        return Source.SAMPLE
     if node.op == "call_module" or _is_random(gm, node) or _has_data_dependent_size(value_of(node)):
         return Source.SAMPLE
     is_form = node.all_input_nodes and not _value_inputs(node)

@@ -17,44 +17,51 @@ The graph's inputs and results are whole on every rank.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import sympy
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.node import map_arg
 
 from cachedit_fx import collectives
 
 from .axis_rules import As, Step, map_arguments
 from .base import Facts, FlatGraph, Interface, Rewrite, Rewritten
-from .block_loops import Detection
+from .block_loops import Block, Detection
 from .find_timestep import TimestepSource
 from .graph_aliases import memory_of
-from .graph_values import body_nodes, tensor_of, value_of
+from .graph_values import body_nodes, target_name, value_of
 from .infer_sequence_axes import SequenceAxes
 from .layouts import Cut, Layout, Segment, Size, size_of
 from .normalize import Normalized
 
 
 @dataclass(frozen=True)
-class Ranks(Interface):
+class ContextParallel(Interface):
     """Fact: all ranks of a group must call the graph together, with equal inputs, and get equal results.
 
     Attributes:
         group: its name.
-        share: the share of the work of the chain's linear layers that the ranks divide.
-        gathers: name of an operation of the chain -> how often it needs a value whole.
-        blocks: of the chain.
+        share: the share of the work of the chain's linear layers that the ranks divide, from 0 to 1.
+        gathers: name of an operation of the chain -> how many values it needs whole.
+        exchanges: how many values change from one cut to another, by an all-to-all each.
     """
 
     group: str
     share: float
-    gathers: dict[str, int]
-    blocks: int
+    gathers: Mapping[str, int]
+    exchanges: int
+
+    @property
+    def note(self) -> str:
+        """A sentence for people."""
+        text = f"ulysses: the ranks divide {self.share:.0%} of the work of the chain's linear layers"
+        gathers = ", ".join(f"{name} ({count})" for name, count in self.gathers.items())
+        return text + (f"; these operations need their inputs whole: {gathers}" if gathers else "")
 
 
 class InsertUlysses(Rewrite):
@@ -66,27 +73,18 @@ class InsertUlysses(Rewrite):
 
     name: ClassVar[str] = "insert_ulysses"
     requires: ClassVar[tuple[type, ...]] = (FlatGraph, Normalized, Detection, SequenceAxes)
-    provides: ClassVar[tuple[type, ...]] = (Ranks,)
+    provides: ClassVar[tuple[type, ...]] = (ContextParallel,)
     preserves: ClassVar[tuple[type, ...]] = (FlatGraph, Normalized, TimestepSource)
 
     def __init__(self, group: str) -> None:
         self.group = group
 
     def run(self, gm: fx.GraphModule, facts: Facts) -> Rewritten:
-        axes, detection = facts[SequenceAxes], facts[Detection]
-        fact = _ranks(self.group, axes, detection)
-        blocks = {node: block for loop in detection.loops for block in loop.blocks for node in block.nodes}
+        axes = facts[SequenceAxes]
+        gathers = Counter(target_name(gather.node) for gather in axes.chain_gathers)
+        blocks = {node: block for loop in facts[Detection].loops for block in loop.blocks for node in block.nodes}
         _Rewriter(gm, axes, blocks, self.group).run()
-        return Rewritten(gm, len(axes.steps), (fact,))
-
-
-def _ranks(group: str, axes: SequenceAxes, detection: Detection) -> Ranks:
-    from collections import Counter
-
-    from .graph_values import target_name
-
-    counts = Counter(target_name(gather.node) for gather in axes.chain_gathers)
-    return Ranks(group, axes.share, dict(counts), sum(loop.num_blocks for loop in detection.chain_loops))
+        return Rewritten(gm, len(axes.steps), (ContextParallel(self.group, axes.share, gathers, axes.exchanges),))
 
 
 class _Rewriter:
@@ -96,7 +94,7 @@ class _Rewriter:
         blocks: node -> the block that it belongs to, for nodes of blocks.
     """
 
-    def __init__(self, gm: fx.GraphModule, axes: SequenceAxes, blocks: dict[fx.Node, Any], group: str) -> None:
+    def __init__(self, gm: fx.GraphModule, axes: SequenceAxes, blocks: Mapping[fx.Node, Block], group: str) -> None:
         self.graph, self.axes, self.blocks, self.group = gm.graph, axes, blocks, group
         nodes = body_nodes(gm.graph)
         self.before = {node for node in gm.graph.nodes if node.op in ("placeholder", "get_attr")}
@@ -111,7 +109,7 @@ class _Rewriter:
         layouts: dict[fx.Node, Any] = dict(self.axes.streams)
         with self.graph.inserting_before(self.axes.entry):
             for stream, cut in self.axes.streams.items():
-                self.values[stream] = self._call(collectives.cut, stream, _along(cut), None)
+                self.values[stream] = self._call(collectives.cut_sequence, stream, _along(cut), None)
         for node, step in self.axes.steps.items():
             self._rewrite(node, step, layouts)
             layouts[node] = step.result
@@ -131,7 +129,7 @@ class _Rewriter:
         if step.made is not None:
             node.meta["example_value"] = _run(node)
         if step.is_partial:
-            self._hand_on(node, collectives.reduce, ())
+            self._hand_on(node, collectives.sum_over_ranks, ())
         elif isinstance(step.handed_on, Cut):
             self._hand_on(node, collectives.exchange, (*_along(step.made), *_along(step.handed_on)))
 
@@ -162,10 +160,10 @@ class _Rewriter:
         if layout is not None and wanted is not None and layout.axis != wanted.axis:
             return self._call(collectives.exchange, value, (*_along(layout), *_along(wanted)), place)
         if layout is not None:
-            value = self._call(collectives.gather, value, _along(layout), place)
+            value = self._call(collectives.gather_sequence, value, _along(layout), place)
         for cut in read.by_rank:
-            value = self._call(collectives.by_rank, value, _along(cut), place)
-        return value if wanted is None else self._call(collectives.cut, value, _along(wanted), place)
+            value = self._call(collectives.order_by_rank, value, _along(cut), place)
+        return value if wanted is None else self._call(collectives.cut_sequence, value, _along(wanted), place)
 
     def _call(
         self, target: Callable[..., Any], value: fx.Node, arguments: tuple[Any, ...], place: fx.Node | None
@@ -240,5 +238,3 @@ def _run(node: fx.Node) -> Any:
         result = node.target(*args, **kwargs)
     return args[0] if node.target is operator.setitem else result
 
-
-__all__ = ["InsertUlysses", "Ranks", "ShapeEnv"]

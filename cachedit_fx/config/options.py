@@ -197,6 +197,10 @@ class Options:
     hoisted_mib: int = setting(256, integer(0, "MiB"))
     """The highest size of the hoisted values that a model keeps for each of its graphs, in MiB. Values beyond it are
     computed at every step."""
+    ulysses_size: int = setting(1, integer(1, "ranks"))
+    """How many ranks of torch.distributed share the work on one sample: each computes a part of the tokens, and
+    attention exchanges tokens for heads (Ulysses). 1 = each rank works alone. Consecutive ranks form a group, so the
+    number must divide that of all ranks. All ranks of a group must call the model with equal inputs."""
     verify: Verify | None = setting(None, optional(choice(*get_args(Verify))))
     """"first" = compare the first computed call of each compiled graph with the plain module. If the results differ,
     `VerificationError` names the first piece that differs. Results must be equal to the bit with inner_backend="eager",

@@ -8,6 +8,7 @@ from ctypes import c_float
 import torch
 
 from cachedit_fx.kernels.l1_sums import l1_sums
+from cachedit_fx.runtime.ranks import Ranks
 
 EPSILON = 1e-30
 """Keeps 0/0 apart from a number: two zero residuals have difference 0."""
@@ -100,10 +101,14 @@ class Residual:
 
 
 def read_differences(
-    residual: Residual, previous: Sequence[torch.Tensor], *others: torch.Tensor
+    residual: Residual, previous: Sequence[torch.Tensor], *others: torch.Tensor, ranks: Ranks | None = None
 ) -> tuple[list[float], list[float]]:
-    """The relative L1 differences of r from each of `previous`, and the numbers `others`, all in one transfer."""
-    numbers = read_back([*others, residual.sums(previous)])
+    """The relative L1 differences of r from each of `previous`, and the numbers `others`, all in one transfer.
+
+    If ranks hold a part of r each, the sums are added up before they are read: all ranks get one difference.
+    """
+    sums_here = residual.sums(previous)
+    numbers = read_back([*others, ranks.total(sums_here) if ranks is not None else sums_here])
     sums = numbers[len(others) :]
     return list(map(relative_difference, sums[::2], sums[1::2])), numbers[: len(others)]
 

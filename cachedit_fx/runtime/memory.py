@@ -12,6 +12,7 @@ from cachedit_fx.kernels.residual_apply import residual_apply
 from cachedit_fx.kernels.residual_store import residual_dtype, residual_like, residual_store
 from cachedit_fx.runtime.calibrators import Moment
 from cachedit_fx.runtime.guard import read_back
+from cachedit_fx.runtime.ranks import Ranks
 from cachedit_fx.runtime.policies.base import Stored
 
 
@@ -91,10 +92,16 @@ class BranchMemory:
             self.unread = {step: row for step, row in self.unread.items() if step in computed}
             self.unread[now.step] = _inner_products(self.stored, len(computed))
 
-    def read_trail(self) -> list[Moment]:
-        """The trail, its products read back in one transfer if they were asked for and are still on the device."""
+    def read_trail(self, ranks: Ranks | None = None) -> list[Moment]:
+        """The trail, its products read back in one transfer if they were asked for and are still on the device.
+
+        Products of values that ranks hold a part of are added up before.
+        """
         if self.unread:
-            rows, numbers = self.unread, iter(read_back(list(self.unread.values())))
+            rows = self.unread
+            products_here = list(rows.values())
+            totals = products_here if ranks is None else [ranks.total(row) for row in products_here]
+            numbers = iter(read_back(totals))
             products = {step: tuple(itertools.islice(numbers, row.numel())) for step, row in rows.items()}
             self.trail = [
                 moment._replace(products=products[moment.step]) if moment.step in products else moment

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from cachedit_fx.config.options import Options
 from cachedit_fx.passes.base import NOTHING_KNOWN, Facts
 from cachedit_fx.runtime.listener import Hint
+from cachedit_fx.runtime.ranks import ranks_of
 from cachedit_fx.runtime.session import Session, SessionBlock, present_block
 from cachedit_fx.runtime.verification import Verifier
 from cachedit_fx.runtime.warning import warn
@@ -40,6 +41,7 @@ class ModelState:
     Attributes:
         options: as parsed. Only settings that are read at each call may change later (`set_options`).
         config: the config in `options.cache`; None if caching is off.
+        ranks: those that share the work on one sample with this one; None if it works alone.
         hint: returns the caller's hint about the present call.
         verifier: compares calls with the plain module; None unless the options ask for it.
         traced: knowledge about the module from outside its graphs.
@@ -53,6 +55,7 @@ class ModelState:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.config = options.cache
+        self.ranks = ranks_of(options.ulysses_size)
         self.hint: Callable[[], Hint] = Hint
         self.verifier = Verifier(options.inner_backend == "eager") if options.verify else None
         self.traced = NOTHING_KNOWN

@@ -21,6 +21,7 @@ from cachedit_fx.runtime.guard import Residual, read_differences
 from cachedit_fx.runtime.hoisting import HoistedValues
 from cachedit_fx.runtime.memory import BranchMemory, copy_of
 from cachedit_fx.runtime.policies.base import Action, Decision, Situation, context_start, decision_of
+from cachedit_fx.runtime.ranks import Ranks
 from cachedit_fx.runtime.region import RegionInfo, RegionKey
 from cachedit_fx.runtime.stopwatch import Stopwatch
 
@@ -155,7 +156,7 @@ class RegionCall:
         now = Moment(step, self.call.now() if entry.settings.calibrator else None, decision.action is Action.COMPUTE)
         watch = Stopwatch(entry.device)
         if decision.action is Action.REUSE:
-            results = _restored(entry, now, bases, base_inputs)
+            results = _restored(entry, now, bases, base_inputs, self.session.state.ranks)
         else:
             results = compute(*inputs)
         watch.stop()
@@ -213,7 +214,7 @@ class RegionCall:
                     f"{type(settings.policy).__name__}.decide asks for a difference, and there is none: call `measure` "
                     "only if situation.stored is Stored.FITS and the policy's `measures` is True"
                 )
-            (difference,), _ = read_differences(residual, [memory.reference])
+            (difference,), _ = read_differences(residual, [memory.reference], ranks=self.session.state.ranks)
         shared[key, step] = difference
         self.call.on_failure(lambda: shared.__delitem__((key, step)))
         return difference
@@ -231,7 +232,8 @@ class RegionCall:
         if not tracker.is_clocked(call.tick) and call.time.waits and call.time.unread is not None:
             references = {} if residual is None else self._references(key, signature)
             if residual is not None and references:
-                values, (number,) = read_differences(residual, list(references.values()), call.time.unread)
+                previous, ranks = list(references.values()), self.session.state.ranks
+                values, (number,) = read_differences(residual, previous, call.time.unread, ranks=ranks)
                 differences = dict(zip(references, values, strict=True))
                 call.time.set(number)
         begins = call.locate(signature)
@@ -253,11 +255,15 @@ class RegionCall:
 
 
 def _restored(
-    entry: Entry, now: Moment, bases: Callable[..., tuple[torch.Tensor | None, ...]], base_inputs: Sequence[Any]
+    entry: Entry,
+    now: Moment,
+    bases: Callable[..., tuple[torch.Tensor | None, ...]],
+    base_inputs: Sequence[Any],
+    ranks: Ranks | None,
 ) -> tuple[torch.Tensor, ...]:
     """The region's results from stored values."""
     memory, calibrator = entry.memory, entry.settings.calibrator
-    weights = coefficients(calibrator, memory.read_trail(), now)
+    weights = coefficients(calibrator, memory.read_trail(ranks), now)
     shapes = [buffers[0].shape for buffers in memory.stored]
     return memory.restore(_bases(calibrator, bases(*base_inputs), shapes), weights)
 

@@ -1,0 +1,62 @@
+"""Finds the group of ranks that share the work on one sample, and adds up numbers over it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from cachedit_fx.config.rules import OptionError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that share one sample. Groups of other ranks, which work on other samples, are not coupled to them.
+
+    Attributes:
+        name: the group's, for collectives in graphs.
+        size: their number.
+    """
+
+    name: str
+    size: int
+    group: dist.ProcessGroup = field(repr=False, compare=False)
+
+    def total(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' tensors, equal to the bit on all of them; in place. All ranks must call it together."""
+        dist.all_reduce(numbers, group=self.group)
+        return numbers
+
+
+def ranks_of(size: int) -> Ranks | None:
+    """This process's group of `size` consecutive ranks; None for 1. All processes must call it together.
+
+    A group is made once: torch.distributed keeps it until `destroy_process_group`.
+
+    Raises:
+        OptionError: without a process group, or if `size` does not divide its ranks.
+    """
+    if size == 1:
+        return None
+    if not dist.is_available() or not dist.is_initialized():
+        raise OptionError(
+            f"ulysses_size={size} needs {size} processes that know of each other: start the program with torchrun "
+            f"--nproc_per_node={size}, and call torch.distributed.init_process_group() before"
+        )
+    world = dist.get_world_size()
+    if world % size:
+        raise OptionError(
+            f"ulysses_size={size} must divide the number of ranks, {world}: {[n for n in range(1, world + 1) if world % n == 0]}"
+        )
+    if size == world:
+        group = dist.group.WORLD
+        assert group is not None
+        return Ranks(group.group_name, size, group)
+    title = f"cachedit_ulysses_{size}"
+    mine = next((each for each in dist.distributed_c10d._world.pg_map if each.group_desc == title), None)
+    for first in range(0, world, size) if mine is None else ():
+        group = dist.new_group(range(first, first + size), group_desc=title)
+        mine = group if first <= dist.get_rank() < first + size else mine
+    assert isinstance(mine, dist.ProcessGroup)
+    return Ranks(mine.group_name, size, mine)
