@@ -100,8 +100,8 @@ def pass_manager(options: Options, traced: Traced = NOTHING_KNOWN) -> PassManage
         OptionError: if there are no `ulysses_size` ranks.
         PassOrderError: if a name in `passes` is no pass.
     """
-    off = (PlanRegions, InsertCacheBranch) if options.cache is None else ()
-    off += (InferSequenceAxes, InsertUlysses) if options.ulysses_size == 1 else ()
+    off: list[type[Pass]] = [PlanRegions, InsertCacheBranch] if options.cache is None else []
+    off += [InferSequenceAxes, InsertUlysses] if options.ulysses_size == 1 else []
     return PassManager(pipeline(options, traced), dict(options.passes) | {pass_.name: False for pass_ in off})
 
 

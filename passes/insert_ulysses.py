@@ -29,7 +29,7 @@ from torch.fx.node import map_arg
 
 from cachedit_fx import collectives
 
-from .axis_rules import As, Step, map_arguments
+from .axis_rules import As, Move, Step, map_arguments
 from .base import Facts, FlatGraph, Interface, Rewrite, Rewritten
 from .block_loops import Block, Detection
 from .find_timestep import TimestepSource
@@ -101,8 +101,8 @@ class _Rewriter:
         self.before |= set(nodes[: nodes.index(axes.entry)])
         self.values: dict[fx.Node, fx.Node] = {}
         """Node -> the node that later ones read in its place."""
-        self.copies: dict[Any, fx.Node] = {}
-        """(node, layout, ..., block) -> the value in this layout."""
+        self.copies: dict[tuple[As, Block | None], fx.Node] = {}
+        """(what is read, the block that reads it) -> the node that has it."""
         self.lengths = _Lengths(gm.graph)
 
     def run(self) -> None:
@@ -142,38 +142,38 @@ class _Rewriter:
 
     def _read(self, user: fx.Node, read: As, layout: Any) -> fx.Node:
         """The node that has the value in the layout that the user reads."""
-        value = self.values.get(read.node, read.node)
-        if layout == read.layout and not read.by_rank:
+        value, moves = self.values.get(read.node, read.node), read.moves(layout)
+        if not moves and not read.orders:
             return value
         is_written = not self.axes.written.isdisjoint(memory_of(read.node))
-        place, block = user, self.blocks.get(user)
-        if not is_written and read.node not in self.blocks and read.node in self.before:
-            place, block = self.axes.entry, None
-        key = read.node, read.layout, read.by_rank, block
+        is_early = read.node in self.before and read.node not in self.axes.streams and not is_written
+        place, module = (self.axes.entry, None) if is_early else (user, user)
+        key = read, self.blocks.get(place)
         if key not in self.copies or is_written:
             with self.graph.inserting_before(place):
-                self.copies[key] = self._converted(value, layout, read, place if block is not None else None)
+                self.copies[key] = self._moved(value, layout, read, module)
         return self.copies[key]
 
-    def _converted(self, value: fx.Node, layout: Layout, read: As, place: fx.Node | None) -> fx.Node:
-        wanted: Layout = read.layout
-        if layout is not None and wanted is not None and layout.axis != wanted.axis:
-            return self._call(collectives.exchange, value, (*_along(layout), *_along(wanted)), place)
-        if layout is not None:
-            value = self._call(collectives.gather_sequence, value, _along(layout), place)
-        for cut in read.by_rank:
-            value = self._call(collectives.order_by_rank, value, _along(cut), place)
-        return value if wanted is None else self._call(collectives.cut_sequence, value, _along(wanted), place)
+    def _moved(self, value: fx.Node, layout: Layout, read: As, module: fx.Node | None) -> fx.Node:
+        """The value in the layout that is read, from its present layout."""
+        for move in read.moves(layout):
+            if move is Move.EXCHANGE:
+                value = self._call(collectives.exchange, value, (*_along(layout), *_along(read.layout)), module)
+            elif move is Move.GATHER:
+                value = self._call(collectives.gather_sequence, value, _along(layout), module)
+        for order in read.orders:
+            value = self._call(collectives.order_by_rank, value, _along(order), module)
+        is_cut = Move.CUT in read.moves(layout)
+        return self._call(collectives.cut_sequence, value, _along(read.layout), module) if is_cut else value
 
     def _call(
-        self, target: Callable[..., Any], value: fx.Node, arguments: tuple[Any, ...], place: fx.Node | None
+        self, target: Callable[..., Any], value: fx.Node, arguments: tuple[Any, ...], module: fx.Node | None
     ) -> fx.Node:
-        """A call of a function of `collectives`, in the module that `place` belongs to."""
+        """A call of a function of `collectives`, in the module that a node belongs to."""
         node = self.graph.call_function(target, (value,))
         node.args = (value, *self.lengths.named(arguments), self.group)
-        node.meta = {
-            key: place.meta[key] for key in ("nn_module_stack", "stack_trace") if place is not None and key in place.meta
-        }
+        kept = ("nn_module_stack", "stack_trace") if module is not None else ()
+        node.meta = {key: module.meta[key] for key in kept if module is not None and key in module.meta}
         node.meta["example_value"] = _run(node)
         return node
 
@@ -184,7 +184,7 @@ def _along(cut: Layout) -> tuple[Any, ...]:
 
 
 class _Lengths:
-    """Names lengths in the arguments of nodes: numbers as they are, symbols by the first nodes that have their values."""
+    """Names lengths in the arguments of nodes: numbers as they are, symbols by the first nodes that have them."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
@@ -237,4 +237,3 @@ def _run(node: fx.Node) -> Any:
         assert callable(node.target)
         result = node.target(*args, **kwargs)
     return args[0] if node.target is operator.setitem else result
-

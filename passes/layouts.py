@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import sympy
@@ -72,7 +72,7 @@ class Cut:
 
     axis: int
     segments: tuple[Segment, ...]
-    rows: tuple[Segment, ...] = ()
+    rows: tuple[Segment, ...] = field(default=(), compare=False)
 
     @classmethod
     def along(cls, axis: int, *lengths: Size) -> Cut:

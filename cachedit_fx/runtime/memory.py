@@ -12,8 +12,8 @@ from cachedit_fx.kernels.residual_apply import residual_apply
 from cachedit_fx.kernels.residual_store import residual_dtype, residual_like, residual_store
 from cachedit_fx.runtime.calibrators import Moment
 from cachedit_fx.runtime.guard import read_back
-from cachedit_fx.runtime.ranks import Ranks
 from cachedit_fx.runtime.policies.base import Stored
+from cachedit_fx.runtime.ranks import Ranks
 
 
 @dataclass

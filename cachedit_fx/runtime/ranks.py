@@ -46,9 +46,8 @@ def ranks_of(size: int) -> Ranks | None:
         )
     world = dist.get_world_size()
     if world % size:
-        raise OptionError(
-            f"ulysses_size={size} must divide the number of ranks, {world}: {[n for n in range(1, world + 1) if world % n == 0]}"
-        )
+        allowed = [number for number in range(1, world + 1) if world % number == 0]
+        raise OptionError(f"ulysses_size={size} must divide the number of ranks, {world}: choose one of {allowed}")
     if size == world:
         group = dist.group.WORLD
         assert group is not None
