@@ -20,7 +20,7 @@ from typing import Any
 from torch import fx
 
 from .axis_rules import As, Call, Step, operand_layout, operand_layouts, positive, rule
-from .graph_values import value_of
+from .graph_values import target_name, value_of
 from .layouts import Cut, Layout, Size
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def contraction(call: Call) -> Step | None:
     if bias is not None:
         layouts |= operand_layouts(call, made, [bias], len(result))
     if cut.rows and heads is None:
-        return call.step(made, layouts, handed_on=Cut(len(result) - 2, cut.rows))
+        return call.step(made, layouts, handed_on=Cut(result.index(letters[0][-2]), cut.rows))
     return call.step(made, layouts)
 
 
@@ -111,6 +111,8 @@ def _scores_by_heads(call: Call, operands: Sequence[fx.Node], letters: Sequence[
 
     Each rank then has the scores of its heads whole. Their product with the values is handed back along the rows.
     """
+    if not _becomes_softmax(call.node):
+        return None
     cuts = [layout for operand in operands if isinstance(layout := call.layout(operand), Cut)]
     if len(operands) != 2 or len(cuts) != 2 or any(len(cut.segments) > 1 for cut in cuts):
         return None
@@ -123,6 +125,18 @@ def _scores_by_heads(call: Call, operands: Sequence[fx.Node], letters: Sequence[
         if name in second and size == sizes[1][second.index(name)] and isinstance(size, int) and size >= call.ranks:
             return name, replace(Cut.along(axis, size), rows=cuts[0].segments)
     return None
+
+
+def _becomes_softmax(node: fx.Node) -> bool:
+    """Whether the node's value, perhaps scaled and masked, is the argument of a softmax."""
+    for _ in range(8):
+        users = list(node.users)
+        if any(target_name(user) == "softmax" for user in users):
+            return True
+        if len(users) != 1:
+            return False
+        node = users[0]
+    return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------

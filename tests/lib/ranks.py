@@ -1,0 +1,78 @@
+"""Runs a function on several ranks: processes of one gloo group, forked, so that they import and capture nothing anew.
+
+    results = on_ranks(lambda rank: ..., ranks=2)        what each rank returned, by rank
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+SECONDS = 120
+"""What a collective may wait for other ranks; a rank that died ends it at once."""
+
+
+def on_ranks(function: Callable[[int], Any], ranks: int = 2) -> list[Any]:
+    """What `function(rank)` returns on each rank.
+
+    Raises:
+        AssertionError: with the traceback of the ranks that raised, the first failure first.
+    """
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
+        arguments = [(function, rank, ranks, Path(folder) / "store", pipe[1]) for rank, pipe in enumerate(pipes)]
+        processes = [context.Process(target=_run, args=each, daemon=True) for each in arguments]
+        for process, (_, end) in zip(processes, pipes, strict=True):
+            process.start()
+            end.close()
+        outcomes = [_outcome_of(pipe[0]) for pipe in pipes]
+        for process in processes:
+            process.join(SECONDS)
+    errors = [f"rank {rank}:\n{error}" for rank, (error, _) in enumerate(outcomes) if error]
+    assert not errors, "\n".join(errors)
+    return [result for _, result in outcomes]
+
+
+def _outcome_of(pipe: Connection) -> tuple[str, Any]:
+    try:
+        outcome: tuple[str, Any] = pickle.loads(pipe.recv_bytes())
+        return outcome
+    except EOFError:
+        return "the process died without a word", None
+
+
+def _run(function: Callable[[int], Any], rank: int, ranks: int, store: Path, pipe: Connection) -> None:
+    gc.freeze()  # a collection would copy all that the parent holds
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo",
+            rank=rank,
+            world_size=ranks,
+            store=dist.FileStore(str(store), ranks),
+            timeout=timedelta(seconds=SECONDS),
+        )
+        pipe.send_bytes(pickle.dumps(("", function(rank))))  # `send` would share memory that dies with the rank
+        dist.barrier()  # no rank leaves while another one still needs it
+    except BaseException:
+        pipe.send_bytes(pickle.dumps((traceback.format_exc(), None)))
+    finally:
+        dist.destroy_process_group()
+
+
+def close(left: Any, right: Any, tolerance: float = 2e-5) -> bool:
+    """Whether two tensors are equal up to `tolerance` of the largest element."""
+    difference = (left.double() - right.double()).abs().max() if left.numel() else torch.zeros(())
+    return left.shape == right.shape and bool(difference <= tolerance * right.double().abs().max().clamp(min=1e-30))
