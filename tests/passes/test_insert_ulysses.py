@@ -23,6 +23,8 @@ from cachedit_fx.passes.infer_sequence_axes import InferSequenceAxes, SequenceAx
 from cachedit_fx.passes.insert_ulysses import ContextParallel, InsertUlysses
 from cachedit_fx.passes.normalize import Normalize
 
+pytestmark = pytest.mark.xdist_group("ulysses rules")
+
 WIDTH = 16
 
 

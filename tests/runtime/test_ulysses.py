@@ -1,0 +1,268 @@
+"""`ulysses_size=2` with the cache: two ranks of gloo against one, over generations of one model after another.
+
+Each model is captured once, in this process. Ranks are forked once for all models, and compile the captured graphs.
+"""
+
+from __future__ import annotations
+
+import functools
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+from diffusers import FluxTransformer2DModel
+from lib import models
+from lib.ranks import close, on_ranks
+from lib.shared import SharedCapture
+from lib.zoo import ZOO
+from lib.zoo.base import packed
+from torch.utils._pytree import tree_leaves
+
+import cachedit_fx
+from cachedit_fx import DBPruneConfig, DMDCalibratorConfig, TaylorSeerCalibratorConfig
+from cachedit_fx.config.options import parse_options
+from cachedit_fx.config.rules import OptionError
+from cachedit_fx.passes.insert_ulysses import ContextParallel
+from cachedit_fx.runtime.guard import Residual, relative_difference
+from cachedit_fx.runtime.policies.preset import PresetConfig
+from cachedit_fx.runtime.ranks import ranks_of
+
+pytestmark = [pytest.mark.keep_compiled, pytest.mark.xdist_group("ulysses")]
+
+STEPS = 6
+DBCACHE = {"Fn_compute_blocks": 1, "max_warmup_steps": 1, "residual_diff_threshold": 0.9}
+SETTINGS = {
+    "uncached": {"cache": None},
+    "dbcache": DBCACHE,
+    "last block": DBCACHE | {"Bn_compute_blocks": 1, "granularity": "region"},
+    "taylorseer": DBCACHE | {"calibrator": TaylorSeerCalibratorConfig()},
+    "dmd": DBCACHE | {"calibrator": DMDCalibratorConfig()},
+    "dbprune": {"cache": DBPruneConfig(Fn_compute_blocks=1, max_warmup_steps=1, residual_diff_threshold=0.9)},
+    "preset": {"cache": PresetConfig(preset="fast", steps=STEPS)},
+    "no motion": DBCACHE | {"passes": {"hoist_invariants": False}},
+}
+
+
+def odd_flux(heads=2, dtype=torch.float32):
+    """A small FLUX, and its inputs at two sizes that two ranks do not divide."""
+    sizes = {"in_channels": 4, "attention_head_dim": 8, "joint_attention_dim": 12, "pooled_projection_dim": 10}
+    torch.manual_seed(0)
+    module = FluxTransformer2DModel(
+        num_layers=2, num_single_layers=3, num_attention_heads=heads, axes_dims_rope=(2, 2, 4), **sizes
+    )
+
+    def inputs(size):
+        given = packed(3, 5, text=7) if size == 1 else packed(5, 5, text=3)
+        given |= {"pooled_projections": torch.randn(1, 10), "timestep": torch.tensor([0.5]), "guidance": None}
+        given = {name: value.to(dtype) if torch.is_tensor(value) else value for name, value in given.items()}
+        return given | {"return_dict": False}
+
+    return module.to(dtype).eval().requires_grad_(False), inputs
+
+
+MODELS = {
+    "FLUX": ZOO["FluxTransformer2DModel"],
+    "SD3": ZOO["SD3Transformer2DModel"],
+    "Wan": ZOO["WanTransformer3DModel"],
+    "PixArt": ZOO["PixArtTransformer2DModel"],
+    "odd lengths": odd_flux,
+    "three heads": functools.partial(odd_flux, heads=3),
+    "bfloat16": functools.partial(odd_flux, dtype=torch.bfloat16),
+}
+ALL_SETTINGS = {"odd lengths"}
+"""Models that are run under every setting; the others with DBCache, which computes some steps and reuses others."""
+SIZES = {"odd lengths": (1, 2, 1)}
+"""The sizes of a model's generations, one after the other; size 1 for others."""
+TOLERANCE = {"bfloat16": 0.05}
+CASES = [
+    (model, setting)
+    for model in MODELS
+    for setting in SETTINGS
+    if model in ALL_SETTINGS or setting == "dbcache"
+]
+
+
+def generation(shared, arguments):
+    """The results of a generation whose sample moves less and less, and what the statistics say of it."""
+    sample = next(name for name in ("hidden_states", "sample") if name in arguments)
+    outputs = []
+    for step in range(STEPS):
+        moved = arguments[sample] * (1 + 0.3 / (1 + step) ** 2)
+        timestep = arguments["timestep"] * (1 - 0.1 * step)
+        changes = {sample: moved, "timestep": timestep.to(arguments["timestep"].dtype)}
+        outputs += [x.clone() for x in tree_leaves(shared(**arguments | changes)) if torch.is_tensor(x)]
+    stats = shared.summary()
+    return outputs, [(entry.cached_steps, entry.pruned_blocks) for entry in stats], sum(e.bytes_held for e in stats)
+
+
+def generations(model, setting, ranks):
+    """The generations of a model under a setting, one for each size."""
+    shared, inputs, facts = captured(model)
+    facts.clear()
+    shared.compile_anew(**SETTINGS[setting], ulysses_size=ranks)
+    runs = [generation(shared, inputs(size)) for size in SIZES.get(model, (1,))]
+    return runs, [each.get(ContextParallel) for each in facts]
+
+
+@functools.cache
+def captured(model):
+    """The model, captured at all its sizes; its inputs; the facts about its graphs, whenever they are compiled."""
+    facts = []
+    module, make_inputs = MODELS[model]()
+    inputs = functools.cache(make_inputs)  # the ranks must have equal ones
+    shared = SharedCapture(module, facts.append)
+    shared.compile(cache=None)
+    for size in SIZES.get(model, (1,)):
+        shared(**inputs(size))
+    return shared, inputs, facts
+
+
+@functools.cache
+def results():
+    """For each rank: case -> generations, or a traceback."""
+    for model in MODELS:
+        captured(model)
+
+    def run(rank):
+        found = {}
+        for case in CASES:
+            try:
+                found[case] = generations(*case, 2)
+            except Exception:
+                found[case] = traceback.format_exc()
+        return found
+
+    return on_ranks(run)
+
+
+@pytest.mark.budget(90, "captures seven models, and two ranks run all cases")
+def test_all_cases_run_on_both_ranks():
+    for found in results():
+        errors = {case: error for case, error in found.items() if isinstance(error, str)}
+        assert not errors, "\n".join(f"{case}: {error}" for case, error in errors.items())
+
+
+@pytest.mark.parametrize(("model", "setting"), CASES)
+def test_two_ranks_equal_one(model, setting):
+    expected, _ = generations(model, setting, 1)
+    for found in results():
+        runs, facts = found[model, setting]
+        assert facts and all(fact is not None and not fact.gathers for fact in facts)
+        for (outputs, stats, held), (outputs_of_one, stats_of_one, held_of_one) in zip(runs, expected, strict=True):
+            assert stats == stats_of_one
+            tolerance = TOLERANCE.get(model, 2e-5)
+            assert all(close(a, b, tolerance) for a, b in zip(outputs, outputs_of_one, strict=True))
+            if setting == "dbcache":
+                assert any(steps for steps, _ in stats) and 0.4 * held_of_one <= held <= 0.62 * held_of_one
+
+
+def test_ranks_differ_by_no_bit():
+    first, second = results()
+    for case in CASES:
+        for (outputs, *_), (others, *_) in zip(first[case][0], second[case][0], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(outputs, others, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decisions
+
+
+class Uneven(models.Toy):
+    """Its samples are those of `moving`: the first half of the tokens moves, the second half hardly does."""
+
+
+def moving(step, scale=1.0, tokens=8):
+    torch.manual_seed(0)
+    x, change = torch.randn(2, 1, tokens, models.WIDTH)
+    change[:, tokens // 2 :] *= 0.01
+    return x + scale * step**2 * 0.05 * change, torch.tensor([500.0 - step])
+
+
+def decisions(shared, threshold, ranks, scale=1.0):
+    """Cached steps of a generation, and the differences that this rank would have found alone."""
+    alone = []
+    whole = Residual.sums
+
+    def sums(self, previous):
+        result = whole(self, previous)
+        alone.extend(relative_difference(*row) for row in result.tolist())
+        return result
+
+    shared.compile_anew(**DBCACHE | {"residual_diff_threshold": threshold}, ulysses_size=ranks)
+    Residual.sums = sums
+    try:
+        for step in range(STEPS):
+            shared(*moving(step, scale))
+    finally:
+        Residual.sums = whole
+    (stats,) = shared.summary()
+    return stats.cached_steps, stats.residual_diffs, alone
+
+
+def test_ranks_decide_alike_where_their_own_differences_straddle_the_threshold():
+    shared = SharedCapture(Uneven())
+    shared.compile(cache=None)
+    shared(*moving(0))
+    _, differences, _ = decisions(shared, 10.0, 1)
+    threshold = sorted(differences.values())[len(differences) // 2]
+    expected, *_ = decisions(shared, threshold, 1)
+    (first, _, moves), (second, _, rests) = on_ranks(lambda rank: decisions(shared, threshold, 2))
+    assert first == second == expected and 0 < len(expected) < STEPS - 1
+    assert any(a > threshold > b for a, b in zip(moves, rests, strict=False))
+
+
+def test_other_samples_are_not_coupled():
+    """Four ranks, two for each sample: the samples' decisions are their own."""
+    shared = SharedCapture(Uneven())
+    shared.compile(cache=None)
+    shared(*moving(0))
+    expected = [decisions(shared, 0.3, 1, scale)[0] for scale in (1.0, 2.0)]
+    assert expected[0] != expected[1]
+    found = on_ranks(lambda rank: decisions(shared, 0.3, 2, scale=(1.0, 2.0)[rank // 2])[0], ranks=4)
+    assert found == [expected[0], expected[0], expected[1], expected[1]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Groups and pipelines
+
+
+def test_groups_are_consecutive_ranks_and_made_once():
+    def groups(rank):
+        first, again, world = ranks_of(2), ranks_of(2), ranks_of(4)
+        with pytest.raises(OptionError, match="must divide the number of ranks, 4"):
+            ranks_of(3)
+        return first == again, first.total(torch.tensor([float(rank)])).item(), world.name == dist.group.WORLD.group_name
+
+    assert on_ranks(groups, 4) == [(True, 1.0, True), (True, 1.0, True), (True, 5.0, True), (True, 5.0, True)]
+    assert ranks_of(1) is None
+
+
+def test_without_a_process_group_nothing_is_compiled():
+    with pytest.raises(OptionError, match="torchrun --nproc_per_node=2"):
+        cachedit_fx.compile(models.Toy(), ulysses_size=2)
+    with pytest.raises(OptionError, match="ulysses_size"):
+        parse_options({"ulysses_size": 0})
+
+
+@pytest.mark.budget(60, "two ranks capture the bundled model")
+def test_the_bundled_model_in_its_pipeline():
+    from cachedit_fx.shapes import generate, load_pipeline
+
+    pipe = load_pipeline()
+
+    def pictures(ranks, threshold):
+        options = DBCACHE | {"residual_diff_threshold": threshold, "inner_backend": "eager", "ulysses_size": ranks}
+        cachedit_fx.enable_cache(pipe, **options)
+        images = generate(pipe, ["a large red circle at the center on white"], num_inference_steps=5, seed=0)
+        return images, [stats.cached_steps for stats in cachedit_fx.summary(pipe)]
+
+    def both(ranks):
+        return pictures(ranks, 0.0), pictures(ranks, 0.9)
+
+    expected = both(1)
+    assert expected[0][1] == [[]] and any(expected[1][1])
+    for found in on_ranks(lambda rank: both(2)):
+        for (images, cached), (images_of_one, cached_of_one) in zip(found, expected, strict=True):
+            assert cached == cached_of_one and close(images, images_of_one)
+

@@ -1,0 +1,96 @@
+"""Every transformer class of diffusers on two ranks of gloo, against one: right, and how much of it the ranks divide."""
+
+from __future__ import annotations
+
+import traceback
+
+import pytest
+import torch
+from lib import zoo
+from lib.helpers import run_graph
+from lib.marks import only_in
+from lib.ranks import close, on_ranks
+from torch import fx
+from torch.utils._pytree import tree_leaves
+
+from cachedit_fx.backend import rewrite
+from cachedit_fx.capture import capturing, copy_of
+from cachedit_fx.config.options import parse_options
+from cachedit_fx.passes.base import Traced
+from cachedit_fx.passes.block_loops import Detection
+from cachedit_fx.passes.insert_ulysses import ContextParallel
+
+CAPTURED = sorted(set(zoo.ZOO) - set(zoo.SHORT))
+GATHERING = {
+    "AnyFlowFARTransformer3DModel": "flex_attention over the whole grid",
+    "Kandinsky6SRTransformer3DModel": "flex_attention with a mask that is made of all queries and keys",
+    "MochiTransformer3DModel": "looks up the words that count in the text",
+    "NucleusMoEImageTransformer2DModel": "experts choose tokens among all",
+    "RFD4ProteinaTransformer": "pairs of tokens",
+    "SanaTransformer2DModel": "a convolution over neighbours",
+    "SanaVideoTransformer3DModel": "a convolution over neighbours",
+    "SanaWMTransformer3DModel": "a convolution over neighbours, and sums over all tokens in both directions",
+    "AceStepTransformer1DModel": "one head of keys",
+    "BriaFibo2Transformer2DModel": "one head",
+    "Cosmos3OmniTransformer": "one head of keys",
+    "ZImageTransformer2DModel": "one head",
+}
+"""Classes whose blocks need values whole, and for what."""
+LONG_TEXT = {"ChronoEditTransformer3DModel", "WanAnimateTransformer3DModel", "WanTransformer3DModel"}
+"""Classes whose text, which every rank has, is 16 times as long as the sample in the zoo."""
+
+
+def graphs_of(name):
+    """Each graph of the class's module as dynamo captures it, its real inputs, and its results."""
+    module, inputs = zoo.ZOO[name]()
+    graphs = []
+
+    def backend(gm: fx.GraphModule, example_inputs):
+        def run(*real):
+            kept = [x.clone() if type(x) is torch.Tensor else x for x in real]
+            results = gm(*real)
+            graphs.append((gm, kept, [x.clone() for x in tree_leaves(results) if torch.is_tensor(x)]))
+            return results
+
+        return run
+
+    torch._dynamo.reset()
+    with torch.no_grad(), capturing():
+        torch.compile(module, backend=backend)(**inputs(1))
+    return module, graphs
+
+
+@pytest.mark.budget(60, "captures a class, and two ranks rewrite it")
+@pytest.mark.parametrize("name", only_in("parallel", CAPTURED, but=["HunyuanVideo15Transformer3DModel", "T5FilmDecoder"]))
+def test_every_class_is_right_on_two_ranks(name):
+    module, graphs = graphs_of(name)
+    options = parse_options({"ulysses_size": 2, "cache": None, "passes": {"outline_blocks": False}})
+
+    def run(rank):
+        found = []
+        for gm, real, expected in graphs:
+            try:
+                outcome = rewrite(copy_of(gm), options, Traced.of(module))
+                results = [x for x in tree_leaves(run_graph(outcome.graph_module, real)) if torch.is_tensor(x)]
+                is_right = all(close(a, b, 5e-5) for a, b in zip(results, expected, strict=True))
+                detection = outcome.facts.get(Detection)
+                found.append((is_right, bool(detection and detection.chain), outcome.facts.get(ContextParallel)))
+            except Exception:
+                found.append((False, False, traceback.format_exc()))
+        return found
+
+    for found in on_ranks(run):
+        assert all(is_right for is_right, *_ in found), found
+        facts = [fact for _, has_chain, fact in found if has_chain]
+        assert facts and all(fact is not None for fact in facts)
+        gathers = sum((fact.gathers for fact in facts), start=type(facts[0].gathers)())
+        assert bool(gathers) == (name in GATHERING), gathers
+        if name not in GATHERING and name not in LONG_TEXT:
+            assert min(fact.share for fact in facts) >= 0.8
+
+
+def test_what_gathers_is_on_record():
+    assert {*GATHERING, *LONG_TEXT} <= set(CAPTURED)
+    assert len(CAPTURED) - len(GATHERING) - len(LONG_TEXT) >= 50
+
+
