@@ -1,6 +1,6 @@
 """Runs a function on several ranks: processes of one gloo group, forked, so that they import and capture nothing anew.
 
-    results = on_ranks(lambda rank: ..., ranks=2)        what each rank returned, by rank
+results = on_ranks(lambda rank: ..., ranks=2)        what each rank returned, by rank
 """
 
 from __future__ import annotations

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import functools
 import traceback
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from lib import models
 from lib.helpers import capture, outcome_of, run_graph
@@ -22,6 +22,7 @@ from cachedit_fx.passes.graph_values import op_counts
 from cachedit_fx.passes.infer_sequence_axes import InferSequenceAxes, SequenceAxes
 from cachedit_fx.passes.insert_ulysses import ContextParallel, InsertUlysses
 from cachedit_fx.passes.normalize import Normalize
+from cachedit_fx.runtime.ranks import ranks_of
 
 pytestmark = pytest.mark.xdist_group("ulysses rules")
 
@@ -68,8 +69,11 @@ def attends(layer, x, mask=None, **options):
 
 def rotated(layer, x, table):
     q, k, v = heads_of(layer, x)
-    q, k = (each * table.cos() + torch.stack((-each[..., 1::2], each[..., ::2]), -1).flatten(3) * table.sin() for each in (q, k))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def turned(each):
+        return each * table.cos() + torch.stack((-each[..., 1::2], each[..., ::2]), -1).flatten(3) * table.sin()
+
+    return F.scaled_dot_product_attention(turned(q), turned(k), v).transpose(1, 2).flatten(2)
 
 
 def rotated_in_place(layer, x, table):
@@ -207,7 +211,7 @@ def keys(count):
     return (torch.arange(count) % 3 > 0)[None, None, None]
 
 
-CASES = {
+CASES: dict[str, Any] = {
     "plain": lambda: (Model(attends), tokens(6)),
     "odd length": lambda: (Model(attends), tokens(7)),
     "batch": lambda: (Model(attends), tokens(7, 3)),
@@ -247,9 +251,11 @@ def graphs():
     return {name: capture(*make()) for name, make in CASES.items()}
 
 
-def rewritten(name, ranks, group):
-    """The outcome of the passes on a case's graph."""
-    passes = Normalize(), DetectBlockLoops(), InferSequenceAxes(ranks), InsertUlysses(group)
+def rewritten(name, ranks):
+    """The outcome of the passes on a case's graph, for all ranks."""
+    group = ranks_of(ranks)
+    assert group is not None
+    passes = Normalize(), DetectBlockLoops(), InferSequenceAxes(ranks), InsertUlysses(group.name)
     return outcome_of(graphs()[name].copy(), *passes)
 
 
@@ -259,10 +265,10 @@ def results(ranks):
     graphs()
 
     def run(rank):
-        group, found = dist.group.WORLD.group_name, {}
+        found: dict[str, Any] = {}
         for name, graph in graphs().items():
             try:
-                outcome = rewritten(name, ranks, group)
+                outcome = rewritten(name, ranks)
                 outputs = run_graph(outcome.graph_module, graph.inputs)
                 found[name] = outputs, outcome.facts.get(ContextParallel), op_counts(outcome.graph_module)
             except Exception:
@@ -312,8 +318,7 @@ def test_linear_attention_adds_up_over_ranks():
 
 def test_blocks_stay_alike_and_ranks_have_one_text():
     def codes(rank):
-        group = dist.group.WORLD.group_name
-        outcome = rewritten("two streams", 2, group)
+        outcome = rewritten("two streams", 2)
         detection = DetectBlockLoops().run(outcome.graph_module, outcome.facts)
         return outcome.graph_module.code, [loop.num_blocks for loop in detection.chain_loops]
 
