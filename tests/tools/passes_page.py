@@ -20,6 +20,8 @@ MEASURED = {
     "find_timestep": ("0.002", "nobody announces steps and generations"),
     "infer_dependence": ("0.25", "`explain` shows how much of the weights serves the timestep alone"),
     "detect_block_loops": ("0.39", "no adapter for a model"),
+    "infer_sequence_axes": ("0.6", "no plan per model for context parallelism"),
+    "insert_ulysses": ("1.1", "8 ranks: an eighth of the linear layers' work each, 674 MiB sent a step"),
     "plan_regions": ("0.06", "no rule per model for the results of its blocks"),
     "outline_blocks": ("0.48", "compiling takes 15 s; 132 s by plain `torch.compile`"),
     "hoist_invariants": ("0.4", "a step reads 27 % fewer weights, once their results are kept"),

@@ -106,14 +106,14 @@ def MiniMaxMusic3Transformer1DModel() -> Case:
 
 
 @entry(blocks=4)
-def AceStepTransformer1DModel() -> Case:
+def AceStepTransformer1DModel(key_heads: int = 1) -> Case:
     module = tiny(
         "AceStepTransformer1DModel",
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=4,
         num_attention_heads=2,
-        num_key_value_heads=1,
+        num_key_value_heads=key_heads,
         head_dim=8,
         in_channels=12,
         audio_acoustic_hidden_dim=4,

@@ -192,16 +192,16 @@ def LuminaNextDiT2DModel() -> Case:
 
 
 @entry(blocks=16)
-def ZImageTransformer2DModel() -> Case:
+def ZImageTransformer2DModel(heads: int = 1) -> Case:
     """With 2 refiners of the image in 18 blocks; it is 2 in 32."""
     module = tiny(
         "ZImageTransformer2DModel",
         in_channels=4,
-        dim=16,
+        dim=16 * heads,
         n_layers=16,
         n_refiner_layers=2,
-        n_heads=1,
-        n_kv_heads=1,
+        n_heads=heads,
+        n_kv_heads=heads,
         cap_feat_dim=12,
         axes_dims=[8, 4, 4],
         axes_lens=[64, 32, 32],
@@ -361,14 +361,14 @@ def Transformer2DModel() -> Case:
 
 
 @entry(blocks=16)
-def BriaFibo2Transformer2DModel() -> Case:
+def BriaFibo2Transformer2DModel(heads: int = 1) -> Case:
     """Some of its blocks attend to the text once more. With 2 refiners of the image in 18 blocks; it is 2 in 46."""
     module = tiny(
         "BriaFibo2Transformer2DModel",
         in_channels=4,
-        dim=24,
+        dim=24 * heads,
         n_layers=16,
-        n_heads=1,
+        n_heads=heads,
         cap_feat_dim=12,
         injection_layer_ids=(2, 6, 10, 14),
         min_num_gist_tokens=4,

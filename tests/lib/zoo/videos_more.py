@@ -108,7 +108,7 @@ def MiniMaxH3Transformer3DModel() -> Case:
 
 
 @entry(blocks=4)
-def Cosmos3OmniTransformer() -> Case:
+def Cosmos3OmniTransformer(key_heads: int = 1) -> Case:
     """Text runs through weights of its own beside the tokens of video and sound, which attend to it."""
     module = tiny(
         "Cosmos3OmniTransformer",
@@ -119,7 +119,7 @@ def Cosmos3OmniTransformer() -> Case:
         patch_latent_dim=16,
         num_attention_heads=2,
         num_hidden_layers=4,
-        num_key_value_heads=1,
+        num_key_value_heads=key_heads,
         vocab_size=20,
         rope_axes_dim=(2, 1, 1),
         sound_dim=6,
