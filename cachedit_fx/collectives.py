@@ -12,7 +12,7 @@ never tell each other lengths. All functions are traceable: inductor sees functi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,10 +40,10 @@ def gather_sequence(x: torch.Tensor, axis: int, segments: Segments, group: str) 
     lengths = [_length(segments, rank, ranks) for rank in range(ranks)]
     flat = x.movedim(axis, 0).contiguous()
     if _are_equal(lengths):
-        whole = _wait(torch.ops._c10d_functional.all_gather_into_tensor(flat, ranks, group))
+        whole = _sent(flat, lambda real: torch.ops._c10d_functional.all_gather_into_tensor(real, ranks, group))
     else:
         sent = flat.repeat(ranks, *[1] * (flat.dim() - 1))
-        whole = _wait(torch.ops._c10d_functional.all_to_all_single(sent, lengths, [flat.shape[0]] * ranks, group))
+        whole = _all_to_all(sent, lengths, [flat.shape[0]] * ranks, group)
     if len(segments) > 1:
         parts = [part.split(_lengths(segments, rank, ranks)) for rank, part in enumerate(whole.split(lengths))]
         whole = torch.cat([part[index] for index in range(len(segments)) for part in parts])
@@ -64,26 +64,21 @@ def exchange(
     width = 1
     for size in rest:
         width = width * size
-    received = _wait(
-        torch.ops._c10d_functional.all_to_all_single(
-            sent.flatten(),
-            [new[rank] * length * width for length in old],
-            [length * old[rank] * width for length in new],
-            group,
-        )
-    )
+    received_lengths = [new[rank] * length * width for length in old]
+    sent_lengths = [length * old[rank] * width for length in new]
+    received = _all_to_all(sent.flatten(), received_lengths, sent_lengths, group)
     if _are_equal(old):
         parts = received.view(ranks, new[rank], old[rank], *rest)
         joined = parts.transpose(0, 1).reshape(new[rank], ranks * old[rank], *rest)
     else:
-        pieces = received.split([new[rank] * length * width for length in old])
+        pieces = received.split(received_lengths)
         joined = torch.cat([p.view(new[rank], n, *rest) for p, n in zip(pieces, old, strict=True)], 1)
     return joined.movedim((0, 1), (new_axis, axis))
 
 
 def sum_over_ranks(x: torch.Tensor, group: str) -> torch.Tensor:
     """The sum of all ranks' tensors."""
-    return _wait(torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group))
+    return _sent(x.contiguous(), lambda real: torch.ops._c10d_functional.all_reduce(real, "sum", group))
 
 
 def order_by_rank(x: torch.Tensor, axis: int, segments: Segments, group: str) -> torch.Tensor:
@@ -167,5 +162,14 @@ def _joined(parts: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), axis)
 
 
-def _wait(x: torch.Tensor) -> torch.Tensor:
-    return torch.ops._c10d_functional.wait_tensor(x)
+def _all_to_all(x: torch.Tensor, received: Sequence[Any], sent: Sequence[Any], group: str) -> torch.Tensor:
+    """Runs of the first axis, of these lengths, go to the ranks in order, and come from them."""
+    return _sent(x, lambda real: torch.ops._c10d_functional.all_to_all_single(real, received, sent, group))
+
+
+def _sent(x: torch.Tensor, collective: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """The result of a collective, waited for. Complex numbers travel as pairs, since gloo knows no others."""
+    result: torch.Tensor = torch.ops._c10d_functional.wait_tensor(
+        collective(torch.view_as_real(x) if x.is_complex() else x)
+    )
+    return torch.view_as_complex(result) if x.is_complex() else result

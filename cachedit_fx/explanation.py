@@ -19,6 +19,7 @@ from cachedit_fx.passes.base import Traced
 from cachedit_fx.passes.block_loops import BlockLoop, Detection
 from cachedit_fx.passes.hoist_invariants import Hoisted, HoistedShare
 from cachedit_fx.passes.infer_dependence import Dependence, Level
+from cachedit_fx.passes.insert_ulysses import ContextParallel
 from cachedit_fx.passes.manager import Outcome
 from cachedit_fx.passes.plan_regions import RegionPlan, RegionReport
 from cachedit_fx.runtime.compiled_call import CAPTURE_ERRORS, CompiledCall
@@ -192,7 +193,7 @@ def _verified(
 
     with torch.no_grad():
         CompiledCall(module, backend, state, {})(*args, **kwargs)
-    return f"verified: {'equal to' if options.inner_backend == 'eager' else 'within rounding of'} the plain module"
+    return f"verified: {'equal to' if options.is_exact else 'within rounding of'} the plain module"
 
 
 def _has_chain(outcome: Outcome) -> bool:
@@ -236,6 +237,7 @@ def _explanation(outcomes: Sequence[Outcome], notes: tuple[str, ...]) -> Explana
         note: None for detection in detections if detection.loops or len(outcomes) == 1 for note in detection.notes
     }
     remarks |= {refusal: None for report in reports for refusal in report.refusals}
+    remarks |= {each.note: None for outcome in outcomes if (each := outcome.facts.get(ContextParallel)) is not None}
     return Explanation(
         loops=loops,
         chain=tuple(loop.name for detection in detections for loop in detection.chain_loops),

@@ -312,6 +312,11 @@ class Options:
         """Whether the bypassed region runs to the end of the model."""
         return self.calibrator is not None and self.calibrator.calibrator_cache_type == "output"
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether results without reuse equal the plain module's to the bit: nothing is fused, and no rank shares."""
+        return self.inner_backend == "eager" and self.ulysses_size == 1
+
     def compiles(self, kind: str) -> bool:
         """Whether the inner backend compiles pieces of this kind."""
         if self.inner_backend == "eager":

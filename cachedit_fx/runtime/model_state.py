@@ -57,7 +57,7 @@ class ModelState:
         self.config = options.cache
         self.ranks = ranks_of(options.ulysses_size)
         self.hint: Callable[[], Hint] = Hint
-        self.verifier = Verifier(options.inner_backend == "eager") if options.verify else None
+        self.verifier = Verifier(options.is_exact) if options.verify else None
         self.traced = NOTHING_KNOWN
         self.observe: Callable[[Facts], None] | None = None
         self.latest: Session | None = None

@@ -1,0 +1,73 @@
+"""The functions that move parts between ranks, on three ranks of gloo: odd lengths, several segments, all dtypes."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from lib.ranks import on_ranks
+
+from cachedit_fx import collectives
+
+SEGMENTS = {
+    "even": ((6, 1),),
+    "odd": ((7, 1),),
+    "fewer than ranks": ((2, 1),),
+    "two": ((4, 1), (5, 1)),
+    "units": ((2, 3), (1, 2)),
+}
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.complex64]
+
+
+def whole(segments, dtype=torch.float32):
+    length = sum(count * unit for count, unit in segments)
+    return torch.arange(2 * length * 4 * 3).reshape(2, length, 4, 3).to(dtype)
+
+
+def group():
+    world = dist.group.WORLD
+    assert world is not None
+    return world.group_name
+
+
+@pytest.fixture(scope="module")
+def found():
+    """What three ranks say: name -> whether it held."""
+
+    def run(rank):
+        checks = {}
+        for name, segments in SEGMENTS.items():
+            x = whole(segments)
+            part = collectives.cut_sequence(x, 1, segments, group())
+            ordered = collectives.order_by_rank(x, 1, segments, group())
+            heads = collectives.exchange(part, 1, segments, 2, ((4, 1),), group())
+            back = collectives.exchange(heads, 2, ((4, 1),), 1, segments, group())
+            own = slice(*((0, 2), (2, 3), (3, 4))[rank])
+            checks[f"gather, {name}"] = torch.equal(collectives.gather_sequence(part, 1, segments, group()), x)
+            checks[f"exchange, {name}"] = torch.equal(heads, ordered[:, :, own])
+            checks[f"exchange back, {name}"] = torch.equal(back, part)
+            taken = collectives.take_segments(part, 1, segments, len(segments) - 1, len(segments), group())
+            count, unit = segments[-1]
+            last = collectives.cut_sequence(x[:, x.shape[1] - count * unit :], 1, segments[-1:], group())
+            checks[f"take, {name}"] = torch.equal(taken, last)
+            checks[f"size, {name}"] = collectives.whole_size(part, 1, segments, None, group()) == tuple(x.shape)
+        for dtype in DTYPES:
+            x = whole(SEGMENTS["two"], dtype)
+            part = collectives.cut_sequence(x, 1, SEGMENTS["two"], group())
+            checks[str(dtype)] = torch.equal(collectives.gather_sequence(part, 1, SEGMENTS["two"], group()), x)
+        checks["sum"] = collectives.sum_over_ranks(torch.tensor([rank + 1.0]), group()).item() == 6
+        return checks
+
+    return on_ranks(run, 3)
+
+
+def test_all_ranks_hold(found):
+    for checks in found:
+        assert [name for name, held in checks.items() if not held] == []
+
+
+def test_one_rank_that_raises_names_itself():
+    def run(rank):
+        if rank == 1:
+            raise ValueError("on purpose")
+
+    with pytest.raises(AssertionError, match="rank 1:(.|\n)*on purpose"):
+        on_ranks(run)
