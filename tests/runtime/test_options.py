@@ -236,6 +236,7 @@ OTHER_STRUCTURE = {
     "motion": "batched",
     "time_weights": "host",
     "hoisted_mib": 8,
+    "ulysses_size": 2,
 }
 
 
