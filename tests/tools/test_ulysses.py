@@ -15,7 +15,7 @@ def captured():
 
 
 def test_two_ranks_exchange_heads_and_keep_half(captured):
-    one, more = (count("tiny", *captured, ranks) for ranks in (2, 8))
+    one, more = (count("tiny", captured[0], captured[1], ranks) for ranks in (2, 8))
     blocks, width = 8, 16
     assert one.exchanges == 4 * blocks and one.gathers == 1 and one.sums == 0
     assert one.tokens == (1, 8, width) and more.tokens == (1, 2, width)
@@ -27,11 +27,11 @@ def test_two_ranks_exchange_heads_and_keep_half(captured):
 
 
 def test_more_ranks_than_heads_gather_keys_and_values(captured):
-    share = count("tiny", *captured, 8)
+    share = count("tiny", captured[0], captured[1], 8)
     assert share.exchanges == 0 and share.gathers == 2 * 8 + 1
 
 
 def test_the_table_has_a_line_for_each_number_of_ranks(captured):
-    rows = [count("tiny", *captured, ranks) for ranks in (2, 8)]
+    rows = [count("tiny", captured[0], captured[1], ranks) for ranks in (2, 8)]
     assert [line.cells[1] for line in table(rows).lines] == ["2", "8"]
     assert INPUTS.keys() <= MODELS.keys()
