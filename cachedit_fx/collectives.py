@@ -128,6 +128,11 @@ LOCAL = frozenset({cut_sequence, order_by_rank, take_segments, split_segments, w
 """The other ones that rewritten graphs call."""
 
 
+def number_of_ranks(group: str) -> int:
+    """How many ranks the group has."""
+    return _place(group)[1]
+
+
 def _place(group: str) -> tuple[int, int]:
     """(this process's rank in the group, number of ranks)."""
     resolved = _resolve_process_group(group)  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 import sympy
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 from torch.fx.node import map_arg
 
 from cachedit_fx import collectives
@@ -103,7 +104,7 @@ class _Rewriter:
         """Node -> the node that later ones read in its place."""
         self.copies: dict[tuple[As, Block | None], fx.Node] = {}
         """(what is read, the block that reads it) -> the node that has it."""
-        self.lengths = _Lengths(gm.graph)
+        self.lengths = _Lengths(gm.graph, collectives.number_of_ranks(group))
 
     def run(self) -> None:
         layouts: dict[fx.Node, Any] = dict(self.axes.streams)
@@ -186,8 +187,8 @@ def _along(cut: Layout) -> tuple[Any, ...]:
 class _Lengths:
     """Names lengths in the arguments of nodes: numbers as they are, symbols by the first nodes that have them."""
 
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: fx.Graph, ranks: int) -> None:
+        self.graph, self.ranks = graph, ranks
         self.sources: dict[Size, tuple[fx.Node, int | None]] = {}
         """Size -> the node that it is the value of, or the tensor that has it as the size of an axis."""
         self.nodes: dict[Size, fx.Node] = {}
@@ -222,7 +223,16 @@ class _Lengths:
                 node.meta = {"example_value": value_of(source).shape[axis]}
                 source = node
             self.nodes[size] = source
+            self._tell_apart(value_of(source))
         return self.nodes[size]
+
+    def _tell_apart(self, length: torch.SymInt) -> None:
+        """Let dynamo capture anew for lengths of which some rank holds one element, or none.
+
+        Inductor's kernels for a symbolic length take it to be two at least, and were wrong for parts of one.
+        """
+        if not has_free_unbacked_symbols(length):
+            bool(length >= 2 * self.ranks)  # a guard, equal on all ranks
 
 
 def _run(node: fx.Node) -> Any:
