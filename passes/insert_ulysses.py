@@ -227,12 +227,13 @@ class _Lengths:
         return self.nodes[size]
 
     def _tell_apart(self, length: torch.SymInt) -> None:
-        """Let dynamo capture anew for lengths of which some rank holds one element, or none.
+        """Let dynamo capture anew for each length of which some rank holds one element, or none.
 
-        Inductor's kernels for a symbolic length take it to be two at least, and were wrong for parts of one.
+        Inductor's kernels for a symbolic length take it to be two at least, and were wrong for parts of one. The guards
+        are equal on all ranks.
         """
-        if not has_free_unbacked_symbols(length):
-            bool(length >= 2 * self.ranks)  # a guard, equal on all ranks
+        if not has_free_unbacked_symbols(length) and not length >= 2 * self.ranks:
+            int(length)
 
 
 def _run(node: fx.Node) -> Any:
