@@ -11,13 +11,14 @@ from typing import Any, TypeVar, get_args
 import torch
 from torch import fx
 
-from cachedit_fx.backend import compile_graph, pass_manager
+from cachedit_fx.backend import compile_graph
 from cachedit_fx.capture import RECOMPILE_LIMIT, is_wrapper, on_compile, unwrap_call
 from cachedit_fx.config.cache import DBCacheConfig
 from cachedit_fx.config.calibrators import CalibratorConfig
 from cachedit_fx.config.options import Options, ParamsModifier, parse_options
 from cachedit_fx.config.rules import FLAG, OptionError, check, integer, optional
 from cachedit_fx.kernels.cpu import compiler
+from cachedit_fx.pass_pipeline import pass_manager
 from cachedit_fx.passes.base import Traced
 from cachedit_fx.placement import Placement, bring_back, wait_on_host
 from cachedit_fx.runtime.compiled_call import CompiledCall, Guards

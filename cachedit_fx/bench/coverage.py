@@ -26,9 +26,11 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from cachedit_fx import api
+from cachedit_fx.bench.coverage_counts import Inputs, Make, count_tables, counts_of
 from cachedit_fx.bench.errors import RequestError
-from cachedit_fx.bench.motion import Reads, count, shares_table
+from cachedit_fx.bench.motion import Reads
 from cachedit_fx.bench.progress import Tell
+from cachedit_fx.bench.ulysses import Share
 from cachedit_fx.bench.variants import RUN, VariantOutcome, VariantResult
 from cachedit_fx.capture import uncompiled
 from cachedit_fx.config.cache import DBCacheConfig
@@ -38,16 +40,11 @@ from cachedit_fx.passes.block_loops import Detection
 from cachedit_fx.passes.find_timestep import NAMES
 from cachedit_fx.passes.hoist_invariants import HoistInvariants
 from cachedit_fx.passes.plan_regions import RegionReport
-from cachedit_fx.report.tables import Heading, Part, Table, page, titled_list
+from cachedit_fx.report.tables import Heading, Table, page, titled_list
 from cachedit_fx.runtime.registry import state_of_module
 from cachedit_fx.runtime.stats import CacheStats
 from cachedit_fx.runtime.verification import VerificationError
 from cachedit_fx.runtime.warning import CacheWarning
-
-Inputs = Callable[[int], dict[str, Any]]
-"""Keyword arguments of one forward at size 1 or 2, two resolutions; the same at every call."""
-
-Make = Callable[[], tuple[nn.Module, Inputs]]
 
 CHECKS = {
     "blocks": "the chain of block loops has the number of blocks that was stated",
@@ -79,6 +76,7 @@ class Covered:
         reason: why the model falls short, for people; empty if it does not.
         variants: what was seen of each variant; None if none was tried.
         reads: the weights that code motion takes out of a step; None if they were not counted.
+        share: what one of two ranks does in a step; None if that was not counted, or the ranks divide nothing.
     """
 
     name: str
@@ -88,6 +86,7 @@ class Covered:
     reason: str = ""
     variants: tuple[VariantResult, ...] | None = None
     reads: Reads | None = None
+    share: Share | None = None
 
     @property
     def is_full(self) -> bool:
@@ -380,8 +379,7 @@ def check_all(zoo: Zoo, tell: Tell) -> Iterator[Covered]:
         tell(name)
         row = check(name, make, zoo.blocks.get(name))
         if row.is_full:
-            module, inputs = make()
-            row.reads = count(name, module, inputs(1))
+            row.reads, row.share = counts_of(name, make)
         yield row
         tell(done=1)
     yield from (Covered(name, reason=NO_ENTRY) for name in zoo.missing)
@@ -446,7 +444,7 @@ def markdown(rows: Sequence[Covered], made_by: str, excluded: Mapping[str, str])
             *([f"**variants**: {VARIANTS}."] if any(row.variants for row in rows) else []),
         ],
         table(rows),
-        *_motion(rows),
+        *count_tables([row.reads for row in rows], [row.share for row in rows]),
         *titled_list("Rows that fall short", short),
         *titled_list("Left out", left_out),
         *titled_list("Variants that are wrong", _variant_lines(rows, "wrong")),
@@ -455,22 +453,6 @@ def markdown(rows: Sequence[Covered], made_by: str, excluded: Mapping[str, str])
         *titled_list("Guessed values that the class does not know", _variant_lines(rows, "unknown")),
     )
 
-
-def _motion(rows: Sequence[Covered]) -> list[Part]:
-    """The weights that code motion takes out of a step, of the models that they were counted for."""
-    counted = [row.reads for row in rows if row.reads is not None]
-    return [Heading("Code motion", 2), MOTION, shares_table(counted)] if counted else []
-
-
-MOTION = (
-    "Shares of the weights that a step reads without code motion: those whose results change with the timestep "
-    "alone, with the timestep and conditions, and with conditions alone. The hoisted values, and their size for a "
-    "step and for a prompt. The weights that a computed step still reads if all values are kept. The configurations "
-    "are tiny, so the shares are not those of the models that people run, which performance/motion.md has. If a "
-    "model's capture breaks, the largest graph is counted, and what it takes from an earlier graph counts as a "
-    "condition."
-)
-"""What the second table has."""
 
 VARIANTS = (
     "the model with one argument of its constructor or forward changed, and how many of them the class runs; each of "

@@ -10,6 +10,7 @@ from typing import Any
 from cachedit_fx.bench.coverage import NO_ENTRY, Covered
 from cachedit_fx.bench.motion import Reads
 from cachedit_fx.bench.resume import kept_rows, save_page
+from cachedit_fx.bench.ulysses import Share
 from cachedit_fx.bench.variants import VariantResult
 
 
@@ -51,10 +52,11 @@ class CoverageRecord:
 
 def _covered(row: Mapping[str, Any]) -> Covered:
     """A row as `asdict` and JSON have left it."""
-    variants, reads = row["variants"], row["reads"]
+    variants, reads, share = row["variants"], row["reads"], row["share"]
     values = {
         "loops": tuple(row["loops"]),
         "variants": None if variants is None else tuple(VariantResult(**variant) for variant in variants),
         "reads": None if reads is None else Reads(**reads),
+        "share": None if share is None else Share(**{**share, "tokens": tuple(share["tokens"])}),
     }
     return Covered(**{**row, **values})

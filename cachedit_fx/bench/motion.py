@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
-import torch
 from torch import fx, nn
 
 from cachedit_fx.backend import rewrite
-from cachedit_fx.capture import capturing, copy_of
+from cachedit_fx.capture import copy_of
 from cachedit_fx.config.options import parse_options
 from cachedit_fx.passes.base import Traced
 from cachedit_fx.passes.graph_cost import bytes_of, numel_of
@@ -81,25 +80,13 @@ class Reads:
         return self.cached_rest / self.cached_today
 
 
-@torch.no_grad()
-def count(name: str, module: nn.Module, arguments: Mapping[str, Any]) -> Reads | None:
+def count(name: str, module: nn.Module, gm: fx.GraphModule) -> Reads | None:
     """Count the weights that steps of a model read, on its largest graph. None: no chain of blocks was found.
 
     Args:
         name: the model's, for the result.
-        module: in eval mode; its weights are not looked at, and may be on the meta device.
-        arguments: keyword arguments of one call.
+        gm: the graph, as dynamo captured it. No weight is looked at.
     """
-    graphs: list[fx.GraphModule] = []
-
-    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        graphs.append(gm)
-        return gm.forward
-
-    torch.compiler.reset()
-    with capturing():
-        torch.compile(module, backend=backend)(**arguments)
-    gm = max(graphs, key=lambda graph: len(graph.graph.nodes))
     settings = {"Fn_compute_blocks": 1, "inner_backend": "aot_eager"}
     outcomes = []
     for hoists in (False, True):

@@ -16,8 +16,9 @@ from torch import fx, nn
 
 from cachedit_fx import collectives
 from cachedit_fx.backend import rewrite
-from cachedit_fx.bench.motion import DTYPE, MODELS
-from cachedit_fx.capture import capturing, copy_of
+from cachedit_fx.bench.graphs import largest_graph
+from cachedit_fx.bench.known_models import DTYPE, make
+from cachedit_fx.capture import copy_of
 from cachedit_fx.config.options import parse_options
 from cachedit_fx.passes.base import Traced
 from cachedit_fx.passes.block_loops import Detection
@@ -60,6 +61,7 @@ class Share:
         tokens: the rank's part of the hidden states that enter the chain: their sizes.
         divided: the share of the chain's linear FLOPs that the ranks divide, from 0 to 1.
         exchanges, gathers, sums: collectives in the graph.
+        whole: the chain's operations that need values whole, with their number.
         sent: bytes that the rank sends in a step.
         stored: bytes of the results that the cache keeps, in the model's dtype.
     """
@@ -73,6 +75,7 @@ class Share:
     sums: int
     sent: int
     stored: int
+    whole: str = ""
 
 
 @contextmanager
@@ -88,34 +91,21 @@ def pretended(ranks: int) -> Iterator[None]:
 
 
 def capture(name: str) -> tuple[nn.Module, fx.GraphModule]:
-    """A model on the meta device, and its graph."""
+    """A known model on the meta device, with as many tokens as a picture or a film has, and its graph."""
+    module, arguments = make(name)
     with torch.device("meta"):
-        module, arguments = MODELS[name]()
         arguments |= INPUTS[name]()
-    return graph_of(module.to(DTYPE).eval(), arguments)
+    return module, largest_graph(module, arguments)
 
 
-def graph_of(module: nn.Module, arguments: dict[str, Any]) -> tuple[nn.Module, fx.GraphModule]:
-    """The module, and the largest graph of its call."""
-    graphs: list[fx.GraphModule] = []
-
-    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        graphs.append(gm)
-        return gm.forward
-
-    torch._dynamo.reset()
-    with torch.no_grad(), capturing():
-        torch.compile(module, backend=backend)(**arguments)
-    return module, max(graphs, key=lambda graph: len(graph.graph.nodes))
-
-
-def count(name: str, module: nn.Module, gm: fx.GraphModule, ranks: int) -> Share:
-    """What one of `ranks` ranks does in a step of a model."""
+def count(name: str, module: nn.Module, gm: fx.GraphModule, ranks: int) -> Share | None:
+    """What one of `ranks` ranks does in a step of a model. None: the ranks divide nothing."""
     settings = {"ulysses_size": ranks, "Fn_compute_blocks": 1, "inner_backend": "aot_eager"}
     off = ("outline_blocks", "hoist_invariants", "insert_cache_branch", "gather_inputs")
     options = parse_options(settings | {"passes": dict.fromkeys(off, False)})
     with pretended(ranks):
-        return _share(name, ranks, rewrite(copy_of(gm), options, Traced.of(module)))
+        outcome = rewrite(copy_of(gm), options, Traced.of(module))
+    return _share(name, ranks, outcome) if ContextParallel in outcome.facts else None
 
 
 def _share(name: str, ranks: int, outcome: Outcome) -> Share:
@@ -134,6 +124,7 @@ def _share(name: str, ranks: int, outcome: Outcome) -> Share:
         counts[collectives.sum_over_ranks.__name__],
         sum(sent_by(node, ranks) for node in nodes),
         sum(region.result_bytes for region in outcome.facts[RegionReport].regions),
+        ", ".join(f"{operation} ({number})" for operation, number in parallel.gathers.items()),
     )
 
 

@@ -69,6 +69,7 @@ def motion(
         from cachedit_fx.bench import known_models
         from cachedit_fx.bench import motion as bench
         from cachedit_fx.bench.flux import Size
+        from cachedit_fx.bench.graphs import largest_graph
         from cachedit_fx.bench.motion_memory import cards, memory_table
         from cachedit_fx.bench.motion_times import measure, time_table
     names = [name for name in known_models.MODELS if not only or any(text.lower() in name.lower() for text in only)]
@@ -88,7 +89,8 @@ def motion(
         rows = []
         for name in names:
             tell(name)
-            row = bench.count(name, *known_models.make(name))
+            module, arguments = known_models.make(name)
+            row = bench.count(name, module, largest_graph(module, arguments))
             assert row is not None, f"{name}: no chain"
             rows.append(row)
         parts += [Heading("Weights behind what is hoisted", 2), SHARES, bench.shares_table(rows)]

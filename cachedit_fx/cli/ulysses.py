@@ -49,7 +49,8 @@ def ulysses(
         for name in names:
             tell(name)
             module, graph = bench.capture(name)
-            rows += [bench.count(name, module, graph, number) for number in ranks or bench.RANKS]
+            shares = (bench.count(name, module, graph, number) for number in ranks or bench.RANKS)
+            rows += [share for share in shares if share is not None]
     parts: list[Part] = [Heading("Ranks that share one sample", 2), SHARES, bench.table(rows)]
     show(*parts)
     libraries = ", ".join(f"{name} {version}" for name, version in versions("torch", "diffusers").items())

@@ -14,9 +14,9 @@ from lib.helpers import Computes, Restores, capture, find, ops, outcome_of
 from lib.marks import SHARES_GRAPHS
 from torch import nn
 
-from cachedit_fx.backend import pass_manager
 from cachedit_fx.config.cache import Cut
 from cachedit_fx.config.options import parse_options
+from cachedit_fx.pass_pipeline import pass_manager
 from cachedit_fx.passes.base import Analysis, Facts, FlatGraph, Rewrite, Rewritten
 from cachedit_fx.passes.block_loops import Detection
 from cachedit_fx.passes.detect_block_loops import DetectBlockLoops

@@ -23,9 +23,9 @@ from cachedit_fx import (
     OptionError,
     Reason,
     TaylorSeerCalibratorConfig,
-    backend,
     compile,
     explain,
+    pass_pipeline,
     summary,
 )
 from cachedit_fx.config.cache import CONFIGS
@@ -245,8 +245,8 @@ class TanhGelu(Rewrite):
 
 
 def test_a_pass_reaches_the_blocks_from_the_end_of_the_list(monkeypatch):
-    whole = backend.pipeline
-    monkeypatch.setattr(backend, "pipeline", lambda options, traced: [*whole(options, traced), TanhGelu()])
+    whole = pass_pipeline.pipeline
+    monkeypatch.setattr(pass_pipeline, "pipeline", lambda options, traced: [*whole(options, traced), TanhGelu()])
     results = []
     for switches in ({}, {"tanh_gelu": False}):
         model = make()

@@ -11,7 +11,7 @@ from lib.toys import Toy, make, noise
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
-import cachedit_fx.backend
+import cachedit_fx.pass_pipeline
 from cachedit_fx import CacheWarning, DBCacheConfig, OptionError, VerificationError, compile, explain, summary
 from cachedit_fx.passes.base import FlatGraph, Rewrite, Rewritten
 from cachedit_fx.passes.block_loops import Detection
@@ -103,7 +103,7 @@ class LosesWrites(Rewrite):
 @pytest.fixture
 def wrong(monkeypatch):
     """Adds a pass to the pipeline."""
-    pipeline = cachedit_fx.backend.pipeline
+    pipeline = cachedit_fx.pass_pipeline.pipeline
 
     def add(pass_, before=None):
         def more(options, traced):
@@ -111,7 +111,7 @@ def wrong(monkeypatch):
             place = next((index for index, other in enumerate(passes) if other.name == before), 0)
             return [*passes[:place], pass_, *passes[place:]]
 
-        monkeypatch.setattr(cachedit_fx.backend, "pipeline", more)
+        monkeypatch.setattr(cachedit_fx.pass_pipeline, "pipeline", more)
 
     return add
 

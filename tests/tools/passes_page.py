@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tools.docstrings import class_docstring
 
-from cachedit_fx.backend import pass_manager, pipeline
 from cachedit_fx.config.options import Options
+from cachedit_fx.pass_pipeline import pass_manager, pipeline
 from cachedit_fx.passes.base import NOTHING_KNOWN, Analysis, Pass, Rewrite
 
 PASSES = Path(__file__).resolve().parents[2] / "passes"

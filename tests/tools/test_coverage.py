@@ -9,6 +9,7 @@ from lib.command_line import invoke, plain
 from cachedit_fx.bench.coverage import CHECKS, LEGEND, NO_ENTRY, Covered, table
 from cachedit_fx.bench.coverage_record import CoverageRecord
 from cachedit_fx.bench.motion import Reads
+from cachedit_fx.bench.ulysses import Share
 from cachedit_fx.bench.variants import VariantResult
 from cachedit_fx.cli.terminal import console
 from cachedit_fx.report.tables import terminal
@@ -86,6 +87,7 @@ def test_the_table_fits_a_terminal_of_80_columns(has_variants):
     assert list(CHECKS) == re.findall(r"\w+", LEGEND.partition(": ")[2].partition(".")[0])
 
 
+SHARE = Share("Good", 2, (1, 8, 16), 0.9, 32, 1, 0, 2**20, 2**10, "conv2d (4)")
 VARIANT = VariantResult("an_argument=True", "uncached", "no block loop")
 
 
@@ -121,7 +123,9 @@ def test_a_run_that_was_stopped_goes_on(models_file, tmp_path, monkeypatch):
 
 def test_rows_survive_the_file(tmp_path):
     """But for those of models without an entry, which are looked for again."""
-    row = Covered("Good", {"exact": True}, ("blocks x 4",), 0.25, "why", (VARIANT,), Reads("Good", 1, 2, 3, 4, 5))
+    row = Covered(
+        "Good", {"exact": True}, ("blocks x 4",), 0.25, "why", (VARIANT,), Reads("Good", 1, 2, 3, 4, 5), SHARE
+    )
     defaults = Covered("Good")
     assert all(getattr(row, item.name) != getattr(defaults, item.name) for item in fields(Covered)[1:])
     record = CoverageRecord(tmp_path / "rows.json", {})

@@ -9,6 +9,7 @@ from lib.command_line import invoke
 
 from cachedit_fx.bench import flux, known_models, motion, motion_memory, motion_times
 from cachedit_fx.bench.flux import Size
+from cachedit_fx.bench.graphs import largest_graph
 
 
 @pytest.fixture
@@ -25,7 +26,8 @@ def tiny(monkeypatch):
 
 
 def test_the_weights_add_up(tiny):
-    row = motion.count("tiny", *known_models.make("tiny"))
+    module, arguments = known_models.make("tiny")
+    row = motion.count("tiny", module, largest_graph(module, arguments))
     assert row is not None
     assert row.today == row.parameters
     assert row.rest + row.timed + row.prompted + row.conditions == row.today

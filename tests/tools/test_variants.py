@@ -8,7 +8,7 @@ from lib import models
 from lib.command_line import invoke, plain
 from torch import nn
 
-import cachedit_fx.backend
+import cachedit_fx.pass_pipeline
 from cachedit_fx.bench.variant_checks import check_variants, variants_of
 from cachedit_fx.bench.variants import VariantResult, Vocabulary, changes_of, rebuilt
 from cachedit_fx.passes.base import FlatGraph, Rewrite, Rewritten
@@ -173,8 +173,8 @@ ZOO = {"Configured": lambda: case(act="gelu")}
 
 
 def test_a_wrong_variant_is_named_in_the_table(monkeypatch, tmp_path):
-    pipeline = cachedit_fx.backend.pipeline
-    monkeypatch.setattr(cachedit_fx.backend, "pipeline", lambda *options: [WrongRelu(), *pipeline(*options)])
+    pipeline = cachedit_fx.pass_pipeline.pipeline
+    monkeypatch.setattr(cachedit_fx.pass_pipeline, "pipeline", lambda *options: [WrongRelu(), *pipeline(*options)])
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     file, out = tmp_path / "configured.py", tmp_path / "table.md"
     file.write_text(FILE)

@@ -1,0 +1,57 @@
+"""Counts on a model's graph what code motion takes out of a step, and what two ranks would divide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from cachedit_fx.bench import motion, ulysses
+from cachedit_fx.bench.graphs import largest_graph
+from cachedit_fx.bench.motion import Reads, shares_table
+from cachedit_fx.bench.ulysses import Share
+from cachedit_fx.report.tables import Heading, Part, Table
+
+Inputs = Callable[[int], dict[str, Any]]
+"""Keyword arguments of one forward at size 1 or 2, two resolutions; the same at every call."""
+
+Make = Callable[[], tuple[nn.Module, Inputs]]
+
+MOTION = (
+    "Shares of the weights that a step reads without code motion: those whose results change with the timestep "
+    "alone, with the timestep and conditions, and with conditions alone. The hoisted values, and their size for a "
+    "step and for a prompt. The weights that a computed step still reads if all values are kept. The configurations "
+    "are tiny, so the shares are not those of the models that people run, which performance/motion.md has. If a "
+    "model's capture breaks, the largest graph is counted, and what it takes from an earlier graph counts as a "
+    "condition."
+)
+RANKS = (
+    "Of a step on two ranks that share a sample (`ulysses_size=2`): the share of the blocks' linear FLOPs that the "
+    "ranks divide, the values that change hands by an all-to-all, those that each rank gets whole, and the "
+    "operations of the blocks that need them whole. Counted on the largest graph for ranks that do not exist; the "
+    "part `parallel` of the tests runs every class on two real ones. A class with one head in the zoo has fewer "
+    "heads than ranks."
+)
+
+
+def counts_of(name: str, make: Make) -> tuple[Reads | None, Share | None]:
+    """What code motion takes out of a step of a model, and what one of two ranks does in a step."""
+    module, inputs = make()
+    gm = largest_graph(module, inputs(1))
+    return motion.count(name, module, gm), ulysses.count(name, module, gm, 2)
+
+
+def count_tables(reads: Sequence[Reads | None], shares: Sequence[Share | None]) -> list[Part]:
+    """The tables of models that were counted; nothing if none was."""
+    parts: list[Part] = []
+    counted = [row for row in reads if row is not None]
+    if counted:
+        parts += [Heading("Code motion", 2), MOTION, shares_table(counted)]
+    divided = [row for row in shares if row is not None]
+    if divided:
+        table = Table(("model", "FLOPs divided", "exchanges", "gathers", "whole for"), texts=(0, 4))
+        for row in divided:
+            table.add(row.model, f"{row.divided:.1%}", str(row.exchanges), str(row.gathers), row.whole)
+        parts += [Heading("Two ranks", 2), RANKS, table]
+    return parts

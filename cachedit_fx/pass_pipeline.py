@@ -1,0 +1,50 @@
+"""The passes, in order."""
+
+from __future__ import annotations
+
+from cachedit_fx.config.options import Options
+from cachedit_fx.passes.base import NOTHING_KNOWN, Pass, Traced
+from cachedit_fx.passes.detect_block_loops import DetectBlockLoops
+from cachedit_fx.passes.find_timestep import FindTimestep
+from cachedit_fx.passes.gather_inputs import GatherInputs
+from cachedit_fx.passes.hoist_invariants import HoistInvariants
+from cachedit_fx.passes.infer_dependence import InferDependence
+from cachedit_fx.passes.infer_sequence_axes import InferSequenceAxes
+from cachedit_fx.passes.insert_cache_branch import InsertCacheBranch
+from cachedit_fx.passes.insert_ulysses import InsertUlysses
+from cachedit_fx.passes.manager import PassManager
+from cachedit_fx.passes.normalize import Normalize
+from cachedit_fx.passes.outline_blocks import OutlineBlocks
+from cachedit_fx.passes.plan_regions import PlanRegions
+from cachedit_fx.runtime.ranks import ranks_of
+
+
+def pass_manager(options: Options, traced: Traced = NOTHING_KNOWN) -> PassManager:
+    """The passes, switched on and off by the options: `passes={"name": False}`, `cache=None`, `ulysses_size=1`.
+
+    Raises:
+        OptionError: if there are no `ulysses_size` ranks.
+        PassOrderError: if a name in `passes` is no pass.
+    """
+    off: list[type[Pass]] = [PlanRegions, InsertCacheBranch] if options.cache is None else []
+    off += [InferSequenceAxes, InsertUlysses] if options.ulysses_size == 1 else []
+    return PassManager(pipeline(options, traced), dict(options.passes) | {pass_.name: False for pass_ in off})
+
+
+def pipeline(options: Options, traced: Traced) -> list[Pass]:
+    """The passes in order, with their options."""
+    ranks = ranks_of(options.ulysses_size)
+    cuts = [settings.policy.structure() for settings in options.loop_settings]
+    return [
+        Normalize(),
+        FindTimestep(options.timestep, traced.numbers),
+        InferDependence(traced.sample),
+        DetectBlockLoops(options.loops, traced=traced),
+        InferSequenceAxes(options.ulysses_size),
+        InsertUlysses(ranks.name if ranks is not None else ""),
+        PlanRegions(cuts, options.scope or "model", options.predicts_output, traced.kept),
+        OutlineBlocks(options.granularity, canonical_layout=options.inner_backend != "eager"),
+        HoistInvariants(options.compiles),
+        InsertCacheBranch(),
+        GatherInputs(),
+    ]
