@@ -20,7 +20,7 @@ from cachedit_fx.passes.manager import Outcome
 from cachedit_fx.passes.plan_regions import RegionReport
 from cachedit_fx.runtime.call import NO_LOOP, Call, Uncached, current_call
 from cachedit_fx.runtime.hoisted_memory import ComputedValues, HoistedCode, HoistedMemory
-from cachedit_fx.runtime.hoisting import HoistedValues, WeightsChanged
+from cachedit_fx.runtime.hoisting import HoistedValues, StaleValues
 from cachedit_fx.runtime.model_state import ModelState
 from cachedit_fx.runtime.region import RegionInfo, RegionKey
 from cachedit_fx.runtime.region_call import RegionCall
@@ -107,7 +107,7 @@ class CachedGraph(RewrittenGraph):
             keys = call.enter(self, self.regions, timestep_of(self.timestep, inputs))
             try:
                 results = self._results(call, keys, inputs)
-            except WeightsChanged:  # raised before a region ran: nothing is stored yet
+            except StaleValues:  # raised before a region ran: nothing is stored yet
                 results = self._results(call, keys, inputs)
             if call.route is not None and self.is_whole:
                 call.route.record(self.run, inputs, results)
@@ -116,6 +116,9 @@ class CachedGraph(RewrittenGraph):
     def _results(self, call: Call, keys: Sequence[RegionKey], inputs: Sequence[Any]) -> Any:
         if self.hoisted is None:
             return self.forward(RegionCall(call, self.regions, keys, self.values_last), inputs)
+        if call.session.is_stray:  # no generation begins with such a call, so changed weights would not be seen
+            computed = ComputedValues(self.hoisted, inputs)
+            return self.forward(RegionCall(call, self.regions, keys, self.values_last), inputs, computed)
         values = HoistedValues(self._memory(self.hoisted, call.session.state), inputs, call)
         return self.forward(RegionCall(call, self.regions, keys, self.values_last, values), inputs, values)
 

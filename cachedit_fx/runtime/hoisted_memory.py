@@ -11,8 +11,9 @@ A result is kept under a key, one part for each graph input that it depends on, 
 Results of the timestep alone serve every session and thread of the model. Results that depend on conditions too can be
 hit again only if the conditions outlive a generation, and are kept when they are asked for a second time.
 
-Weights are compared by identity and version when a piece is asked, and by samples of their contents when a generation
-begins, since a write through `.data` changes no version. If a weight has changed, everything made from it is dropped.
+Weights are compared by identity and version when a piece is asked. If a weight has changed, everything made from it is
+dropped. Some writes change no version: those through `.data` or numpy, and those of collectives. So samples of weights
+and of conditions are compared when a generation begins. If a sample has changed, everything is dropped.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from cachedit_fx.passes.hoist_invariants import Hoisted
 from cachedit_fx.runtime.guard import on_host
@@ -40,10 +42,13 @@ Key = tuple[Hashable, ...]
 
 SAMPLES = 64
 """Samples of a weight."""
+CONDITION_SAMPLES = 4096
+"""Samples of a condition. Small conditions are compared whole."""
 PLACES = 1024
 """Places of clocks whose timesteps are noted."""
 OFTEN = 3
-"""An input is named as new at every step if more tensors than these came in, in one generation."""
+"""An input is named as new at every step if more tensors than these came in, in one generation. So many steps of a
+generation are batched at most."""
 
 
 class HoistedCode:
@@ -148,7 +153,7 @@ class _Kept:
 
 
 class Trust(Enum):
-    """Whether the kept values were made with the present weights."""
+    """Whether the kept values were made with the present weights and conditions."""
 
     YES = auto()
     NO_LONGER = auto()
@@ -182,6 +187,8 @@ class HoistedMemory:
         self._asked: OrderedDict[int, None] = OrderedDict()
         """Hashes of pieces and keys that were asked for once, and not kept."""
         self._samples: list[torch.Tensor] | None = None
+        self._conditions: Any = WeakIdKeyDictionary()
+        """Condition that results are kept for -> its version, and samples of it."""
         self._begun: weakref.WeakKeyDictionary[Session, int] = weakref.WeakKeyDictionary()
         """Session -> its present generation."""
         self._answers: list[_Answer] = []
@@ -190,7 +197,9 @@ class HoistedMemory:
         """Whether calls came to one place of a clock with two timesteps."""
         self._is_misled = False
         self.unbatched: set[int] = set()
-        """Numbers of pieces that cannot be computed for a batch."""
+        """Numbers of pieces that cannot be computed for a batch, and of those that take their values."""
+        self._batched: defaultdict[int, set[Hashable]] = defaultdict(set)
+        """Number of a piece -> the places of a clock from which it was batched in this generation."""
 
     @property
     def renewed_inputs(self) -> list[str]:
@@ -206,20 +215,34 @@ class HoistedMemory:
             self._generation += 1
             self.renewed.clear()
             self._parts.clear()
+            self._batched.clear()
             return True
 
-    def compare_weights(self, inputs: Sequence[Any]) -> None:
-        """Have samples of the weights compared with those of the last comparison; `trust` tells the answer."""
-        samples = _samples_of(inputs[index] for index in self.code.weights)
+    def compare(self, inputs: Sequence[Any]) -> None:
+        """Have samples of weights and conditions compared with the last ones; `trust` tells the answer."""
+        samples = _samples_of([inputs[index] for index in self.code.weights])
         with self.lock:
             before, self._samples = self._samples, samples
+            olds, news = self._sample_conditions()
             if before is not None:
-                changed = _differ(before, samples)
+                changed = _differ([*before, *olds], [*samples, *news])
                 misled = torch.zeros_like(changed) if self._misled is None else self._misled.to(changed.device)
                 self._answers.append(_Answer(torch.stack([changed, misled])))
 
+    def _sample_conditions(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Earlier and present samples of the conditions whose version says that they are unchanged."""
+        olds: list[torch.Tensor] = []
+        news: list[torch.Tensor] = []
+        for condition, (version, old) in list(self._conditions.items()):
+            if condition._version == version:
+                new = _samples_of([condition], CONDITION_SAMPLES)
+                self._conditions[condition] = version, new
+                olds += old
+                news += new
+        return olds, news
+
     def trust(self, waits: bool = False) -> Trust:
-        """Whether the kept values were made with the present weights, as far as samples tell.
+        """Whether the kept values were made with the present weights and conditions, as far as samples tell.
 
         Args:
             waits: whether to wait for a device's answer.
@@ -301,6 +324,15 @@ class HoistedMemory:
                 self._asked.popitem(last=False)
             return False
 
+    def may_batch(self, number: int, place: Hashable) -> bool:
+        """Whether a piece may be computed for all steps from a place on. Not if batches turn out to be of no use."""
+        with self.lock:
+            places = self._batched[number]
+            is_allowed = place in places or len(places) < OFTEN
+            if is_allowed:
+                places.add(place)
+            return is_allowed
+
     def note_parts(self, number: int, key: Key) -> None:
         """Note the tensors that a piece is computed for. One that this generation has not shown yet is a renewal."""
         with self.lock:
@@ -309,7 +341,7 @@ class HoistedMemory:
                     self.renewed[index] += 1
                     self._parts[index].add(part)
 
-    def keep(self, number: int, key: Key, results: Results, weights: Weights, tensors: Iterable[torch.Tensor]) -> bool:
+    def keep(self, number: int, key: Key, results: Results, weights: Weights, tensors: Sequence[torch.Tensor]) -> bool:
         """Keep the results of a piece, made from these conditions, if there is room and the weights are still these.
 
         Returns False if there is no room.
@@ -322,6 +354,9 @@ class HoistedMemory:
                 return False
             self._forget(number, key)
             kept.tensors = tuple(weakref.ref(each, self._dropper(number, key, part_of(each))) for each in tensors)
+            for each in tensors:
+                if self._conditions.get(each, (None,))[0] != each._version:
+                    self._conditions[each] = each._version, _samples_of([each], CONDITION_SAMPLES)
             self._kept[number][key] = kept
             self.bytes_held += kept.size
             return True
@@ -392,26 +427,26 @@ class _Answer:
         return flags
 
 
-def _samples_of(weights: Iterable[Any]) -> list[torch.Tensor]:
-    """Some elements of each weight, spread over it: a vector for each dtype and device."""
+def _samples_of(tensors: Iterable[Any], count: int = SAMPLES) -> list[torch.Tensor]:
+    """At most `count` elements of each tensor, spread over it: a vector for each dtype and device."""
     samples: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = defaultdict(list)
-    for part in (part for weight in weights for part in _parts_of(weight)):
+    for part in (part for tensor in tensors for part in _parts_of(tensor)):
         if part.numel():
-            samples[part.dtype, part.device].append(_sample(part))
+            samples[part.dtype, part.device].append(_sample(part, count))
     return [torch.cat(vectors).detach() for vectors in samples.values()]
 
 
-def _parts_of(weight: Any) -> Iterator[torch.Tensor]:
-    """The weight, or all parts of a tensor of tensors."""
-    if hasattr(weight, "__tensor_flatten__"):
-        for name in weight.__tensor_flatten__()[0]:
-            yield from _parts_of(getattr(weight, name))
-    elif isinstance(weight, torch.Tensor) and weight.layout is torch.strided:
-        yield weight
+def _parts_of(tensor: Any) -> Iterator[torch.Tensor]:
+    """The tensor, or all parts of a tensor of tensors."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _parts_of(getattr(tensor, name))
+    elif isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided:
+        yield tensor
 
 
-def _sample(part: torch.Tensor) -> torch.Tensor:
-    count = min(SAMPLES, part.numel())
+def _sample(part: torch.Tensor, most: int) -> torch.Tensor:
+    count = min(most, part.numel())
     step = max(1, (part.numel() - 1) // max(1, count - 1))  # not a whole number of rows, as a rule
     if part.is_contiguous():
         return part.as_strided((count,), (step,))

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from cachedit_fx.runtime.call import Call
 
 
-class WeightsChanged(Exception):  # noqa: N818 - no error: the call is made again
-    """A call began a generation with values whose weights had changed meanwhile: it is to be made again."""
+class StaleValues(Exception):  # noqa: N818 - no error: the call is made again
+    """A call began a generation with values whose weights or conditions had changed: it is to be made again."""
 
 
 class HoistedValues(ComputedValues):
@@ -50,7 +50,7 @@ class HoistedValues(ComputedValues):
         self._is_batched = call.session.state.options.motion == "batched"
         self._is_compared = not call.is_located and call.begins_by_clock
         if self._is_compared:  # a clock shows before the first block that a generation begins
-            memory.compare_weights(self.inputs)
+            memory.compare(self.inputs)
         self._is_open = memory.trust() is not Trust.NOT_YET
         if call.is_located:
             self.locate()
@@ -59,16 +59,16 @@ class HoistedValues(ComputedValues):
         """The call's position is known now.
 
         Raises:
-            WeightsChanged: if the call has taken values whose weights have changed since they were made.
+            StaleValues: if the call has taken values whose weights or conditions have changed since they were made.
         """
         if not self.memory.begin(self.call.session):
             return
         if not self._is_compared:
-            self.memory.compare_weights(self.inputs)
+            self.memory.compare(self.inputs)
         trust = self.memory.trust(waits=self._has_kept_ones and not self._is_compared)
         self._weights, self._is_open = {}, trust is not Trust.NOT_YET
         if trust is Trust.NO_LONGER and self._has_kept_ones:
-            raise WeightsChanged
+            raise StaleValues
 
     def _results(self, number: int) -> Results:
         piece = self.code.pieces[number]
@@ -80,10 +80,10 @@ class HoistedValues(ComputedValues):
         if results is not None:
             self._has_kept_ones = True
             return results
+        self.memory.note_parts(number, key)
         if piece.is_timed and self._is_batched and (rows := self._batch(number)):
             return rows[0]
         results = super()._results(number)
-        self.memory.note_parts(number, key)
         tensors = self._conditions(piece)
         if self.memory.may_return(number, key, bool(tensors)):
             self.memory.keep(number, key, results, weights, tensors)
@@ -158,9 +158,9 @@ class HoistedValues(ComputedValues):
     @cached_property
     def _steps(self) -> list[tuple[Hashable, torch.Tensor]]:
         """The steps from the present one on: the part of a key, and the timestep. Empty if one is not known."""
-        timesteps = [self.memory.timesteps.get(place) for place in self._places]
-        known = [timestep for timestep in timesteps if timestep is not None]
-        if len(known) < len(timesteps):
+        later = [self.memory.timesteps.get(place) for place in self._places[1:]]
+        known = [self.inputs[self.code.timestep or 0], *(timestep for timestep in later if timestep is not None)]
+        if len(known) != len(self._places):
             return []
         parts = [self._numbers(timestep) or place for place, timestep in zip(self._places, known, strict=True)]
         return list(zip(parts, known, strict=True))
@@ -182,11 +182,17 @@ class HoistedValues(ComputedValues):
         kept = [results for key in keys if (results := self.memory.find(number, key)) is not None]
         if len(kept) == len(steps):
             return kept
+        if not self.memory.may_batch(number, self._places[0]):
+            self.call.session.state.warn_once(
+                "motion='batched': some values are computed at each step, since steps came with other timesteps or "
+                "conditions than those that the step before was batched with"
+            )
+            return []
         rows = self._mapped(number, [timestep for _, timestep in steps])
         tensors = self._conditions(piece)
         pairs = zip(keys, rows, strict=bool(rows))
         if not all(self.memory.keep(number, key, results, weights, tensors) for key, results in pairs):
-            self.memory.unbatched.add(number)
+            self.memory.unbatched.update(self.code.after(number))
             self.call.session.state.warn_once(
                 f"motion='batched': some values are computed at each step, since those of {len(steps)} steps exceed "
                 f"hoisted_mib={self.call.session.state.options.hoisted_mib}"
@@ -214,9 +220,9 @@ class HoistedValues(ComputedValues):
                 arguments.append(self[at.place] if at.is_value else self.inputs[at.place])
         try:
             batch: Results = torch.vmap(self.code.captured[number], in_dims=tuple(dims))(*arguments)
-        except (RuntimeError, ValueError, NotImplementedError) as error:
-            self.memory.unbatched.add(number)
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # whatever vmap raises; what the piece itself raises comes again without a batch
+            self.memory.unbatched.update(self.code.after(number))
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             self.call.session.state.warn_once(f"motion='batched': {piece.name} is computed at each step: {reason}")
             return []
         return list(zip(*(result.unbind(0) for result in batch), strict=True))

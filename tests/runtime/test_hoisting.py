@@ -3,6 +3,7 @@
 import gc
 import itertools
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -292,6 +293,20 @@ def test_sessions_and_threads_share_the_values_of_the_timestep(timed_model):
     assert not errors
     with cachedit_fx.session("other"):
         assert [of_time(names) for names in generation(timed_model, conditions(9))] == [[]] * 4
+
+
+def test_calls_outside_of_the_open_sessions_keep_nothing(timed_model):
+    prompt = conditions()
+    generation(timed_model, prompt)
+
+    def denoise():
+        generation(timed_model, prompt, 2)
+        timed_model.model.blocks[1].modulation.weight.data.mul_(1.5)
+        generation(timed_model, prompt, 2)
+
+    with cachedit_fx.session("open"), ThreadPoolExecutor(1) as thread:
+        thread.submit(denoise).result()
+    generation(timed_model, prompt)
 
 
 def test_random_dependence():

@@ -1,7 +1,12 @@
-"""Hoisted values and what they are made from: weights that change, a clock in place of the timestep, batches."""
+"""Hoisted values and what they are made from: weights and conditions that change, a clock in place of the timestep,
+batches."""
 
+import tempfile
+
+import numpy as np
 import pytest
 import torch
+import torch.distributed
 from lib.conditioned import Conditioned, conditions, sample, times
 from lib.helpers import on_a_device
 from lib.hoisting import ALWAYS, Pipeline, generation, of_time
@@ -87,6 +92,59 @@ def test_the_call_that_finds_changed_weights_is_counted_once(timed_model):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Writes to conditions that change no version
+
+
+def unversioned_writes():
+    """Ways to write to a tensor of which its version tells nothing."""
+
+    def through_data(tensor):
+        tensor.data.copy_(tensor + 1)
+
+    def through_numpy(tensor):
+        np.add(tensor.numpy(), 1, out=tensor.numpy())
+
+    def by_another_view(tensor):
+        torch.from_dlpack(tensor).add_(1)
+
+    def to_the_storage(tensor):
+        tensor.untyped_storage().copy_((tensor + 1).untyped_storage())
+
+    def by_a_collective(tensor):
+        with tempfile.TemporaryDirectory() as folder:
+            torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+            torch.distributed.scatter(tensor, [tensor + 1], 0)
+            torch.distributed.destroy_process_group()
+
+    return [through_data, through_numpy, by_another_view, to_the_storage, by_a_collective]
+
+
+@pytest.mark.parametrize("write", unversioned_writes(), ids=lambda write: write.__name__)
+@pytest.mark.parametrize("name", ["encoder_hidden_states", "pooled", "ids"])
+def test_a_buffer_for_prompts_is_filled_anew_for_the_next_generation(pooled, write, name):
+    pooled.compile()
+    prompt = conditions()
+    generation(pooled, prompt)
+    version = prompt[name]._version
+    for _ in range(2):
+        write(prompt[name])
+        assert prompt[name]._version == version
+        generation(pooled, prompt)
+    generation(pooled, prompt)
+    assert generation(pooled, prompt) == [[]] * 4  # and is believed again
+
+
+def test_buffers_of_two_prompts_are_filled_anew_for_the_next_generation(pooled):
+    pooled.compile()
+    prompts = [conditions(0), conditions(1)]
+    for _ in range(3):
+        for step, time in enumerate(times()):
+            for prompt in prompts:
+                pooled.assert_right(sample(step), time, **prompt)
+        prompts[1]["encoder_hidden_states"].data.mul_(1.5)  # not that of the call that begins a generation
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # A clock, and all steps at once
 
 
@@ -165,18 +223,65 @@ def test_batched_motion_computes_all_steps_at_once(pooled, monkeypatch):
     assert pooled.memory.bytes_held > 8 * 4 * 3 * WIDTH * 4  # eight steps, four blocks' modulations, float32
 
 
-def test_a_piece_that_no_batch_computes_is_said(pooled, monkeypatch):
+@pytest.mark.parametrize("kind", ["conditions", "timesteps"])
+def test_batches_that_are_of_no_use_are_said_and_end(pooled, monkeypatch, kind):
+    pooled.compile(motion="batched", **ALWAYS)
+    pipe, batches, vmap = Pipeline(pooled, rounds=True), [], torch.vmap
+
+    def noting(*args, **kwargs):
+        batches.append(args)
+        return vmap(*args, **kwargs)
+
+    def renewing(latents, timestep, step):
+        pipe.prompt = {name: value.clone() for name, value in pipe.prompt.items()}
+        return predict(latents, timestep, step)
+
+    monkeypatch.setattr(torch, "vmap", noting)
+    if kind == "timesteps":
+        pipe.offsets = [0.0, 25.0]  # two calls of one step come with two timesteps
+    else:
+        predict = pipe.predict
+        monkeypatch.setattr(pipe, "predict", renewing)
+    pipe(sample())
+    pipe.prompt = conditions(1)
+    with pytest.warns(CacheWarning, match="since steps came with other timesteps or conditions than"):
+        pipe(sample())
+    assert len(batches) <= 3 * 2 * 6  # three of eight steps, each with two calls at most
+
+
+def test_two_threads_at_one_place_of_a_clock_with_two_timesteps(pooled, monkeypatch):
+    pooled.compile(motion="batched", **ALWAYS)
+    pipe = Pipeline(pooled, rounds=True)
+    pipe(sample())
+    note = pooled.memory.note
+
+    def interrupted(place, timestep):
+        result = note(place, timestep)
+        note(place, timestep + 25)  # the other thread
+        return result
+
+    monkeypatch.setattr(pooled.memory, "note", interrupted)
+    pipe.prompt = conditions(1)
+    pipe(sample())
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(RuntimeError("no batching rule\nhint"), "no batching rule"), (AssertionError(), "AssertionError")],
+)
+def test_a_piece_that_no_batch_computes_is_said(pooled, monkeypatch, error, reason):
     pooled.compile(motion="batched", **ALWAYS)
     pipe = Pipeline(pooled)
     pipe(sample())
 
     def refuse(*args, **kwargs):
-        raise RuntimeError("no batching rule")
+        raise error
 
     monkeypatch.setattr(torch, "vmap", refuse)
     pipe.prompt = conditions(1)
-    with pytest.warns(CacheWarning, match="is computed at each step: no batching rule"):
+    with pytest.warns(CacheWarning) as warnings:
         pipe(sample())
+    assert [str(each.message).partition("is computed")[2] for each in warnings] == [f" at each step: {reason}"]
 
 
 def test_a_batch_that_there_is_no_room_for_is_computed_once_and_said(pooled, monkeypatch):
@@ -191,4 +296,4 @@ def test_a_batch_that_there_is_no_room_for_is_computed_once_and_said(pooled, mon
     pipe(sample())
     with pytest.warns(CacheWarning, match="those of 8 steps exceed hoisted_mib=0"):
         pipe(sample())
-    assert len(batches) == 7
+    assert len(batches) == 3  # the first block's modulation, and the values that it is made from
