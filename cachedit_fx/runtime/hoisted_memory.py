@@ -27,8 +27,10 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 from torch.utils.weak import WeakIdKeyDictionary
 
+from cachedit_fx.passes.graph_values import tensor_of
 from cachedit_fx.passes.hoist_invariants import Hoisted
 from cachedit_fx.runtime.guard import on_host
 from cachedit_fx.runtime.host_pieces import functions_of, weights_on_host
@@ -71,6 +73,8 @@ class HoistedCode:
             for piece in self.pieces
         ]
         """For each piece, the pieces whose values it takes."""
+        self.contiguous = [[value.is_contiguous() for value in _captured_results(piece.code)] for piece in self.pieces]
+        """For each piece, which of its values the compiled graph expects to be contiguous."""
         self.weights = tuple(dict.fromkeys(index for piece in self.pieces for index in piece.weights))
 
     def own_inputs(self, inputs: Sequence[Any]) -> Sequence[Any]:
@@ -89,6 +93,12 @@ class HoistedCode:
             if not numbers.isdisjoint(self.before[other]):
                 numbers.add(other)
         return sorted(numbers)
+
+
+def _captured_results(code: fx.GraphModule) -> Iterator[torch.Tensor]:
+    """The fake results of a captured piece."""
+    results: Any = code.graph.output_node().args[0]
+    return (value for node in results if (value := tensor_of(node)) is not None)
 
 
 class ComputedValues:

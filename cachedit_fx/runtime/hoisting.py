@@ -225,7 +225,9 @@ class HoistedValues(ComputedValues):
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             self.call.session.state.warn_once(f"motion='batched': {piece.name} is computed at each step: {reason}")
             return []
-        return list(zip(*(result.unbind(0) for result in batch), strict=True))
+        pairs = zip(batch, self.code.contiguous[number], strict=True)
+        laid_out = (result.contiguous() if is_contiguous else result for result, is_contiguous in pairs)
+        return list(zip(*(result.unbind(0) for result in laid_out), strict=True))
 
 
 def time_key(timestep: Any) -> Hashable:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed
 from lib.conditioned import Conditioned, conditions, sample, times
 from lib.helpers import on_a_device
-from lib.hoisting import ALWAYS, Pipeline, generation, of_time
+from lib.hoisting import ALWAYS, Cached, Pipeline, generation, of_time
 from lib.models import WIDTH
 
 from cachedit_fx import CacheWarning
@@ -221,6 +221,39 @@ def test_batched_motion_computes_all_steps_at_once(pooled, monkeypatch):
         assert of_time(names) == []
         assert len(batches) == 6  # the projection of the timestep is kept
     assert pooled.memory.bytes_held > 8 * 4 * 3 * WIDTH * 4  # eight steps, four blocks' modulations, float32
+
+
+class WeightFirst(torch.nn.Linear):
+    """The weight times a vector: `vmap` puts the batch last."""
+
+    def forward(self, vectors):
+        return torch.matmul(self.weight, vectors[0])[None]
+
+
+def test_a_batch_has_the_layout_that_pieces_are_compiled_for():
+    torch.manual_seed(4)
+    module = Conditioned()
+    for block in module.blocks:
+        block.modulation = WeightFirst(WIDTH, 3 * WIDTH, bias=False)
+    strides: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+
+    def inner(gm, examples):
+        def checked(*inputs):
+            pairs = [pair for pair in zip(inputs, examples, strict=True) if isinstance(pair[0], torch.Tensor)]
+            strides.extend((value.stride(), example.stride()) for value, example in pairs)
+            return gm(*inputs)
+
+        return checked
+
+    model = Cached(module)
+    model.compile(motion="batched", inner_backend=inner, **ALWAYS)
+    pipe = Pipeline(model, rounds=True)
+    pipe(sample())
+    pipe.prompt = conditions(1)
+    with model.noting() as names:
+        pipe(sample())
+    assert of_time(names) == []
+    assert all(value == example for value, example in strides)
 
 
 @pytest.mark.parametrize("kind", ["conditions", "timesteps"])
