@@ -96,7 +96,9 @@ class Placement:
 
         with torch.no_grad(), uncompiled(module), capturing(), contextlib.suppress(_Captured, *CAPTURE_ERRORS):
             isolated_compile(module, backend)(*args, **kwargs)
-        return graphs
+        results = list(graphs)
+        graphs.clear()  # dynamo keeps the backend, which would keep the weights when the module is gone
+        return results
 
 
 class _Captured(Exception):

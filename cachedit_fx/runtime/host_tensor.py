@@ -124,6 +124,11 @@ class HostWeight(torch.Tensor):
         self.host.data = value.host.detach() if isinstance(value, HostWeight) else value.detach().to(HOST)
         torch.Tensor.data.__set__(self, HostWeight(self.host, value.device, self.layer))  # type: ignore[attr-defined]
 
+    def share_memory_(self) -> HostWeight:
+        """Move the elements to memory that processes share."""
+        self.host.share_memory_()
+        return self
+
     def __tensor_flatten__(self) -> tuple[list[str], torch.device]:
         return ["host"], self.device
 

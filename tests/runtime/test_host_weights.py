@@ -5,8 +5,10 @@ are real and must be equal to the bit. The device "meta" is another device, so n
 """
 
 import copy
+import gc
 import io
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -332,6 +334,8 @@ def test_writes_and_reads_outside_of_calls(monkeypatch):
     copied.copy_(weight.detach())
     assert torch.equal(copied, parameter)
     assert bool(weight.detach().isfinite().all())
+    assert weight.share_memory_() is weight
+    assert parameter.is_shared()
     with pytest.raises(HostWeightError, match=r"^layer\.weight lies on the host.*aten\.add\.Tensor takes it"):
         ones + weight
 
@@ -357,6 +361,18 @@ def test_disable_cache_brings_the_own_parameters_back():
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     assert not any(layer._state_dict_hooks for layer in model.modules())
     generation(model)
+
+
+@pytest.mark.parametrize("ends", [lambda model: None, disable_cache], ids=["enabled", "disabled"])
+def test_weights_on_the_host_die_with_their_module(ends):
+    model = make()
+    generation(model, steps=1)
+    own = [weakref.ref(weight.host) for weight in model.parameters() if isinstance(weight, HostWeight)]
+    ends(model)
+    del model
+    gc.collect()
+    assert own
+    assert not any(each() is not None for each in own)
 
 
 def test_enabled_anew_without_the_option_all_weights_are_back():
