@@ -190,6 +190,8 @@ class HoistedMemory:
         """Place of a clock -> the timestep that a call came with there."""
         self._generation = 0
         """Number of generations begun, in all sessions."""
+        self._swept = -1
+        """The generation in which unused values last made room. No others fall out of use before the next one."""
         self._kept: list[dict[Key, _Kept]] = [{} for _ in code.pieces]
         self._weights: list[Weights | None] = [None] * len(code.pieces)
         self._parts: defaultdict[int, set[Hashable]] = defaultdict(set)
@@ -380,7 +382,8 @@ class HoistedMemory:
 
     def _make_room(self, size: int) -> bool:
         """Whether there is room for `size` more bytes. What neither of the last two generations used makes room."""
-        if self.bytes_held + size > self.limit:
+        if self.bytes_held + size > self.limit and self._swept != self._generation:
+            self._swept = self._generation
             for number, table in enumerate(self._kept):
                 for key, kept in list(table.items()):
                     if kept.generation < self._generation - 1:

@@ -240,6 +240,23 @@ def test_what_was_not_used_for_two_generations_makes_room(timed_model):
     assert names == [[]] * 4
 
 
+def test_room_is_made_once_a_generation(timed_model, monkeypatch):
+    class Tables(list):
+        def __iter__(self):
+            sweeps.append(self)
+            return super().__iter__()
+
+    prompt, sweeps = conditions(), list[Tables]()
+    generation(timed_model, prompt)
+    memory = timed_model.memory
+    memory.limit = memory.bytes_held
+    monkeypatch.setattr(memory, "_kept", Tables(memory._kept))
+    for step in range(6):
+        timed_model.assert_right(sample(), times()[0] - step, **prompt)
+    assert len(sweeps) == 1
+    assert memory.bytes_held <= memory.limit
+
+
 def test_values_die_with_their_conditions(model):
     generation(model, conditions())
     gc.collect()
