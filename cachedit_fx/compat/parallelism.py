@@ -108,8 +108,8 @@ class ParallelismConfig:
         asked = [f"{name}={size}" for name, size in sizes.items() if size is not None and size > 1]
         if asked:
             warn(
-                f"ParallelismConfig({', '.join(asked)}) has no effect: cachedit_fx has no context parallelism yet, and "
-                "every process computes the whole model",
+                f"ParallelismConfig({', '.join(asked)}) has no effect, and every process computes the whole model: "
+                "cachedit_fx.enable_cache(pipe, ulysses_size=2) lets two processes share a sample",
                 SettingWarning,
             )
 

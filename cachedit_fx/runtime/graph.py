@@ -16,8 +16,10 @@ from cachedit_fx.passes.gather_inputs import GatheredInputs
 from cachedit_fx.passes.graph_aliases import writes_to_inputs
 from cachedit_fx.passes.hoist_invariants import Hoisted
 from cachedit_fx.passes.insert_cache_branch import CacheBranch
+from cachedit_fx.passes.insert_ulysses import ContextParallel
 from cachedit_fx.passes.manager import Outcome
 from cachedit_fx.passes.plan_regions import RegionReport
+from cachedit_fx.runtime.agreement import Agreement, InputNames, input_names
 from cachedit_fx.runtime.call import NO_LOOP, Call, Uncached, current_call
 from cachedit_fx.runtime.hoisted_memory import ComputedValues, HoistedCode, HoistedMemory
 from cachedit_fx.runtime.hoisting import HoistedValues, StaleValues
@@ -34,9 +36,21 @@ class RewrittenGraph:
 
     Attributes:
         outcome: of the passes; None if they did not run.
+        names: of the graph's inputs, if ranks share its work.
     """
 
     outcome: Outcome | None = None
+    names: InputNames | None = None
+
+    def __init__(self) -> None:
+        self._agreements: weakref.WeakKeyDictionary[ModelState, Agreement] = weakref.WeakKeyDictionary()
+
+    def agreement(self, state: ModelState) -> Agreement | None:
+        """What the ranks have compared, of this graph and the state's model; None if they share nothing in it."""
+        agreement = self._agreements.get(state)
+        if agreement is None and self.names is not None and state.ranks is not None:
+            agreement = self._agreements[state] = Agreement(state.ranks, self.names)
+        return agreement
 
 
 class UncachedGraph(RewrittenGraph):
@@ -58,11 +72,15 @@ class UncachedGraph(RewrittenGraph):
         timestep: TimestepSource | None = None,
         is_fragment: bool = False,
     ) -> None:
+        super().__init__()
         self.forward, self.finder, self.uncached = forward, finder, uncached
         self.timestep, self.is_fragment = timestep, is_fragment
 
     def __call__(self, *inputs: Any) -> Any:
         state = self.finder(inputs)
+        agreement = self.agreement(state)
+        if agreement is not None:
+            agreement.begin(inputs, state.options)
         if state.config is None or (self.is_fragment and state.session().call is None):
             return self.forward(*inputs)
         with current_call(state) as call:
@@ -93,6 +111,7 @@ class CachedGraph(RewrittenGraph):
         writes_to_inputs: bool = False,
         hoisted: HoistedCode | None = None,
     ) -> None:
+        super().__init__()
         self.forward, self.finder, self.regions, self.timestep = forward, finder, regions, timestep
         self.is_whole, self.hoisted = is_whole, hoisted
         self.values_last = is_whole and not writes_to_inputs
@@ -114,13 +133,19 @@ class CachedGraph(RewrittenGraph):
             return results
 
     def _results(self, call: Call, keys: Sequence[RegionKey], inputs: Sequence[Any]) -> Any:
+        session, on_locate = call.session, list[Callable[[], None]]()
+        agreement = self.agreement(session.state)
+        if agreement is not None:
+            is_compared = agreement.begin(inputs, session.state.options, call)
+            on_locate.append(lambda: agreement.locate(inputs, session, is_compared))
+        region_call = RegionCall(call, self.regions, keys, self.values_last, on_locate)
         if self.hoisted is None:
-            return self.forward(RegionCall(call, self.regions, keys, self.values_last), inputs)
-        if call.session.is_stray:  # no generation begins with such a call, so changed weights would not be seen
-            computed = ComputedValues(self.hoisted, inputs)
-            return self.forward(RegionCall(call, self.regions, keys, self.values_last), inputs, computed)
-        values = HoistedValues(self._memory(self.hoisted, call.session.state), inputs, call)
-        return self.forward(RegionCall(call, self.regions, keys, self.values_last, values), inputs, values)
+            return self.forward(region_call, inputs)
+        if session.is_stray:  # no generation begins with such a call, so changed weights would not be seen
+            return self.forward(region_call, inputs, ComputedValues(self.hoisted, inputs))
+        values = HoistedValues(self._memory(self.hoisted, session.state), inputs, call)
+        on_locate.append(values.locate)
+        return self.forward(region_call, inputs, values)
 
     def _memory(self, code: HoistedCode, state: ModelState) -> HoistedMemory:
         memory = self._memories.get(state)
@@ -142,6 +167,7 @@ def graph_of(
     """
     graph = _graph_of(gm, forward, finder, outcome.facts, writes_to_inputs(gm.graph))
     graph.outcome = outcome
+    graph.names = input_names(gm) if ContextParallel in outcome.facts else None
     return graph
 
 

@@ -34,6 +34,7 @@ from cachedit_fx.passes.graph_values import tensor_of
 from cachedit_fx.passes.hoist_invariants import Hoisted
 from cachedit_fx.runtime.guard import on_host
 from cachedit_fx.runtime.host_pieces import functions_of, weights_on_host
+from cachedit_fx.runtime.samples import samples_of
 from cachedit_fx.runtime.warning import warn
 
 if TYPE_CHECKING:
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
 Results = tuple[torch.Tensor, ...]
 Key = tuple[Hashable, ...]
 
-SAMPLES = 64
-"""Samples of a weight."""
 CONDITION_SAMPLES = 4096
 """Samples of a condition. Small conditions are compared whole."""
 PLACES = 1024
@@ -232,7 +231,7 @@ class HoistedMemory:
 
     def compare(self, inputs: Sequence[Any]) -> None:
         """Have samples of weights and conditions compared with the last ones; `trust` tells the answer."""
-        samples = _samples_of([inputs[index] for index in self.code.weights])
+        samples = samples_of([inputs[index] for index in self.code.weights])
         with self.lock:
             before, self._samples = self._samples, samples
             olds, news = self._sample_conditions()
@@ -247,7 +246,7 @@ class HoistedMemory:
         news: list[torch.Tensor] = []
         for condition, (version, old) in list(self._conditions.items()):
             if condition._version == version:
-                new = _samples_of([condition], CONDITION_SAMPLES)
+                new = samples_of([condition], CONDITION_SAMPLES)
                 self._conditions[condition] = version, new
                 olds += old
                 news += new
@@ -368,7 +367,7 @@ class HoistedMemory:
             kept.tensors = tuple(weakref.ref(each, self._dropper(number, key, part_of(each))) for each in tensors)
             for each in tensors:
                 if self._conditions.get(each, (None,))[0] != each._version:
-                    self._conditions[each] = each._version, _samples_of([each], CONDITION_SAMPLES)
+                    self._conditions[each] = each._version, samples_of([each], CONDITION_SAMPLES)
             self._kept[number][key] = kept
             self.bytes_held += kept.size
             return True
@@ -438,32 +437,6 @@ class _Answer:
             self._event.synchronize()
         flags: list[bool] = self._flags.tolist()
         return flags
-
-
-def _samples_of(tensors: Iterable[Any], count: int = SAMPLES) -> list[torch.Tensor]:
-    """At most `count` elements of each tensor, spread over it: a vector for each dtype and device."""
-    samples: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = defaultdict(list)
-    for part in (part for tensor in tensors for part in _parts_of(tensor)):
-        if part.numel():
-            samples[part.dtype, part.device].append(_sample(part, count))
-    return [torch.cat(vectors).detach() for vectors in samples.values()]
-
-
-def _parts_of(tensor: Any) -> Iterator[torch.Tensor]:
-    """The tensor, or all parts of a tensor of tensors."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _parts_of(getattr(tensor, name))
-    elif isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided:
-        yield tensor
-
-
-def _sample(part: torch.Tensor, most: int) -> torch.Tensor:
-    count = min(most, part.numel())
-    step = max(1, (part.numel() - 1) // max(1, count - 1))  # not a whole number of rows, as a rule
-    if part.is_contiguous():
-        return part.as_strided((count,), (step,))
-    return part.reshape(-1)[::step][:count]
 
 
 def _differ(before: Sequence[torch.Tensor], now: Sequence[torch.Tensor]) -> torch.Tensor:

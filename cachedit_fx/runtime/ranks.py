@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,24 @@ class Ranks:
         """The sum of all ranks' tensors, equal to the bit on all of them; in place. All ranks must call it together."""
         dist.all_reduce(numbers, group=self.group)
         return numbers
+
+    def tables(self, row: torch.Tensor) -> list[list[int]]:
+        """Every rank's row of integers, by rank, read back. All ranks must call it together.
+
+        Args:
+            row: int64, of one length on all ranks.
+        """
+        device = torch.device("cpu" if dist.get_backend(self.group) == "gloo" else row.device)
+        rows = [torch.empty_like(row, device=device) for _ in range(self.size)]
+        dist.all_gather(rows, row.to(device), group=self.group)
+        tables: list[list[int]] = torch.stack(rows).tolist()
+        return tables
+
+    def objects(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank. All ranks must call it together."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
 
 def ranks_of(size: int) -> Ranks | None:

@@ -18,7 +18,6 @@ from cachedit_fx.config.rules import ContractError
 from cachedit_fx.runtime.calibrators import Moment, calibrator_of, coefficients, values_kept
 from cachedit_fx.runtime.call import LATE, STRAY, Call
 from cachedit_fx.runtime.guard import Residual, read_differences
-from cachedit_fx.runtime.hoisting import HoistedValues
 from cachedit_fx.runtime.memory import BranchMemory, copy_of
 from cachedit_fx.runtime.policies.base import Action, Decision, Situation, context_start, decision_of
 from cachedit_fx.runtime.ranks import Ranks
@@ -49,7 +48,7 @@ class RegionCall:
         regions: as planned, indexed by the numbers that the graph passes to `decide`.
         keys: the regions' keys in the session.
         values_last: whether nothing writes to the regions' values before the call ends. If not, they are copied.
-        hoisted: the graph's hoisted values; None if it has none.
+        on_locate: called in turn as soon as the call's position is known.
     """
 
     def __init__(
@@ -58,10 +57,10 @@ class RegionCall:
         regions: Sequence[RegionInfo],
         keys: Sequence[RegionKey],
         values_last: bool = True,
-        hoisted: HoistedValues | None = None,
+        on_locate: Sequence[Callable[[], None]] = (),
     ) -> None:
         self.call, self.regions, self.keys, self.values_last = call, regions, keys, values_last
-        self.hoisted = hoisted
+        self.on_locate = on_locate
         self.session = call.session
         options = call.session.state.options
         self.settings = [options.settings_of(region.loop) for region in regions]
@@ -97,8 +96,8 @@ class RegionCall:
             residual = Residual.of(hidden, reference, spare, policy.config.downsample_factor)
         was_located = self.call.is_located
         differences = self._locate(key, residual, signature)
-        if self.hoisted is not None and not was_located:
-            self.hoisted.locate()
+        for notice in () if was_located else self.on_locate:
+            notice()
         if self.call.position is None:
             return None
         _, step, branch = self.call.position

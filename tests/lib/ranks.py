@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from cachedit_fx.kernels import cpu
+
 SECONDS = 120
 """What a collective may wait for other ranks; a rank that died ends it at once."""
 
@@ -29,6 +31,7 @@ def on_ranks(function: Callable[[int], Any], ranks: int = 2) -> list[Any]:
     Raises:
         AssertionError: with the traceback of the ranks that raised, the first failure first.
     """
+    cpu.library()  # a fork while another thread compiles it would wait for ever
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(ranks)]

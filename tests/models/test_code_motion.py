@@ -31,6 +31,8 @@ CASES = [
     for inner in ("eager", "inductor")
     if (dtype == "float32" or name not in ONLY_FLOAT32) and (inner == "eager" or name not in NOT_BY_INDUCTOR)
 ]
+CAPTURED_ANEW = {"Lumina2Transformer2DModel"}
+"""Classes of several graphs, one of which inductor compiles only while dynamo captures it."""
 STEPS = (FIRST, LATER, FIRST, LATER)
 """Timesteps of two generations. The second one finds the hoisted values of the first."""
 
@@ -49,7 +51,9 @@ def capture_of(captures: dict[tuple[str, str], SharedCapture], name: str, dtype:
     return captures[name, dtype]
 
 
-def results_of(shared: SharedCapture, name: str, dtype: str, inner: str, hoists: bool) -> list[list[torch.Tensor]]:
+def results_of(
+    captures: dict[tuple[str, str], SharedCapture], name: str, dtype: str, inner: str, hoists: bool
+) -> list[list[torch.Tensor]]:
     """The results of every step, all of them computed."""
 
     def cast(value: Any) -> Any:
@@ -58,6 +62,9 @@ def results_of(shared: SharedCapture, name: str, dtype: str, inner: str, hoists:
 
     arguments = zoo.ZOO[name]()[1](1)
     cache = ALWAYS.reset(residual_diff_threshold=0)
+    if name in CAPTURED_ANEW:
+        captures.clear()
+    shared = capture_of(captures, name, dtype)
     shared.compile_anew(cache=cache, inner_backend=inner, passes={"hoist_invariants": hoists})
     return [tensors(shared(**tree_map(cast, at_timestep(arguments, scale)))) for scale in STEPS]
 
@@ -65,7 +72,6 @@ def results_of(shared: SharedCapture, name: str, dtype: str, inner: str, hoists:
 @pytest.mark.budget(300, "two builds by inductor of up to twenty pieces each")
 @pytest.mark.parametrize(("name", "dtype", "inner"), only_in("motion", CASES))
 def test_the_pass_changes_no_bit(captures, name, dtype, inner):
-    shared = capture_of(captures, name, dtype)
-    moved, plain = (results_of(shared, name, dtype, inner, hoists) for hoists in (True, False))
+    moved, plain = (results_of(captures, name, dtype, inner, hoists) for hoists in (True, False))
     assert all(equal(one, other) for one, other in zip(moved, plain, strict=True))
     assert not equal(plain[0], plain[1])

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from diffusers import FluxTransformer2DModel
 from lib import models
+from lib.marks import only_in
 from lib.ranks import close, on_ranks
 from lib.shared import SharedCapture
 from lib.zoo import ZOO
@@ -77,6 +78,13 @@ SIZES = {"odd lengths": (1, 2, 1)}
 """The sizes of a model's generations, one after the other; size 1 for others."""
 TOLERANCE = {"bfloat16": 0.05}
 CASES = [(model, setting) for model in MODELS for setting in SETTINGS if model in ALL_SETTINGS or setting == "dbcache"]
+BY_DEFAULT = [
+    ("FLUX", "dbcache"),
+    ("three heads", "dbcache"),
+    ("bfloat16", "dbcache"),
+    *(("odd lengths", setting) for setting in ("dbcache", "taylorseer", "dbprune", "last block")),
+]
+"""Cases of the default part. The part `parallel` has the other ones."""
 
 
 def generation(shared, arguments):
@@ -115,14 +123,15 @@ def captured(model):
 
 
 @functools.cache
-def results():
-    """For each rank: case -> generations, or a traceback."""
-    for model in MODELS:
+def results(is_default=True):
+    """For each rank: case -> generations, or a traceback. Of the default part's cases, or of the other ones."""
+    cases = [case for case in CASES if (case in BY_DEFAULT) == is_default]
+    for model, _ in cases:
         captured(model)
 
     def run(rank):
         found = {}
-        for case in CASES:
+        for case in cases:
             try:
                 found[case] = generations(*case, 2)
             except Exception:
@@ -132,17 +141,18 @@ def results():
     return on_ranks(run)
 
 
-@pytest.mark.budget(90, "captures seven models, and two ranks run all cases")
+@pytest.mark.budget(120, "captures three models, and two ranks run all cases")
 def test_all_cases_run_on_both_ranks():
     for found in results():
         errors = {case: error for case, error in found.items() if isinstance(error, str)}
         assert not errors, "\n".join(f"{case}: {error}" for case, error in errors.items())
 
 
-@pytest.mark.parametrize(("model", "setting"), CASES)
+@pytest.mark.budget(120, "the first of the part `parallel` captures four models, and two ranks run all cases")
+@pytest.mark.parametrize(("model", "setting"), only_in("parallel", CASES, but=BY_DEFAULT))
 def test_two_ranks_equal_one(model, setting):
     expected, _ = generations(model, setting, 1)
-    for found in results():
+    for found in results((model, setting) in BY_DEFAULT):
         runs, facts = found[model, setting]
         assert facts and all(fact is not None and not fact.gathers for fact in facts)
         for (outputs, stats, held), (outputs_of_one, stats_of_one, held_of_one) in zip(runs, expected, strict=True):
@@ -155,7 +165,7 @@ def test_two_ranks_equal_one(model, setting):
 
 def test_ranks_differ_by_no_bit():
     first, second = results()
-    for case in CASES:
+    for case in first:
         for (outputs, *_), (others, *_) in zip(first[case][0], second[case][0], strict=True):
             assert all(torch.equal(a, b) for a, b in zip(outputs, others, strict=True))
 

@@ -1,0 +1,113 @@
+"""Ranks that share a sample and call the model in other ways: an error on all of them, which names the cause."""
+
+import functools
+
+import pytest
+import torch
+from lib import toys
+from lib.ranks import on_ranks
+from lib.shared import SharedCapture
+
+from cachedit_fx.runtime.agreement import RanksDisagree
+
+pytestmark = [pytest.mark.keep_compiled, pytest.mark.xdist_group("ulysses")]
+
+OPTIONS = {"Fn_compute_blocks": 1, "max_warmup_steps": 1, "residual_diff_threshold": 0.9, "ulysses_size": 2}
+CASES = {
+    "nothing": None,
+    "noise": "hidden_states has other values",
+    "prompt": "encoder_hidden_states has other values",
+    "one element": "encoder_hidden_states has other values",
+    "order": "hidden_states has other values",
+    "timestep": "timestep has other values",
+    "length": "the input encoder_hidden_states is float32[1, 6, 8] on cpu on rank 0, float32[1, 5, 8]",
+    "dtype": "the input timestep is float32[1] on cpu on rank 0, float64[1] on cpu on rank 1",
+    "weights": "the weights have other values",
+    "options": "the option",
+    "nothing again": None,
+}
+"""What rank 1 does in another way -> what the error says; None for no error."""
+
+
+@functools.cache
+def captured():
+    """A small model, captured for all cases, and the arguments of a call."""
+    shared = SharedCapture(toys.make_small().requires_grad_(False))
+    text = torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(2))
+    arguments = {"hidden_states": toys.noise(), "timestep": torch.tensor([900.0]), "encoder_hidden_states": text}
+    shared.compile(cache=None)
+    for case in ("nothing", "length", "dtype"):
+        shared(**_changed(arguments, case))
+    return shared, arguments
+
+
+def _changed(arguments, case):
+    """The arguments of a rank that does one thing in another way."""
+    image, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
+    one = text.clone()
+    one[0, -1, -1] += 1e-3
+    changes = {
+        "noise": {"hidden_states": torch.randn(image.shape, generator=torch.Generator().manual_seed(5))},
+        "prompt": {"encoder_hidden_states": text.flip(1) * 0.5},
+        "one element": {"encoder_hidden_states": one},
+        "order": {"hidden_states": image.flip(1)},
+        "timestep": {"timestep": arguments["timestep"] * 0.9},
+        "length": {"encoder_hidden_states": text[:, 1:]},
+        "dtype": {"timestep": arguments["timestep"].double()},
+    }
+    return arguments | changes.get(case, {})
+
+
+def called(shared, arguments):
+    """What a call raises, as text."""
+    try:
+        shared(**arguments)
+    except RanksDisagree as error:
+        return str(error)
+    return ""
+
+
+def outcomes(rank):
+    """For each case, what the first call of a generation raises; and then what later steps raise."""
+    shared, arguments = captured()
+    weight = next(shared.module.parameters())
+    found, steps = {}, {}
+    shared.compile_anew(**OPTIONS)
+    for case in CASES:
+        before = weight.clone()
+        if case in ("length", "dtype"):  # without a clock, a rank that keeps the form would not compare
+            shared.compile_anew(**OPTIONS)
+        if case == "weights" and rank:
+            weight.data.mul_(1.5)
+        if case == "options" and rank:
+            shared.compile(**OPTIONS | {"residual_diff_threshold": 0.8})
+        given = _changed(arguments, case) if rank else arguments
+        found[case] = called(shared, given)
+        steps[case] = [called(shared, given | {"timestep": given["timestep"] * scale}) for scale in (0.8, 0.6)]
+        weight.data.copy_(before)
+        shared.compile(**OPTIONS)
+    shared.compile_anew(cache=None, ulysses_size=2)
+    found["uncached"] = called(shared, _changed(arguments, "noise") if rank else arguments)
+    return found, steps
+
+
+@functools.cache
+def results():
+    captured()
+    return on_ranks(outcomes)
+
+
+@pytest.mark.parametrize("case", [*CASES, "uncached"])
+def test_all_ranks_raise_and_say_what_differs(case):
+    errors = [found[case] for found, _ in results()]
+    assert errors[0] == errors[1]
+    expected = CASES.get(case, CASES["noise"])
+    if expected is None:
+        assert errors[0] == ""
+    else:
+        assert errors[0].startswith("ulysses_size=2: ranks 0 and 1 differ in their calls") and expected in errors[0]
+
+
+def test_steps_within_a_generation_are_not_compared():
+    for _, steps in results():
+        assert steps["nothing"] == steps["nothing again"] == ["", ""]
