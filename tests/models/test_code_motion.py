@@ -31,8 +31,8 @@ CASES = [
     for inner in ("eager", "inductor")
     if (dtype == "float32" or name not in ONLY_FLOAT32) and (inner == "eager" or name not in NOT_BY_INDUCTOR)
 ]
-CAPTURED_ANEW = {"Lumina2Transformer2DModel"}
-"""Classes of several graphs, one of which inductor compiles only while dynamo captures it."""
+CAPTURED_ANEW = {"Lumina2Transformer2DModel", "QwenImage21Transformer2DModel"}
+"""Classes with a graph that inductor compiles only once, while dynamo captures it: lengths come from data."""
 STEPS = (FIRST, LATER, FIRST, LATER)
 """Timesteps of two generations. The second one finds the hoisted values of the first."""
 
