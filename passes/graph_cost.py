@@ -45,6 +45,17 @@ def is_compute(node: fx.Node) -> bool:
     return name in _MATMULS or name.startswith("conv") or "attention" in name
 
 
+def inner_size(node: fx.Node) -> int | None:
+    """The length that a product of matrices sums over; None if the node has no such inputs."""
+    inputs = _input_tensors(node)
+    place = 1 if target_name(node) in ("addmm", "baddbmm") else 0
+    return hint(inputs[place].shape[-1]) if len(inputs) > place and inputs[place].dim() else None
+
+
+def _input_tensors(node: fx.Node) -> list[torch.Tensor]:
+    return [tensor for source in input_nodes(node) if (tensor := tensor_of(source)) is not None]
+
+
 def cost_of(node: fx.Node) -> int:
     """An estimate of the node's floating-point operations, from shapes alone."""
     output = value_of(node)
@@ -53,10 +64,9 @@ def cost_of(node: fx.Node) -> int:
     if not isinstance(output, torch.Tensor):
         return 0
     name = target_name(node)
-    inputs = [tensor for source in input_nodes(node) if (tensor := tensor_of(source)) is not None]
-    if name in _MATMULS and inputs and inputs[0].dim():
-        left = inputs[1] if name in ("addmm", "baddbmm") else inputs[0]
-        return 2 * numel(output) * hint(left.shape[-1])
+    if name in _MATMULS and (inner := inner_size(node)) is not None:
+        return 2 * numel(output) * inner
+    inputs = _input_tensors(node)
     if "attention" in name and len(inputs) > 1 and inputs[1].dim() > 1:
         return 4 * numel(output) * hint(inputs[1].shape[-2])
     if name.startswith("conv") and len(inputs) > 1 and inputs[1].dim() > 1:

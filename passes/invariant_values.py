@@ -19,8 +19,8 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from .base import module_of
 from .graph_aliases import Memory, memory_of, written_by
-from .graph_cost import hint, numel_of
-from .graph_values import body_nodes, input_nodes, open_contexts, target_name, tensor_of, value_of
+from .graph_cost import hint, inner_size, numel_of
+from .graph_values import body_nodes, open_contexts, target_name, tensor_of, value_of
 from .infer_dependence import Source, own_source
 
 Label = frozenset[int] | None
@@ -215,13 +215,12 @@ def _is_in_memory(node: fx.Node) -> bool:
 
 def _is_unfolded(node: fx.Node) -> bool:
     """Whether inductor may write a matrix product as a sum of products, which it fuses: a small one, of one row."""
-    inputs = [tensor for source in input_nodes(node) if (tensor := tensor_of(source)) is not None and tensor.dim()]
     result = tensor_of(node)
-    if target_name(node) not in _PRODUCTS or len(inputs) < 2 or result is None or not result.dim():
+    inner = inner_size(node) if target_name(node) in _PRODUCTS else None
+    if inner is None or result is None or not result.dim():
         return False
     columns = hint(result.shape[-1])
     rows = numel_of(node) // max(1, columns)
-    inner = hint(inputs[1 if target_name(node) in ("addmm", "baddbmm") else 0].shape[-1])
     return inner == 1 or (rows == 1 and (columns == 1 or max(inner, columns) <= SMALL))
 
 

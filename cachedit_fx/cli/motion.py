@@ -7,11 +7,9 @@ from typing import Annotated
 
 import typer
 
-from cachedit_fx.cli.options import check_compiler, check_out
-from cachedit_fx.cli.terminal import command_line, console, progress, quiet, reported, show
-from cachedit_fx.config.rules import nearest
-from cachedit_fx.report.files import machine, versions, whole_files
-from cachedit_fx.report.tables import Heading, Part, page
+from cachedit_fx.cli.options import OnlyModels, check_compiler, check_out, models_of
+from cachedit_fx.cli.terminal import progress, quiet, reported, save
+from cachedit_fx.report.tables import Heading, Part
 
 HEAD = 128
 """Width of a head of the model that is timed."""
@@ -41,10 +39,7 @@ TIMES = (
 
 
 def motion(
-    only: Annotated[
-        list[str] | None,
-        typer.Option("--only", "-k", metavar="TEXT", help="Only models with TEXT in their names; may be repeated."),
-    ] = None,
+    only: OnlyModels = None,
     tokens: Annotated[
         list[int] | None,
         typer.Option(
@@ -72,10 +67,7 @@ def motion(
         from cachedit_fx.bench.graphs import largest_graph
         from cachedit_fx.bench.motion_memory import cards, memory_table
         from cachedit_fx.bench.motion_times import measure, time_table
-    names = [name for name in known_models.MODELS if not only or any(text.lower() in name.lower() for text in only)]
-    if not names:
-        guess = nearest((only or [""])[0], known_models.MODELS)
-        raise typer.BadParameter(f"no model is called so; did you mean {guess!r}?", param_hint="--only")
+    names = models_of(known_models.MODELS, only)
     sides = [round(number**0.5) for number in tokens or ()]
     for number, side in zip(tokens or (), sides, strict=True):
         if side**2 != number:
@@ -99,9 +91,4 @@ def motion(
         timings = [measure(Size(width=width, head=HEAD), side, rounds, tell) for side in sides]
         if timings:
             parts += [Heading("Time", 2), TIMES, time_table(timings)]
-    show(*parts)
-    libraries = ", ".join(f"{name} {version}" for name, version in versions("torch", "diffusers").items())
-    made_by = f"`{command_line()}`, on {machine()}, {libraries}."
-    with whole_files(out) as folder:
-        (folder / "motion.md").write_text(page(Heading("Code motion"), made_by, *parts))
-    console.print(f"\n{out / 'motion.md'}  [dim]these tables[/dim]")
+    save(out / "motion.md", "Code motion", parts)

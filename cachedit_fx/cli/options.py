@@ -6,7 +6,7 @@ import functools
 import inspect
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from dataclasses import fields, is_dataclass
 from enum import StrEnum
@@ -15,6 +15,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from cachedit_fx.config.rules import nearest
 from cachedit_fx.report.files import check_folder
 
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
@@ -74,6 +75,22 @@ Blocks = Annotated[
 ]
 DEPTHS = [18, 57]
 """The default of `--blocks`."""
+
+
+OnlyModels = Annotated[
+    list[str] | None,
+    typer.Option("--only", "-k", metavar="TEXT", help="Only models with TEXT in their names; may be repeated."),
+]
+
+
+def models_of(names: Iterable[str], only: list[str] | None) -> list[str]:
+    """The names of models that `--only` asks for; all without it. Refuses a text that is in no name."""
+    names = list(names)
+    chosen = [name for name in names if not only or any(text.lower() in name.lower() for text in only)]
+    if not chosen:
+        guess = nearest((only or [""])[0], names)
+        raise typer.BadParameter(f"no model is called so; did you mean {guess!r}?", param_hint="--only")
+    return chosen
 
 
 def check_out(folder: Path) -> None:

@@ -6,8 +6,9 @@ import logging
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import typer
 from rich.console import Console
@@ -16,7 +17,8 @@ from rich.text import Text
 
 from cachedit_fx.bench.errors import BenchmarkError, RequestError
 from cachedit_fx.bench.progress import Tell
-from cachedit_fx.report.tables import Heading, Part, Table, terminal
+from cachedit_fx.report.files import machine, versions, whole_files
+from cachedit_fx.report.tables import Heading, Part, Table, page, terminal
 
 console = Console(highlight=False)
 """Standard output: results."""
@@ -110,3 +112,13 @@ def show(*parts: Part) -> None:
         else:
             for text in part:
                 console.print(f"- {text}", markup=False)
+
+
+def save(file: Path, title: str, parts: Sequence[Part]) -> None:
+    """Show tables that were counted on diffusers' models, and write them as a page that names the command."""
+    show(*parts)
+    libraries = ", ".join(f"{name} {version}" for name, version in versions("torch", "diffusers").items())
+    made_by = f"`{command_line()}`, on {machine()}, {libraries}."
+    with whole_files(file.parent) as folder:
+        (folder / file.name).write_text(page(Heading(title), made_by, *parts))
+    console.print(f"\n{file}  [dim]these tables[/dim]")

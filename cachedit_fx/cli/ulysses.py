@@ -7,11 +7,9 @@ from typing import Annotated
 
 import typer
 
-from cachedit_fx.cli.options import check_out
-from cachedit_fx.cli.terminal import command_line, console, progress, quiet, reported, show
-from cachedit_fx.config.rules import nearest
-from cachedit_fx.report.files import machine, versions, whole_files
-from cachedit_fx.report.tables import Heading, Part, page
+from cachedit_fx.cli.options import OnlyModels, check_out, models_of
+from cachedit_fx.cli.terminal import progress, quiet, reported, save
+from cachedit_fx.report.tables import Heading, Part
 
 SHARES = (
     "For the first rank: its part of the hidden states that enter the chain, the share of the chain's linear FLOPs "
@@ -22,10 +20,7 @@ SHARES = (
 
 
 def ulysses(
-    only: Annotated[
-        list[str] | None,
-        typer.Option("--only", "-k", metavar="TEXT", help="Only models with TEXT in their names; may be repeated."),
-    ] = None,
+    only: OnlyModels = None,
     ranks: Annotated[
         list[int] | None,
         typer.Option(metavar="N", min=2, help="Number of ranks; may be repeated. 8, 64 and 256 by default."),
@@ -40,10 +35,7 @@ def ulysses(
     check_out(out)
     with quiet():
         from cachedit_fx.bench import ulysses as bench
-    names = [name for name in bench.INPUTS if not only or any(text.lower() in name.lower() for text in only)]
-    if not names:
-        guess = nearest((only or [""])[0], bench.INPUTS)
-        raise typer.BadParameter(f"no model is called so; did you mean {guess!r}?", param_hint="--only")
+    names = models_of(bench.INPUTS, only)
     with reported(lambda: f"; nothing was written to {out}"), progress("models") as tell, quiet():
         rows = []
         for name in names:
@@ -52,9 +44,4 @@ def ulysses(
             shares = (bench.count(name, module, graph, number) for number in ranks or bench.RANKS)
             rows += [share for share in shares if share is not None]
     parts: list[Part] = [Heading("Ranks that share one sample", 2), SHARES, bench.table(rows)]
-    show(*parts)
-    libraries = ", ".join(f"{name} {version}" for name, version in versions("torch", "diffusers").items())
-    made_by = f"`{command_line()}`, on {machine()}, {libraries}."
-    with whole_files(out) as folder:
-        (folder / "ulysses.md").write_text(page(Heading("Context parallelism"), made_by, *parts))
-    console.print(f"\n{out / 'ulysses.md'}  [dim]these tables[/dim]")
+    save(out / "ulysses.md", "Context parallelism", parts)

@@ -100,7 +100,7 @@ class BranchMemory:
         if self.unread:
             rows = self.unread
             products_here = list(rows.values())
-            totals = products_here if ranks is None else [ranks.total(row) for row in products_here]
+            totals = products_here if ranks is None else [ranks.total(torch.cat(products_here))]
             numbers = iter(read_back(totals))
             products = {step: tuple(itertools.islice(numbers, row.numel())) for step, row in rows.items()}
             self.trail = [

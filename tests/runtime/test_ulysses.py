@@ -123,7 +123,7 @@ def captured(model):
 
 
 @functools.cache
-def results(is_default=True):
+def results(is_default):
     """For each rank: case -> generations, or a traceback. Of the default part's cases, or of the other ones."""
     cases = [case for case in CASES if (case in BY_DEFAULT) == is_default]
     for model, _ in cases:
@@ -143,7 +143,7 @@ def results(is_default=True):
 
 @pytest.mark.budget(120, "captures three models, and two ranks run all cases")
 def test_all_cases_run_on_both_ranks():
-    for found in results():
+    for found in results(True):
         errors = {case: error for case, error in found.items() if isinstance(error, str)}
         assert not errors, "\n".join(f"{case}: {error}" for case, error in errors.items())
 
@@ -164,7 +164,7 @@ def test_two_ranks_equal_one(model, setting):
 
 
 def test_ranks_differ_by_no_bit():
-    first, second = results()
+    first, second = results(True)
     for case in first:
         for (outputs, *_), (others, *_) in zip(first[case][0], second[case][0], strict=True):
             assert all(torch.equal(a, b) for a, b in zip(outputs, others, strict=True))
