@@ -21,6 +21,8 @@ import torch
 from torch import fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
+from .graph_values import meta_of_value
+
 Kind = TypeVar("Kind")
 
 
@@ -192,7 +194,7 @@ def module_of(
     local: dict[fx.Node, fx.Node] = {}
     for node in inputs:
         local[node] = graph.placeholder(node.name)
-        local[node].meta = dict(node.meta)
+        local[node].meta = meta_of_value(node)
     for node in members:
         local[node] = copy(graph, node, local.__getitem__)
         local[node].meta = dict(node.meta)

@@ -23,6 +23,7 @@ from torch import fx
 from .base import Facts, Interface, Rewrite, Rewritten
 from .block_loops import Detection
 from .find_timestep import TimestepSource
+from .graph_values import meta_of_value
 from .hoist_invariants import HOISTED
 from .infer_dependence import Dependence
 from .insert_cache_branch import CacheBranch
@@ -86,7 +87,7 @@ def _read_late(graph: fx.Graph, sequence: fx.Node, places: Mapping[fx.Node, int]
         if users:
             with graph.inserting_before(users[0]):
                 getitem = graph.call_function(operator.getitem, (sequence, place))
-            getitem.meta = dict(node.meta)
+            getitem.meta = meta_of_value(node)
             node.replace_all_uses_with(getitem)
         graph.erase_node(node)
         if users:

@@ -41,6 +41,14 @@ def tensor_of(node: fx.Node) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def meta_of_value(node: fx.Node) -> dict[str, Any]:
+    """The meta of `node` for another node that hands on its value, or a copy of its value.
+
+    A symbol that depends on data stays bound to `node` alone. Compilers refuse a symbol that is bound twice.
+    """
+    return {key: entry for key, entry in node.meta.items() if key != "unbacked_bindings"}
+
+
 def input_nodes(node: fx.Node) -> list[fx.Node]:
     """Every argument node of `node` in the order of args and kwargs, repeats included."""
     inputs: list[fx.Node] = []

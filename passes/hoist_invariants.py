@@ -29,7 +29,7 @@ from .block_loops import Detection
 from .find_timestep import TimestepSource, source_name
 from .graph_aliases import memory_of, writes_to_inputs
 from .graph_cost import bytes_of, numel_of
-from .graph_values import body_nodes, tensor_of, value_of
+from .graph_values import body_nodes, meta_of_value, tensor_of, value_of
 from .infer_dependence import Dependence, Source
 from .invariant_values import InvariantPiece, Label
 from .outline_blocks import KIND, Outline, branch_values
@@ -229,7 +229,7 @@ class _Hoister:
         inputs = []
         for node in self.inputs:
             inputs.append(graph.placeholder(node.name))
-            inputs[-1].meta = dict(node.meta)
+            inputs[-1].meta = meta_of_value(node)
         groups = self._groups[::-1]
         for group, piece, results in groups:
             root[group.name] = group.code
@@ -305,7 +305,7 @@ class _Hoister:
             new.meta = dict(call.meta) | {"example_value": tuple(map(value_of, results))}
             for place, node in enumerate(staying):
                 getitem = self.gm.graph.call_function(operator.getitem, (new, place))
-                getitem.meta = dict(node.meta)
+                getitem.meta = meta_of_value(node)
                 self._replace(node, getitem)
         return new
 

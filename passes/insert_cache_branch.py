@@ -26,7 +26,7 @@ from torch.fx.node import map_arg
 from .base import Facts, Interface, Rewrite, Rewritten, make_module, module_of
 from .block_loops import Detection
 from .find_timestep import TimestepSource
-from .graph_values import live_ins
+from .graph_values import live_ins, meta_of_value
 from .infer_dependence import Dependence
 from .outline_blocks import PLACE, Outline
 from .plan_regions import RegionPlan, RegionReport
@@ -96,7 +96,7 @@ def _guard(
         call.meta = {"example_value": tuple(node.meta.get("example_value") for node in results)}
         for index, value in enumerate(value for value in region.live_outs if value in origin):
             getitem = gm.graph.call_function(operator.getitem, (call, index))
-            getitem.meta = dict(results[index].meta)
+            getitem.meta = meta_of_value(results[index])
             results[index].replace_all_uses_with(getitem, delete_user_cb=lambda user: user not in inside)
             origin[value] = getitem
     for node in reversed(members):
@@ -110,7 +110,7 @@ def _bases(
     graph = fx.Graph()
     local = {node: graph.placeholder(node.name) for node in inputs}
     for node, placeholder in local.items():
-        placeholder.meta = dict(node.meta)
+        placeholder.meta = meta_of_value(node)
     results = iter(_inline(graph, region.bases, {value: local[origin[value]] for value in region.bases.inputs}))
     bases = [
         next(results) if has_base else None

@@ -38,7 +38,7 @@ from .graph_aliases import (
     returns_its_input,
     written_by,
 )
-from .graph_values import body_nodes, describe_layout, is_of_module, target_name, tensor_of, value_of
+from .graph_values import body_nodes, describe_layout, is_of_module, meta_of_value, target_name, tensor_of, value_of
 
 
 @dataclass(frozen=True)
@@ -354,7 +354,7 @@ def _use_from(write: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> None:
 
 def _meta_at(place: fx.Node, value: fx.Node) -> dict[str, Any]:
     """The meta of `value`, for a node that belongs to the module that `place` belongs to."""
-    meta = dict(value.meta)
+    meta = meta_of_value(value)
     meta.pop("nn_module_stack", None)
     return meta | {key: place.meta[key] for key in ("nn_module_stack",) if key in place.meta}
 

@@ -29,7 +29,7 @@ from .base import Facts, FlatGraph, Rewrite, Rewritten, make_module
 from .block_loops import Detection
 from .find_timestep import TimestepSource
 from .graph_aliases import write_spans
-from .graph_values import body_nodes, input_nodes, is_data_movement, open_contexts, tensor_of, value_of
+from .graph_values import body_nodes, input_nodes, is_data_movement, meta_of_value, open_contexts, tensor_of, value_of
 from .infer_dependence import Dependence
 from .normalize import Normalized
 from .plan_regions import RegionPlan, RegionReport
@@ -220,7 +220,7 @@ class _Outliner:
         for value in inputs:
             local[value] = inner.placeholder(_identifier(value.name))
             # Dynamo's mark of a static input is left out: a piece is called with the weights of many blocks.
-            local[value].meta = {k: v for k, v in self.outer[value].meta.items() if k != "tensor_dict"}
+            local[value].meta = {k: v for k, v in meta_of_value(self.outer[value]).items() if k != "tensor_dict"}
 
         def take(node: fx.Node) -> fx.Node:
             """The node's local copy. A value that cannot cross a cut (a submodule, a size tuple) is made again here."""
@@ -241,7 +241,7 @@ class _Outliner:
         call.meta = {"example_value": tuple(value_of(node) for node in outputs), KIND: piece.kind, PLACE: piece.start}
         for index, node in enumerate(results):
             getitem = self.graph.call_function(operator.getitem, (call, index))
-            getitem.meta = dict(node.meta) | dict(outputs[index].meta) | {PLACE: piece.start, ORIGIN: node.name}
+            getitem.meta = meta_of_value(node) | meta_of_value(outputs[index]) | {PLACE: piece.start, ORIGIN: node.name}
             getitem.name = self.graph._graph_namespace.create_name(node.name, getitem)
             self.outer[node] = getitem
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import fx
 from torch.fx.node import map_arg
 
-from .graph_values import is_data_movement, tensor_of
+from .graph_values import is_data_movement, meta_of_value, tensor_of
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class BaseTracer:
         else:
             with self._graph.inserting_before(self._first_body):
                 result = self._graph.placeholder(node.name)
-        result.meta = dict(node.meta)
+        result.meta = meta_of_value(node)
         return result
 
     def _copy(self, node: fx.Node) -> fx.Node:

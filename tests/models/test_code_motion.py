@@ -24,9 +24,8 @@ ONLY_FLOAT32 = {
 """Classes whose plain module raises in bfloat16 on a CPU."""
 NOT_BY_INDUCTOR = {
     "Kandinsky6SRTransformer3DModel": "g++ refuses what inductor writes of its flex attention",
-    "QwenImage21Transformer2DModel": "a graph of lengths from data fails with and without the pass: docs/roadmap.md",
 }
-"""Classes that inductor does not compile on a CPU, with torch 2.13. The first one fails under `torch.compile` too."""
+"""Classes that inductor does not compile on a CPU, with torch 2.13. `torch.compile` fails on them too."""
 CASES = [
     (name, dtype, inner)
     for name in CLASSES

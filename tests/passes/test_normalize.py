@@ -11,6 +11,7 @@ from lib.cases import SumsLengths, WithLinear
 from lib.helpers import capture, copied, detected, find, ops, run_passes
 from torch import nn
 
+from cachedit_fx.capture import capturing
 from cachedit_fx.passes.base import Facts
 from cachedit_fx.passes.graph_aliases import is_assignment, memory_of, written_by
 from cachedit_fx.passes.normalize import Normalize
@@ -237,6 +238,24 @@ def test_writes_that_a_view_shows_go_to_a_copy(module):
 def test_near_miss_is_left_alone(module):
     graph, before, after = normalized(module())
     assert before == after
+    assert graph.same(graph.gm)
+
+
+class WritesMasked(WithLinear):
+    def forward(self, x):
+        y = self.linear(x)[x[:, 0] > -1]
+        z = y.sum()
+        y[:, :2] = 1
+        return y + z
+
+
+def test_a_copy_binds_no_symbol():
+    """Inductor refuses a length from data that two nodes claim to bring."""
+    with capturing():
+        graph, before, after = normalized(WritesMasked(), torch.ones(3, 4))
+        assert after - before == {"clone": 1}
+        symbols = [symbol for node in graph.gm.graph.nodes for symbol in node.meta.get("unbacked_bindings") or {}]
+        assert len(symbols) == len(set(symbols)) == 1
     assert graph.same(graph.gm)
 
 
