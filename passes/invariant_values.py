@@ -15,12 +15,13 @@ from typing import cast
 
 import torch
 from torch import fx
+from torch._prims_common import is_contiguous_or_false
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from .base import module_of
 from .graph_aliases import Memory, memory_of, written_by
 from .graph_cost import hint, inner_size, numel_of
-from .graph_values import body_nodes, open_contexts, target_name, tensor_of, value_of
+from .graph_values import body_nodes, input_nodes, open_contexts, target_name, tensor_of, value_of
 from .infer_dependence import Source, own_source
 
 Label = frozenset[int] | None
@@ -210,7 +211,7 @@ def _is_heavy(node: fx.Node) -> bool:
 
 def _is_in_memory(node: fx.Node) -> bool:
     """Whether compilers read the node's inputs from memory, and write its value there."""
-    return _is_heavy(node) and not _is_unfolded(node) and not _is_joined(node)
+    return _is_heavy(node) and not (_is_unfolded(node) or _is_joined(node) or _has_separate_bias(node))
 
 
 def _is_unfolded(node: fx.Node) -> bool:
@@ -232,3 +233,46 @@ def _is_joined(node: fx.Node) -> bool:
     )
     sums = [user for user in node.users if target_name(user) in ("add", "add_", "iadd")]
     return is_bare and result is not None and result.dim() == 2 and len(sums) == len(node.users) == 1
+
+
+def _has_separate_bias(node: fx.Node) -> bool:
+    """Whether inductor adds the bias in an operation after the product, which it fuses with others.
+
+    torch makes a product and a sum of a linear layer on a tensor that is not contiguous. Inductor does so with a
+    convolution on anything but a CPU.
+    """
+    inputs = [source for source in input_nodes(node) if tensor_of(source) is not None]
+    name, first = target_name(node), tensor_of(inputs[0]) if inputs else None
+    if len(inputs) < 3 or first is None:
+        return False
+    if name == "linear":
+        return first.dim() != 2 and not _is_contiguous(inputs[0])
+    return name.startswith("conv") and first.device.type != "cpu"
+
+
+def _is_contiguous(node: fx.Node) -> bool:
+    """Whether a tensor is contiguous, as recorded and as inductor lays it out.
+
+    Inductor takes a concatenation of one tensor with empty ones for that tensor, whatever its layout.
+    """
+    pending, visited = [node], {node}
+    while pending:
+        each = pending.pop()
+        if not _is_recorded_contiguous(each):
+            return False
+        if target_name(each) == "cat":
+            parts = [part for part in each.all_input_nodes if numel_of(part)]
+            sources = parts if len(parts) == 1 else []
+        elif _is_heavy(each):
+            sources = []
+        else:  # a view, or an operation on each number, has the layout of its input
+            alike = (source for source in each.all_input_nodes if numel_of(source) == numel_of(each))
+            sources = [source for source in alike if _is_recorded_contiguous(source)]
+        pending += [source for source in sources if source not in visited]
+        visited.update(sources)
+    return True
+
+
+def _is_recorded_contiguous(node: fx.Node) -> bool:
+    tensor = tensor_of(node)
+    return tensor is None or is_contiguous_or_false(tensor)

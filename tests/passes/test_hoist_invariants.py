@@ -74,6 +74,35 @@ def test_compiled_pieces_are_cut_where_values_lie_in_memory_anyway():
     assert made_by(captured) == {"sigmoid"}
 
 
+def contiguous(rows):
+    return rows.contiguous()
+
+
+def with_nothing(rows):
+    """Recorded as contiguous. Inductor takes it for `rows`."""
+    return torch.cat([rows, rows.new_zeros(len(rows), 0, rows.shape[-1])], 1)
+
+
+class OnRows(models.Block):
+    def __init__(self, arrange):
+        super().__init__()
+        self.arrange = arrange
+
+    def forward(self, x, temb):
+        rows = self.arrange(torch.stack([temb, -temb], -1).mT)
+        gate = torch.tanh(self.modulation(rows)).chunk(3, dim=-1)[0].sum(1, keepdim=True)
+        return x + gate * self.attn(self.norm(x))
+
+
+@pytest.mark.parametrize(
+    ("arrange", "names"), [(contiguous, {"linear"}), (torch.positive, set()), (with_nothing, set())]
+)
+def test_a_compiled_piece_is_not_cut_between_a_product_and_its_bias(arrange, names):
+    """Inductor fuses the bias of a linear layer with what follows, unless the layer's input is contiguous."""
+    _, fact = hoisted(WithBlocks(lambda: OnRows(arrange)), *models.inputs())
+    assert made_by(fact) == names
+
+
 def test_one_value_leaves_for_all_slices_and_blocks_stay_identical():
     gm, fact = hoisted(Conditioned(), sample(), times()[0], **conditions())
     blocks = [piece for piece in fact.pieces if piece.name.startswith("blocks_") and piece.is_timed]
