@@ -27,8 +27,12 @@ def is_block(kind):
 def hoisted(model, *inputs, is_compiled=is_block, granularity="block", **more):
     """The outlined graph of a call, and the fact about it; None if nothing was hoisted."""
     graph = capture(model, *inputs, **more)
-    outcome = outcome_of(
-        graph.gm,
+    outcome = outcome_of(graph.gm, *passes(is_compiled, granularity))
+    return outcome.graph_module, outcome.facts.get(Hoisted)
+
+
+def passes(is_compiled=is_block, granularity="block"):
+    return [
         Normalize(),
         FindTimestep(),
         InferDependence(),
@@ -36,8 +40,7 @@ def hoisted(model, *inputs, is_compiled=is_block, granularity="block", **more):
         PlanRegions([Cut(1, 0)]),
         OutlineBlocks(granularity),
         HoistInvariants(is_compiled),
-    )
-    return outcome.graph_module, outcome.facts.get(Hoisted)
+    ]
 
 
 def ops_of(graph_module):
@@ -174,6 +177,21 @@ def test_a_result_of_the_model_is_computed_in_place():
 def test_a_graph_that_writes_to_its_inputs_keeps_everything():
     _, fact = hoisted(WritesToText(), sample(), times()[0], **conditions())
     assert fact is None
+
+
+class Unconditioned(models.Block):
+    """Sees the sample alone."""
+
+    def forward(self, x, temb):
+        return x + self.attn(self.norm(x))
+
+
+def test_a_graph_with_nothing_to_hoist_is_as_without_the_pass():
+    """So a step takes the time that it takes without the pass."""
+    gm, fact = hoisted(WithBlocks(Unconditioned), *models.inputs())
+    plain = outcome_of(capture(WithBlocks(Unconditioned), *models.inputs()).gm, *passes()[:-1]).graph_module
+    with_pass, without = ([piece.code for piece in each.modules() if hasattr(piece, "code")] for each in (gm, plain))
+    assert fact is None and with_pass == without and len(without) > 4
 
 
 def test_random_numbers_stay():
