@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from lib import host_weights
 from lib.conditioned import Conditioned
 from lib.hoisting import Cached
 from lib.shared import SharedCapture
 from lib.toys import make
+
+from cachedit_fx import placement
 
 
 @pytest.fixture(scope="module")
@@ -33,3 +36,19 @@ def timed_model(timed: Cached) -> Cached:
     """`timed`, as if it was never called."""
     timed.compile()
     return timed
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU counts as an accelerator."""
+    monkeypatch.setattr(placement, "is_accelerator", lambda device: True)
+
+
+@pytest.fixture(scope="module")
+def hosted() -> Conditioned:
+    """A model that was called, with weights on the host."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placement, "is_accelerator", lambda device: True)
+        model: Conditioned = host_weights.make()
+        host_weights.generation(model)
+    return model

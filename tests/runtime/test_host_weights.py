@@ -9,90 +9,44 @@ import gc
 import io
 import threading
 import weakref
-from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload, cpu_offload_with_hook
-from diffusers.hooks import apply_group_offloading
 from diffusers.loaders.peft import PeftAdapterMixin
 from lib.conditioned import Conditioned, StorageWatch, conditions, sample, times
 from lib.helpers import on_a_device
 from lib.hoisting import ALWAYS
+from lib.host_weights import EXACT, HOSTED, behind_time, generation, layers_on_host, make, small, timed
 from lib.toy_pipeline import ToyPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import fx, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 import cachedit_fx
-from cachedit_fx import CacheWarning, OptionError, disable_cache, enable_cache, explain, placement
+from cachedit_fx import disable_cache, enable_cache, explain, placement
 from cachedit_fx.passes.outline_blocks import KIND
 from cachedit_fx.runtime import hoisting, host_tensor
 from cachedit_fx.runtime.host_pieces import HostPiece
 from cachedit_fx.runtime.host_tensor import HostWeight, HostWeightError
 
-pytestmark = [pytest.mark.keep_compiled, pytest.mark.filterwarnings("ignore:Already found a `peft_config`")]
-EXACT: dict[str, Any] = {"inner_backend": "eager", "residual_diff_threshold": 0.0, "Fn_compute_blocks": 1}
-HOSTED = EXACT | {"time_weights": "host"}
+pytestmark = [
+    pytest.mark.keep_compiled,
+    pytest.mark.usefixtures("emulated"),
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config`"),
+]
 
 
 class Adapted(PeftAdapterMixin, Conditioned):
     """Takes adapters as diffusers' models do."""
 
 
-@pytest.fixture(autouse=True)
-def emulated(monkeypatch):
-    """The CPU counts as an accelerator."""
-    monkeypatch.setattr(placement, "is_accelerator", lambda device: True)
-
-
-def small(pooled=True):
-    return Conditioned(blocks=2, pooled=pooled)
-
-
-def timed():
-    return small(pooled=False)
-
-
-def make(kind=small, **options):
-    torch.manual_seed(0)
-    return enable_cache(kind(), **(HOSTED | options))
-
-
-@pytest.fixture(scope="module")
-def shared():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placement, "is_accelerator", lambda device: True)
-        model = make()
-        generation(model)
-    return model
-
-
-def generation(model, seed=0, steps=4):
-    """Results of a generation, each equal to the bit to those of an uncompiled copy of the model."""
-    prompt, plain, results = conditions(seed), copy.deepcopy(model), []
-    with torch.no_grad():
-        for step, time in enumerate(times(steps)):
-            results.append(model(sample(step), time, **prompt))
-            assert torch.equal(results[-1], plain(sample(step), time, **prompt))
-    return results
-
-
-def layers_on_host(model):
-    return [name for name, weight in model.named_parameters() if isinstance(weight, HostWeight)]
-
-
-def behind_time(model):
-    return [name for name, _ in model.named_parameters() if name.split(".")[-2] in ("time", "norm_out", "modulation")]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What lies where
 
 
-def test_weights_behind_the_timestep_alone_lie_on_the_host(shared):
-    assert layers_on_host(shared) == behind_time(shared)
-    generation(shared, 1)
+def test_weights_behind_the_timestep_alone_lie_on_the_host(hosted):
+    assert layers_on_host(hosted) == behind_time(hosted)
+    generation(hosted, 1)
 
 
 def test_before_the_first_call_all_weights_wait_on_the_host():
@@ -215,9 +169,9 @@ def test_a_warm_step_reads_no_weight_on_the_host():
 
 
 @pytest.mark.parametrize("through", ["host", "data", "layer", "load"])
-def test_weights_on_the_host_that_change(shared, through):
-    before = generation(shared)[0]
-    layer = shared.blocks[1].modulation
+def test_weights_on_the_host_that_change(hosted, through):
+    before = generation(hosted)[0]
+    layer = hosted.blocks[1].modulation
     with torch.no_grad():
         if through == "host":
             layer.weight.host.data.mul_(1.5)
@@ -226,9 +180,9 @@ def test_weights_on_the_host_that_change(shared, through):
         elif through == "layer":
             layer.weight.mul_(1.5)
         else:
-            shared.load_state_dict({name: value * 1.5 for name, value in shared.state_dict().items()})
-    assert layers_on_host(shared) == behind_time(shared)
-    assert not torch.equal(generation(shared)[0], before)
+            hosted.load_state_dict({name: value * 1.5 for name, value in hosted.state_dict().items()})
+    assert layers_on_host(hosted) == behind_time(hosted)
+    assert not torch.equal(generation(hosted)[0], before)
 
 
 @pytest.mark.parametrize("guards", ["always", "generation"])
@@ -297,14 +251,14 @@ def test_all_steps_at_once(monkeypatch):
         assert pipe.pieces_computed(monkeypatch) == 4  # the projection of the timestep is kept
 
 
-def test_sessions_and_threads(shared):
+def test_sessions_and_threads(hosted):
     errors = []
 
     def denoise(seed):
         try:
             with cachedit_fx.session(seed):
                 for _ in range(3):
-                    generation(shared, seed)
+                    generation(hosted, seed)
         except Exception as error:
             errors.append(error)
 
@@ -340,9 +294,9 @@ def test_writes_and_reads_outside_of_calls(monkeypatch):
         ones + weight
 
 
-def test_the_state_dict_is_plain(shared):
-    state = shared.state_dict()
-    plain = copy.deepcopy(shared).state_dict()
+def test_the_state_dict_is_plain(hosted):
+    state = hosted.state_dict()
+    plain = copy.deepcopy(hosted).state_dict()
     assert {type(value) for value in state.values()} == {torch.Tensor}
     assert all(torch.equal(value, plain[name]) for name, value in state.items())
     file = io.BytesIO()
@@ -383,17 +337,17 @@ def test_enabled_anew_without_the_option_all_weights_are_back():
     generation(model)
 
 
-def test_moved_after_the_first_call_the_weights_stay_on_the_host(shared):
-    on_host = layers_on_host(shared)
-    shared.to("cpu").to(torch.float64).to(torch.float32)
-    assert layers_on_host(shared) == on_host
-    generation(shared)
+def test_moved_after_the_first_call_the_weights_stay_on_the_host(hosted):
+    on_host = layers_on_host(hosted)
+    hosted.to("cpu").to(torch.float64).to(torch.float32)
+    assert layers_on_host(hosted) == on_host
+    generation(hosted)
     for name in on_host:  # what `to` does with each parameter, for a device that is not here
-        weight = shared.get_parameter(name)
+        weight = hosted.get_parameter(name)
         weight.data = torch.ops.aten._to_copy(weight.data, device="cuda:0")
         assert (weight.device.type, weight.host.device.type) == ("cuda", "cpu")
         weight.data = torch.ops.aten._to_copy(weight.data, device="cpu")
-    generation(shared)
+    generation(hosted)
 
 
 def test_adapters_on_layers_that_lie_on_the_host():
@@ -419,135 +373,3 @@ def test_adapters_on_layers_that_lie_on_the_host():
     torch.testing.assert_close(fused, scaled, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(unfused, scaled, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(deleted, plain, rtol=1e-4, atol=1e-5)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What raises, and what is said
-
-
-def test_a_call_of_the_plain_module_raises_and_names_the_layer(shared):
-    with pytest.raises(HostWeightError, match=r"time\.(weight|bias) lies on the host .*disable_cache"), torch.no_grad():
-        shared.forward(sample(), times()[0], **conditions())
-
-
-def test_a_call_with_gradients_raises_and_names_the_layer(shared):
-    hidden = sample().requires_grad_()
-    with pytest.raises(HostWeightError, match=r"^time\.weight lies on the host.*, as 7 more weights do.*gradients"):
-        shared(hidden, times()[0], **conditions())
-    generation(shared)
-
-
-class Other(nn.Module):
-    """In another form of the call the sample passes through the projection of the timestep."""
-
-    def __init__(self):
-        super().__init__()
-        self.model = small()
-
-    def forward(self, hidden_states, timestep, shifts=False, **inputs):
-        if shifts:
-            hidden_states = self.model.time(hidden_states)
-        return self.model(hidden_states, timestep, **inputs)
-
-
-def test_another_graph_that_needs_a_weight_raises_and_names_it():
-    model = make(Other)
-    generation(model)
-    with pytest.raises(HostWeightError, match=r"^model\.time\.weight lies on the host.*another graph"):
-        with torch.no_grad():
-            model(sample(), times()[0], shifts=True, **conditions())
-    generation(model)
-
-
-class Broken(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.model = small()
-
-    def forward(self, hidden_states, timestep, **inputs):
-        hidden_states = hidden_states + 1
-        torch._dynamo.graph_break()
-        return self.model(hidden_states, timestep, **inputs)
-
-
-def test_code_between_graphs_keeps_all_weights_on_the_device():
-    model = make(Broken)
-    with pytest.warns(
-        CacheWarning, match="all weights of Broken stay on cpu, since a call is not captured as one graph"
-    ):
-        generation(model)
-    assert not layers_on_host(model)
-
-
-@pytest.mark.full("wrappings")
-def test_with_model_offload():
-    torch.manual_seed(0)
-    model, cpu = small(), torch.device("cpu")
-    plain = copy.deepcopy(model)
-    cpu_offload(nn.Linear(1, 1), execution_device=cpu)(torch.zeros(1, 1))  # accelerate makes its hooks' functions
-    _, hook = cpu_offload_with_hook(model, execution_device=cpu)
-    enable_cache(model, **HOSTED)
-    for seed in range(2):
-        prompt = conditions(seed)
-        with torch.no_grad():
-            for step, time in enumerate(times()):
-                assert torch.equal(model(sample(step), time, **prompt), plain(sample(step), time, **prompt))
-        hook.offload()
-        assert layers_on_host(model) == behind_time(model)
-
-
-@pytest.mark.full("wrappings")
-def test_weights_of_a_model_offloaded_by_groups_are_left_to_its_hooks():
-    """Blocks are then graphs of their own, and nothing is hoisted."""
-    torch.manual_seed(0)
-    model, cpu = small(), torch.device("cpu")
-    own, plain = dict(model.named_parameters()), copy.deepcopy(model)
-    apply_group_offloading(model, onload_device=cpu, offload_device=cpu, offload_type="leaf_level", use_stream=False)
-    enable_cache(model, **HOSTED)
-    with pytest.warns(CacheWarning, match="all weights of Conditioned stay on cpu"), torch.no_grad():
-        result = model(sample(), times()[0], **conditions())
-    assert torch.equal(result, plain(sample(), times()[0], **conditions()))
-    assert dict(model.named_parameters()) == own
-
-
-def test_a_first_call_that_fails_decides_nothing():
-    model = make()
-    with pytest.warns(CacheWarning, match="stay on cpu"), pytest.raises(RuntimeError), torch.no_grad():
-        model(sample()[..., :3], times()[0], **conditions())
-    generation(model)
-    assert layers_on_host(model) == behind_time(model)
-
-
-def test_on_a_cpu_nothing_changes(monkeypatch):
-    monkeypatch.undo()
-    model = small()
-    own = dict(model.named_parameters())
-    enable_cache(model, **HOSTED)
-    with pytest.warns(CacheWarning, match="time_weights='host' changes nothing: Conditioned runs on the device 'cpu'"):
-        generation(model)
-    assert dict(model.named_parameters()) == own
-
-
-@pytest.mark.parametrize(
-    ("options", "error"),
-    [
-        ({"time_weights": "cpu"}, "one of 'device', 'host'"),
-        ({"time_weights": "hots"}, "one of 'device', 'host'"),
-        ({"time_weights": "host", "cache": None}, "cache=None leaves nothing hoisted"),
-        ({"time_weights": "host", "passes": {"hoist_invariants": False}}, "passes={'hoist_invariants': False} leaves"),
-        ({"time_weights": "host", "passes": {"infer_dependence": False}}, "passes={'infer_dependence': False} leaves"),
-        ({"time_weights": "host", "verify": "first"}, "verify compares with the plain module"),
-    ],
-)
-def test_options_that_cannot_be(options, error):
-    model = small()
-    with pytest.raises(OptionError) as caught:
-        enable_cache(model, **options)
-    assert error in str(caught.value)
-    assert not layers_on_host(model)
-
-
-def test_a_backend_of_torch_refuses():
-    model = torch.compile(Conditioned(), backend="cachedit", options={"time_weights": "host", "inner_backend": "eager"})
-    with pytest.raises(Exception, match="torch.compile hands a backend graphs: use enable_cache"), torch.no_grad():
-        model(sample(), times()[0], **conditions())
