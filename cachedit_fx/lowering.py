@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -148,13 +149,44 @@ def compile_piece(piece: fx.GraphModule, compiler: InnerCompiler) -> Callable[..
         return compiler(piece, inputs)
 
 
+ON_NUMBERS: dict[Any, Callable[..., Any]] = {
+    torch.sym_sum: sum,
+    torch.sym_not: operator.not_,
+    torch.sym_max: max,
+    torch.sym_min: min,
+    torch.sym_int: int,
+    torch.sym_float: float,
+}
+"""Functions of symbols, and what dynamo traces in their place. It writes the former, and refuses them on numbers."""
+
+
 def compile_late(piece: fx.GraphModule, compiler: InnerCompiler) -> Callable[..., Any]:
     """Have one piece compiled at its first call, by the lengths that come then. Other lengths compile it once more.
 
     Dynamo guards what the compiled form takes for granted. Without its guards nothing would, as lengths that depend on
     data have no value yet while the graph is compiled.
     """
-    return isolated_compile(piece.forward, compiler, fullgraph=True, recompile_limit=RECOMPILE_LIMIT)
+    for node in piece.graph.find_nodes(op="call_function", target=torch.ops.aten.sym_storage_offset.default):
+        _drop_checks(node)
+    for node in piece.graph.nodes:
+        node.target = ON_NUMBERS.get(node.target, node.target)
+    piece.recompile()
+    _LazyGraphModule.force_recompile(piece)  # otherwise dynamo traces what writes the forward's code, and fails
+
+    def call(*inputs: Any) -> Any:  # dynamo does not trace the forward of its graph as the outermost frame
+        return piece.forward(*inputs)
+
+    return isolated_compile(call, compiler, fullgraph=True, recompile_limit=RECOMPILE_LIMIT)
+
+
+def _drop_checks(offset: fx.Node) -> None:
+    """Remove what dynamo asserts of a storage offset. It refuses its own operator when it traces the graph anew."""
+    readers = [offset]
+    for node in readers:
+        readers += node.users
+    if all(node.target is torch.ops.aten._assert_scalar.default for node in readers if not node.users):
+        for node in dict.fromkeys(reversed(readers)):
+            offset.graph.erase_node(node)
 
 
 def _lacks_lengths(piece: fx.GraphModule) -> bool:

@@ -21,9 +21,10 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -364,7 +365,8 @@ class HoistedMemory:
             if not self._make_room(kept.size):
                 return False
             self._forget(number, key)
-            kept.tensors = tuple(weakref.ref(each, self._dropper(number, key, part_of(each))) for each in tensors)
+            dropper = partial(_drop_result, weakref.ref(self), number, key)
+            kept.tensors = tuple(weakref.ref(each, partial(dropper, part_of(each))) for each in tensors)
             for each in tensors:
                 if self._conditions.get(each, (None,))[0] != each._version:
                     self._conditions[each] = each._version, samples_of([each], CONDITION_SAMPLES)
@@ -394,19 +396,16 @@ class HoistedMemory:
         if kept is not None:
             self.bytes_held -= kept.size
 
-    def _dropper(self, number: int, key: Key, part: Hashable) -> Callable[[Any], None]:
-        """What drops a result when a tensor that it was made from dies. Another tensor may be the key's part then."""
-        memory = weakref.ref(self)
 
-        def drop(_: Any) -> None:
-            owner = memory()
-            if owner is not None:
-                with owner.lock:
-                    owner._forget(number, key)
-                    for parts in owner._parts.values():
-                        parts.discard(part)
-
-        return drop
+@torch.compiler.disable  # a tensor may die while dynamo traces what runs
+def _drop_result(reference: weakref.ref[HoistedMemory], number: int, key: Key, part: Hashable, _: Any) -> None:
+    """Drop a result, since a tensor that it was made from has died. Another tensor may be the key's part from now on."""
+    memory = reference()
+    if memory is not None:
+        with memory.lock:
+            memory._forget(number, key)
+            for parts in memory._parts.values():
+                parts.discard(part)
 
 
 def part_of(tensor: torch.Tensor) -> Hashable:

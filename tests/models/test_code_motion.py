@@ -33,7 +33,7 @@ CASES = [
     for inner in ("eager", "inductor")
     if (dtype == "float32" or name not in ONLY_FLOAT32) and (inner == "eager" or name not in NOT_BY_INDUCTOR)
 ]
-CAPTURED_ANEW = {"Lumina2Transformer2DModel"}
+CAPTURED_ANEW = {"Lumina2Transformer2DModel", "QwenImage21Transformer2DModel"}
 """Classes with a graph that inductor compiles only once, while dynamo captures it: lengths come from data."""
 STEPS = (FIRST, LATER, FIRST, LATER)
 """Timesteps of two generations. The second one finds the hoisted values of the first."""
@@ -68,7 +68,9 @@ def results_of(
         captures.clear()
     shared = capture_of(captures, name, dtype)
     shared.compile_anew(cache=cache, inner_backend=inner, passes={"hoist_invariants": hoists})
-    return [tensors(shared(**tree_map(cast, at_timestep(arguments, scale)))) for scale in STEPS]
+    steps = [tensors(shared(**tree_map(cast, at_timestep(arguments, scale)))) for scale in STEPS]
+    assert not any(stats.uncached_calls for stats in shared.summary())
+    return steps
 
 
 @pytest.mark.budget(300, "two builds by inductor of up to twenty pieces each")

@@ -19,7 +19,6 @@ from torch._inductor import compile_fx, cpu_vec_isa
 
 import cachedit_fx
 from cachedit_fx.backend import cachedit
-from cachedit_fx.config.cache import DBCacheConfig
 from cachedit_fx.config.options import parse_options
 from cachedit_fx.kernels import cpu
 from cachedit_fx.lowering import Lowered, lower, structure_key
@@ -466,31 +465,3 @@ def test_inductor_at_three_resolutions(kind, monkeypatch):
             torch.testing.assert_close(fast(*inputs), module(*inputs), rtol=1e-4, atol=1e-5)
             counts.append(len(found))
     assert counts == [2, 2, 2]
-
-
-class Trimmed(nn.Module):
-    """Its blocks get a text without the padding. Only the mask knows how long that is."""
-
-    def __init__(self, width=models.WIDTH):
-        super().__init__()
-        self.embed = nn.Linear(width, width)
-        self.blocks = nn.ModuleList(Step(width) for _ in range(3))
-
-    def forward(self, hidden_states, timestep, text, mask):
-        hidden = torch.cat([text[:, mask], self.embed(hidden_states)], 1) + timestep.reshape(-1, 1, 1) / 1000
-        for block in self.blocks:
-            hidden = block(hidden)
-        return hidden[:, -hidden_states.shape[1] :]
-
-
-def test_inductor_with_lengths_that_depend_on_data():
-    module = Trimmed().eval()
-    fast = cachedit_fx.compile(
-        copy.deepcopy(module), cache=DBCacheConfig(Fn_compute_blocks=1, residual_diff_threshold=0)
-    )
-    hidden, timestep = models.inputs()
-    with torch.no_grad():
-        for length in (3, 5, 1, 3):
-            given = hidden, timestep, text(hidden.shape[0], 6), torch.arange(6) < length
-            torch.testing.assert_close(fast(*given), module(*given), rtol=1e-4, atol=1e-5)
-    assert [stats.uncached_calls for stats in cachedit_fx.summary(fast)] == [0]
