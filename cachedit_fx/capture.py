@@ -20,8 +20,12 @@ from torch import fx
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import TorchDynamoException
 from torch._guards import Guard
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from cachedit_fx.passes.graph_aliases import is_assignment, memory_of, written_by
+
+CAPTURE_ERRORS = (TorchDynamoException, GuardOnDataDependentSymNode)
+"""Errors with which a capture fails."""
 
 
 def ends_at_break(gm: fx.GraphModule) -> bool:

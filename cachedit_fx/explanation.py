@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from cachedit_fx.backend import compile_graph, rewrite
-from cachedit_fx.capture import capturing, ends_at_break, first_break, isolated_compile, uncompiled
+from cachedit_fx.capture import CAPTURE_ERRORS, capturing, ends_at_break, first_break, isolated_compile, uncompiled
 from cachedit_fx.config.options import Options, Verify
 from cachedit_fx.passes.base import Traced
 from cachedit_fx.passes.block_loops import BlockLoop, Detection
@@ -22,7 +22,7 @@ from cachedit_fx.passes.infer_dependence import Dependence, Level
 from cachedit_fx.passes.insert_ulysses import ContextParallel
 from cachedit_fx.passes.manager import Outcome
 from cachedit_fx.passes.plan_regions import RegionPlan, RegionReport
-from cachedit_fx.runtime.compiled_call import CAPTURE_ERRORS, CompiledCall
+from cachedit_fx.runtime.compiled_call import CompiledCall
 from cachedit_fx.runtime.graph import UncachedGraph
 from cachedit_fx.runtime.model_state import ModelState
 from cachedit_fx.runtime.registry import states_of, transformers_of, unwrapped

@@ -19,11 +19,10 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from cachedit_fx.backend import rewrite
-from cachedit_fx.capture import capturing, ends_at_break, isolated_compile, uncompiled
+from cachedit_fx.capture import CAPTURE_ERRORS, capturing, ends_at_break, isolated_compile, uncompiled
 from cachedit_fx.config.options import Options
 from cachedit_fx.passes.base import Traced
 from cachedit_fx.passes.hoist_invariants import Hoisted
-from cachedit_fx.runtime.compiled_call import CAPTURE_ERRORS
 from cachedit_fx.runtime.host_tensor import HOST, HostWeight
 
 BROKEN = "a call is not captured as one graph, and code outside may read any weight"

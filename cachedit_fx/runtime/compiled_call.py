@@ -17,11 +17,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
-from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils._pytree import tree_leaves
 
-from cachedit_fx.capture import called_by_wrapper, capturing, first_break, isolated_compile
+from cachedit_fx.capture import CAPTURE_ERRORS, called_by_wrapper, capturing, first_break, isolated_compile
 from cachedit_fx.config.rules import OptionError
 from cachedit_fx.passes.block_loops import LoopNotFound
 from cachedit_fx.runtime.call import NO_LOOP, NOT_CAPTURED, Call, current_call
@@ -35,9 +34,6 @@ from cachedit_fx.runtime.verification import VerificationError
 from cachedit_fx.runtime.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
-
-CAPTURE_ERRORS = (TorchDynamoException, GuardOnDataDependentSymNode)
-"""Errors with which a capture fails."""
 
 Guards = Literal["always", "generation"]
 """When a call passes dynamo's guards: always, or at the start of every generation (`cachedit_fx.runtime.shortcut`)."""

@@ -399,7 +399,7 @@ class HoistedMemory:
 
 @torch.compiler.disable  # a tensor may die while dynamo traces what runs
 def _drop_result(reference: weakref.ref[HoistedMemory], number: int, key: Key, part: Hashable, _: Any) -> None:
-    """Drop a result, since a tensor that it was made from has died. Another tensor may be the key's part from now on."""
+    """Drop a result, since a tensor that it was made from has died. Another tensor may be the key's part later."""
     memory = reference()
     if memory is not None:
         with memory.lock:
