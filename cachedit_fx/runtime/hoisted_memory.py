@@ -234,24 +234,23 @@ class HoistedMemory:
         """Have samples of weights and conditions compared with the last ones; `trust` tells the answer."""
         samples = samples_of([inputs[index] for index in self.code.weights])
         with self.lock:
-            before, self._samples = self._samples, samples
-            olds, news = self._sample_conditions()
-            if before is not None:
-                changed = _differ([*before, *olds], [*samples, *news])
+            conditions = self._sample_conditions()
+            if self._samples is not None:
+                olds = [old for condition in conditions for old in self._conditions[condition][1]]
+                news = [new for _, samples_now in conditions.values() for new in samples_now]
+                changed = _differ([*self._samples, *olds], [*samples, *news])
                 misled = torch.zeros_like(changed) if self._misled is None else self._misled.to(changed.device)
                 self._answers.append(_Answer(torch.stack([changed, misled])))
+            self._samples = samples
+            self._conditions.update(conditions)
 
-    def _sample_conditions(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Earlier and present samples of the conditions whose version says that they are unchanged."""
-        olds: list[torch.Tensor] = []
-        news: list[torch.Tensor] = []
-        for condition, (version, old) in list(self._conditions.items()):
+    def _sample_conditions(self) -> Any:
+        """Present samples of the conditions whose version says that they are unchanged, in the form of `_conditions`."""
+        present: Any = WeakIdKeyDictionary()
+        for condition, (version, _) in list(self._conditions.items()):
             if condition._version == version:
-                new = samples_of([condition], CONDITION_SAMPLES)
-                self._conditions[condition] = version, new
-                olds += old
-                news += new
-        return olds, news
+                present[condition] = version, samples_of([condition], CONDITION_SAMPLES)
+        return present
 
     def trust(self, waits: bool = False) -> Trust:
         """Whether the kept values were made with the present weights and conditions, as far as samples tell.

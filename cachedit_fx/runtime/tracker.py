@@ -40,6 +40,7 @@ Without a clock, calls alone do not distinguish some cases:
 - With `enable_separate_cfg=True`, a step of one call swaps the branches from that step to the end of the generation.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
@@ -165,6 +166,8 @@ class Tracker:
     def __init__(self, config: DBCacheConfig, warn: Callable[[str], None] = lambda message: None) -> None:
         self.config, self._warn = config, warn
         self.generation = Generation(0)
+        self._numbers = itertools.count(1)
+        """No number is used again, even if its generation is taken back: others may have noted the number."""
         self._stopped: Tick | None = None
         """Of a clock that stood still while steps went on."""
         self._restless: list[Tick] = []
@@ -182,7 +185,7 @@ class Tracker:
             stays = self.is_clocked(evidence.tick) and _same_tick(self.generation.tick, evidence.tick)
             suspicion = self.generation.suspicion + 1 if stays else 0
             alone = self._lone_steps(evidence.tick)
-            self.generation = Generation(self.generation.number + 1, suspicion=suspicion, alone=alone)
+            self.generation = Generation(next(self._numbers), suspicion=suspicion, alone=alone)
             place = self._place(evidence, timestep)
         self.generation = self.generation.with_call(evidence, timestep, place)
         return Position(self.generation.number, place.step, place.branch)
@@ -214,12 +217,12 @@ class Tracker:
 
     def restore(self, generation: Generation) -> None:
         """Take back the calls since `generation` was the present one."""
-        self.generation = generation
+        self.generation = generation if generation.calls else replace(generation, number=next(self._numbers))
 
     def refresh(self) -> None:
         """Let the next call start a new generation. Repeated calls of `refresh` in between have no effect."""
         if self.generation.calls or self.generation.aside is not None:
-            self.generation = Generation(self.generation.number + 1)
+            self.generation = Generation(next(self._numbers))
 
     def candidates(self, name: str | None = None) -> tuple[int, ...]:
         """Branches whose stored values the next call may need, before its timestep is known.

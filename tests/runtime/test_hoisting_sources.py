@@ -13,6 +13,7 @@ from lib.hoisting import ALWAYS, Cached, Pipeline, generation, of_time
 from lib.models import WIDTH
 
 from cachedit_fx import CacheWarning
+from cachedit_fx.runtime import hoisted_memory
 
 pytestmark = pytest.mark.keep_compiled
 
@@ -89,6 +90,18 @@ def test_the_call_that_finds_changed_weights_is_counted_once(timed_model):
     assert len(names) == len(timed_model.hoisted.pieces)
     (stats,) = timed_model.shared.summary()
     assert (stats.executed_steps, stats.failed_calls) == (1, 0)
+
+
+@pytest.mark.parametrize("fails", ["samples_of", "_differ"])
+def test_a_generation_whose_comparison_failed_is_compared_at_the_retry(timed_model, monkeypatch, fails):
+    prompt = conditions()
+    generation(timed_model, prompt)
+    timed_model.model.blocks[1].modulation.weight.data.mul_(1.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(hoisted_memory, fails, lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            timed_model(sample(), times()[0], **prompt)
+    generation(timed_model, prompt)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -233,6 +233,22 @@ def test_a_number_of_steps_is_enough(steps, generations, named):
                 assert observe(tracker, timestep, name) == Position(generation, step, branch)
 
 
+@given(servers(), st.sets(st.integers(0, 40)))
+def test_no_other_generation_gets_the_number_of_one_that_was_taken_back(calls, failures):
+    """Calls of these indices fail once: what was noted of their generations must not hold for the retries."""
+    tracker, latest = Tracker(AUTO), (-1, -1)
+    for index, (*call, expected) in enumerate(calls):
+        taken_back = set()
+        if index in failures:
+            before = tracker.generation
+            taken_back = {observe(tracker, *call).generation} - {latest[1]}
+            tracker.restore(before)
+        position = observe(tracker, *call)
+        assert position[1:] == expected[1:] and position.generation not in taken_back
+        assert (position.generation == latest[1]) == (expected.generation == latest[0])
+        latest = expected.generation, position.generation
+
+
 @given(servers(), servers())
 def test_two_trackers_do_not_meet(one, two):
     trackers = Tracker(AUTO), Tracker(AUTO)
