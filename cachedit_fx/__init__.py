@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cachedit_fx.explanation import Explanation, explain
     from cachedit_fx.runtime.policies.base import Action, Decision, Reason
     from cachedit_fx.runtime.policies.dbprune import DBPruneConfig
+    from cachedit_fx.runtime.presence import RankMissing, RanksDisagree
     from cachedit_fx.runtime.session import session
     from cachedit_fx.runtime.stats import BranchStats, CacheStats
     from cachedit_fx.runtime.verification import VerificationError
@@ -51,6 +52,7 @@ _MODULES = {
     "explanation": ("Explanation", "explain"),
     "runtime.policies.base": ("Action", "Decision", "Reason"),
     "runtime.policies.dbprune": ("DBPruneConfig",),
+    "runtime.presence": ("RankMissing", "RanksDisagree"),
     "runtime.session": ("session",),
     "runtime.stats": ("BranchStats", "CacheStats"),
     "runtime.verification": ("VerificationError",),
@@ -76,6 +78,8 @@ __all__ = [
     "OptionError",
     "Options",
     "ParamsModifier",
+    "RankMissing",
+    "RanksDisagree",
     "Reason",
     "TaylorSeerCalibratorConfig",
     "VerificationError",

@@ -87,11 +87,13 @@ def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa
     if state and previous and torch_options == previous_options and state.options.structure() == settings.structure():
         previous.guards = guards
         state.set_options(settings)
+        state.announce()
         return module
     is_on_host = settings.time_weights == "host"
     if state is not None and not is_on_host:
         bring_back(module)
-    state = ModelState(settings)
+    state = ModelState(settings, type(module).__name__)
+    state.announce()
     state.traced = Traced.of(module)
     place = Placement(settings, state.traced, state.warn_once) if is_on_host else None
     # Dynamo keeps a backend for good, and the state holds buffers: the module's call owns the state.
@@ -216,6 +218,8 @@ def disable_cache(pipe_or_module: Model) -> Model:
     """
     for module in transformers_of(pipe_or_module):
         inner = unwrapped(module)
+        for state in states_of(inner):
+            state.leave_ranks("disabled the cache")
         is_shell = inner is not module and (is_wrapper(module) or state_of_module(inner) is not None)
         if state_of_module(inner) is not None:
             inner._compiled_call_impl = None

@@ -16,18 +16,22 @@ from typing import Any
 import torch
 from torch import fx
 
-from cachedit_fx.capture import copy_of, guard_storages, kept_results, numbers_in_frame
+from cachedit_fx.capture import copy_of, guard_storages, kept_results, model_in_frame, numbers_in_frame
 from cachedit_fx.config.options import Options, parse_options
 from cachedit_fx.config.rules import OptionError
 from cachedit_fx.lowering import compile_whole, lower
 from cachedit_fx.pass_pipeline import pass_manager
 from cachedit_fx.passes.base import NOTHING_KNOWN, Facts, Traced
 from cachedit_fx.passes.find_timestep import FindTimestep
+from cachedit_fx.passes.graph_aliases import writes_to_inputs
+from cachedit_fx.passes.graph_values import is_of_module
 from cachedit_fx.passes.insert_ulysses import ContextParallel
 from cachedit_fx.passes.manager import Outcome
-from cachedit_fx.runtime.graph import GRADIENTS, UncachedGraph, graph_of
+from cachedit_fx.runtime.agreement import Captured
+from cachedit_fx.runtime.graph import GRADIENTS, GRADIENTS_ON_RANKS, UncachedGraph, graph_of
 from cachedit_fx.runtime.host_pieces import claim_pieces, mark_weights, refuse_weights
 from cachedit_fx.runtime.model_state import ModelState
+from cachedit_fx.runtime.presence import leave
 from cachedit_fx.runtime.registry import StateFinder, anchors_of
 from cachedit_fx.runtime.warning import warn
 
@@ -47,6 +51,8 @@ def cachedit(
         raise OptionError(
             "time_weights='host' moves a module's weights, and torch.compile hands a backend graphs: use enable_cache"
         )
+    if parsed.ulysses_size == 1:
+        leave(model_in_frame(), "compiled the model with ulysses_size=1")
     return compile_graph(gm, example_inputs, parsed)
 
 
@@ -61,21 +67,37 @@ def compile_graph(
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
         refuse_weights(example_inputs, "gradients are wanted")
         timestep = FindTimestep(options.timestep, numbers_in_frame()).run(gm, Facts())
-        return UncachedGraph(compile_whole(gm, example_inputs, options), finder, GRADIENTS, timestep)
+        uncached = GRADIENTS if options.ulysses_size == 1 else GRADIENTS_ON_RANKS
+        return UncachedGraph(compile_whole(gm, example_inputs, options), finder, uncached, timestep)
     guard_storages(gm, example_inputs)
     traced, verifier = (state.traced, state.verifier) if state is not None else (NOTHING_KNOWN, None)
     captured = copy_of(gm) if verifier is not None else gm
+    compared = _compared(gm, options) if options.ulysses_size > 1 else None
     outcome = rewrite(gm, options, traced)
     claim_pieces(outcome, example_inputs)
     if state is not None and state.observe is not None:
         state.observe(outcome.facts)
     parallel = outcome.facts.get(ContextParallel)
+    if parallel is None and options.ulysses_inputs == "equal":  # no rank needs another one in this graph
+        compared = None
     if parallel is not None and parallel.gathers:
         warn(parallel.note)
     forward = lower(outcome, options) or compile_whole(gm, example_inputs, options)
     if verifier is not None:
         forward = verifier.watch(forward, captured, outcome, lambda: rewrite(copy_of(captured), options, traced))
-    return graph_of(gm, forward, finder, outcome)
+    return graph_of(gm, forward, finder, outcome, compared)
+
+
+def _compared(gm: fx.GraphModule, options: Options) -> Captured:
+    """What ranks compare of a graph, as dynamo captured it."""
+    if options.ulysses_inputs == "first_rank" and writes_to_inputs(
+        gm.graph, counts=lambda node: not is_of_module(node)
+    ):
+        raise OptionError(
+            "ulysses_inputs='first_rank' runs the model on copies, and this model writes to its arguments: leave it "
+            "out, and give all ranks equal inputs"
+        )
+    return Captured.of(gm, model_in_frame())
 
 
 def rewrite(gm: fx.GraphModule, options: Options, traced: Traced = NOTHING_KNOWN) -> Outcome:

@@ -61,6 +61,13 @@ def numbers_in_frame() -> dict[str, float]:
     return {k: float(v) for k, v in arguments.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
 
+def model_in_frame() -> str:
+    """Name of the class whose method is traced; empty if there is none."""
+    output = _output_graph()
+    owner = output.root_tx.f_locals.get("self") if output is not None and output.root_tx is not None else None
+    return type(owner).__name__ if owner is not None else ""
+
+
 def kept_results(gm: fx.GraphModule) -> frozenset[int]:
     """Indices of the graph's results that dynamo puts into attributes and containers from outside the frame."""
     output = _output_graph()

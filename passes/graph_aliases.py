@@ -136,9 +136,14 @@ def written_by(node: fx.Node) -> tuple[fx.Node, ...]:
     return tuple(target for target in targets if memory_of(target))
 
 
-def writes_to_inputs(graph: fx.Graph, *pieces: fx.Graph) -> bool:
-    """Whether a node of the graph, or of the pieces that it calls, writes in place to memory of a graph input."""
-    memory = {each for node in graph.nodes if node.op == "placeholder" for each in memory_of(node)}
+def writes_to_inputs(graph: fx.Graph, *pieces: fx.Graph, counts: Callable[[fx.Node], bool] = lambda node: True) -> bool:
+    """Whether a node of the graph, or of the pieces that it calls, writes in place to memory of an input that counts.
+
+    Args:
+        counts: whether an input counts; by default all do.
+    """
+    inputs = (node for node in graph.nodes if node.op == "placeholder" and counts(node))
+    memory = {each for node in inputs for each in memory_of(node)}
     targets = (target for each in (graph, *pieces) for node in each.nodes for target in written_by(node))
     return any(not memory.isdisjoint(memory_of(target)) for target in targets)
 

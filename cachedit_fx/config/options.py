@@ -27,6 +27,7 @@ CompiledPieces: TypeAlias = Literal["blocks", "all"]
 Verify: TypeAlias = Literal["first"]
 Motion: TypeAlias = Literal["step", "batched"]
 TimeWeights: TypeAlias = Literal["device", "host"]
+UlyssesInputs: TypeAlias = Literal["equal", "first_rank"]
 BackendName: TypeAlias = Literal["inductor", "aot_eager", "eager"]
 InnerBackend: TypeAlias = BackendName | Callable[..., Any]
 # Names as of torch 2.13 and 2.14. Asking `torch._inductor` for them would import it.
@@ -201,6 +202,11 @@ class Options:
     """How many ranks of torch.distributed share the work on one sample: each computes a part of the tokens, and
     attention exchanges tokens for heads (Ulysses). 1 = each rank works alone. Consecutive ranks form a group, so the
     number must divide that of all ranks. All ranks of a group must call the model with equal inputs."""
+    ulysses_inputs: UlyssesInputs = setting("equal", choice(*get_args(UlyssesInputs)))
+    """Which inputs the ranks that share a sample take. "equal" = their own, which must be equal: they are compared
+    where a generation begins. "first_rank" = at every call the tensors of the group's first rank, so that all ranks
+    return its result. Each call then sends all its tensors; other inputs must be equal. It has no effect with
+    ulysses_size=1."""
     verify: Verify | None = setting(None, optional(choice(*get_args(Verify))))
     """"first" = compare the first computed call of each compiled graph with the plain module. If the results differ,
     `VerificationError` names the first piece that differs. Results must be equal to the bit with inner_backend="eager",
@@ -248,6 +254,11 @@ class Options:
             )
         if self.time_weights == "host":
             self._check_host()
+        if self.verify and self.ulysses_inputs == "first_rank":
+            raise OptionError(
+                "verify compares with the plain module, which gets each rank's own inputs, not those of "
+                "ulysses_inputs='first_rank': leave out one of them"
+            )
         for policy, calibrator in self.loop_settings:
             calibrator_of(calibrator)  # raises if there is none
             own = policy.config.calibrator

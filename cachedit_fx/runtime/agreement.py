@@ -1,11 +1,14 @@
 """Makes sure that the ranks which share a sample call a graph in the same way, before they exchange anything.
 
-    rank 0   options, form of the call, weights, values of each input   ─► 64 numbers ─┐
-    rank 1   options, form of the call, weights, values of each input   ─► 64 numbers ─┴► equal? else: what differs
+    rank 0   options, form of the call, graph, weights, each input's values ─► 64 numbers ─┐
+    rank 1   options, form of the call, graph, weights, each input's values ─► 64 numbers ─┴► equal? else: what differs
 
 A rank that drew its own noise, or encoded its own prompt, would give a garbage picture and no error. The ranks compare
-their calls where a generation begins, and when the inputs have another form than before. That is one small all-gather
-and one read-back.
+their calls where a generation begins, and when the inputs have another form than before. First they make sure that all
+of them have come (`runtime.presence`). Then one small all-gather and one read-back compare the calls.
+
+With ulysses_inputs="first_rank" the values of tensors are not compared: at every call all ranks take those of the
+group's first rank.
 """
 
 from __future__ import annotations
@@ -13,52 +16,69 @@ from __future__ import annotations
 import hashlib
 import re
 import weakref
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from cachedit_fx.passes.find_timestep import source_name
-from cachedit_fx.passes.graph_values import is_of_module, value_of
+from cachedit_fx.passes.graph_values import is_of_module, tensor_of, value_of
+from cachedit_fx.runtime.presence import RankMissing, RanksDisagree
 from cachedit_fx.runtime.ranks import Ranks
 from cachedit_fx.runtime.samples import samples_of
+from cachedit_fx.runtime.shared_inputs import SharedInputs
 
 if TYPE_CHECKING:
-    from cachedit_fx.config.options import Options
     from cachedit_fx.runtime.call import Call
+    from cachedit_fx.runtime.model_state import ModelState
     from cachedit_fx.runtime.session import Session
 
 SLOTS = 64
 """Numbers that each rank tells. Inputs beyond them share the last one."""
-OPTIONS, FORMS, WEIGHTS, FIRST_INPUT = range(4)
+OPTIONS, FORMS, GRAPH, WEIGHTS, FIRST_INPUT = range(5)
 """What the first numbers stand for. Each of the others stands for the values of one input."""
 
 
-class RanksDisagree(RuntimeError):
-    """The ranks that share a sample do not call the model in the same way."""
-
-
 @dataclass(frozen=True)
-class InputNames:
-    """The inputs of a graph, by index.
+class Captured:
+    """What ranks compare of a graph as dynamo captured it.
 
     Attributes:
-        arguments: index -> name, of the inputs that a call brings.
-        weights: indices of the others.
+        model: name of its class; empty if it is not known.
+        arguments: index of an input -> name, of the inputs that a call brings.
+        weights: indices of the other inputs.
+        operations: those that make tensors, in order, with their constants. Sizes are left out: dynamo may have made
+            symbols of them on one rank, and numbers on another.
     """
 
+    model: str
     arguments: Mapping[int, str]
     weights: tuple[int, ...]
+    operations: tuple[str, ...]
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule, model: str = "") -> Captured:
+        """Read a graph before the passes change it. Inputs that are symbols are left out: they are sizes of others."""
+        inputs = list(enumerate(gm.graph.find_nodes(op="placeholder")))
+        others = [(index, node) for index, node in inputs if not isinstance(value_of(node), torch.SymInt)]
+        arguments = {index: source_name(node) for index, node in others if not is_of_module(node)}
+        weights = tuple(index for index, _ in others if index not in arguments)
+        calls = [node for node in gm.graph.nodes if node.op.startswith("call") and tensor_of(node) is not None]
+        return cls(model, arguments, weights, tuple(map(_operation, calls)))
 
 
-def input_names(gm: fx.GraphModule) -> InputNames:
-    """The inputs of a graph as dynamo captured it. Symbols are left out: they are sizes of other inputs."""
-    inputs = list(enumerate(gm.graph.find_nodes(op="placeholder")))
-    others = [(index, node) for index, node in inputs if not isinstance(value_of(node), torch.SymInt)]
-    arguments = {index: source_name(node) for index, node in others if not is_of_module(node)}
-    return InputNames(arguments, tuple(index for index, _ in others if index not in arguments))
+def _operation(node: fx.Node) -> str:
+    """An operation and its constants, such as `gelu('tanh')`."""
+    constants = [leaf for leaf in tree_leaves((node.args, node.kwargs)) if isinstance(leaf, _CONSTANTS)]
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", type(node.target).__name__)
+    return f"{name}({', '.join(map(repr, constants))})"
+
+
+_CONSTANTS = (bool, float, complex, str, torch.dtype)
 
 
 class Agreement:
@@ -66,31 +86,78 @@ class Agreement:
 
     Args:
         ranks: those that share a sample.
-        names: of the graph's inputs.
+        captured: the graph.
+        state: the model's.
     """
 
-    def __init__(self, ranks: Ranks, names: InputNames) -> None:
-        self.ranks, self.names = ranks, names
+    def __init__(self, ranks: Ranks, captured: Captured, state: ModelState) -> None:
+        self.ranks, self.captured, self.model = ranks, captured, state.title or captured.model
+        takes_first = state.options.ulysses_inputs == "first_rank"
+        self._shared_inputs = SharedInputs(ranks) if takes_first else None
         self._forms: Hashable = None
         """Of the latest comparison."""
         self._generations: weakref.WeakKeyDictionary[Session, int] = weakref.WeakKeyDictionary()
         """Session -> the generation that was compared."""
 
-    def begin(self, inputs: Sequence[Any], options: Options, call: Call | None = None) -> bool:
-        """The graph is called. Compares the call if its form is new, or if a clock shows that a generation begins.
+    @contextmanager
+    def watch(self, state: ModelState) -> Iterator[None]:
+        """Context manager for a call of the graph. The next call is compared if a collective fails in this one.
+
+        Raises:
+            RankMissing: if a collective fails.
+        """
+        call = state.session().call
+        if call is not None:
+            call.is_shared = True
+        try:
+            with self.ranks.presence.watch(self.model):
+                yield
+        except RankMissing:
+            self._forms = None
+            raise
+
+    def begin(self, inputs: Sequence[Any], state: ModelState, call: Call | None = None) -> bool:
+        """The graph is called. Compares the call if its form is new, or if it begins a generation for certain.
 
         Returns:
             Whether it was compared.
 
         Raises:
             RanksDisagree: on all ranks, if the calls differ.
+            RankMissing: if a rank does not take part.
         """
-        arguments = (inputs[index] for index in self.names.arguments)
+        arguments = (inputs[index] for index in self.captured.arguments)
         forms = tuple((x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else type(x) for x in arguments)
-        if forms == self._forms and not (call is not None and call.begins_by_clock):
+        begins = call is not None and (call.begins_by_clock or call.begins_afresh)
+        if forms == self._forms and not begins:
             return False
-        self._compare(inputs, options)
+        self._compare(inputs, state)
         self._forms = forms
+        return True
+
+    def taken(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        """The inputs with which the graph is to run: the first rank's tensors, if the options ask for these."""
+        if self._shared_inputs is None:
+            return inputs
+        indices = [index for index in self.captured.arguments if isinstance(inputs[index], torch.Tensor)]
+        taken = list(inputs)
+        for index, value in zip(indices, self._shared_inputs.of([inputs[index] for index in indices]), strict=True):
+            taken[index] = value
+        return taken
+
+    def enter(self, inputs: Sequence[Any], call: Call) -> bool:
+        """The call's timestep is known now, before the graph runs. Compares the call if the timestep turns back.
+
+        Returns:
+            Whether it was compared.
+
+        Raises:
+            RanksDisagree: on all ranks, if the calls differ.
+            RankMissing: if a rank does not take part.
+        """
+        if call.is_located or not call.turns_back:
+            return False
+        self._compare(inputs, call.session.state)
         return True
 
     def locate(self, inputs: Sequence[Any], session: Session, is_compared: bool) -> None:
@@ -98,52 +165,72 @@ class Agreement:
 
         Raises:
             RanksDisagree: on all ranks, if the calls differ.
+            RankMissing: if a rank does not take part.
         """
         if self._generations.get(session) != session.generation:
             if not is_compared:
-                self._compare(inputs, session.state.options)
+                self._compare(inputs, session.state)
             self._generations[session] = session.generation
 
-    def _compare(self, inputs: Sequence[Any], options: Options) -> None:
-        arguments = {name: inputs[index] for index, name in self.names.arguments.items()}
-        settings = {each.name: _text(getattr(options, each.name)) for each in fields(options)}
+    def _compare(self, inputs: Sequence[Any], state: ModelState) -> None:
+        arguments = {name: inputs[index] for index, name in self.captured.arguments.items()}
+        settings = {each.name: _text(getattr(state.options, each.name)) for each in fields(state.options)}
         forms = {name: _form_of(value) for name, value in arguments.items()}
-        weights = samples_of(inputs[index] for index in self.names.weights)
-        values = [
-            _checksum([value]) if isinstance(value, torch.Tensor) else _hash(value) for value in arguments.values()
-        ]
-        rows = self.ranks.tables(_in_slots([_hash(settings), _hash(forms), _checksum(weights), *values]))
-        slot = next((slot for slot in range(SLOTS) if len({row[slot] for row in rows}) > 1), None)
-        if slot is None:
-            return
-        if slot == OPTIONS:
-            what = self._difference("option", settings)
-        elif slot == FORMS:
-            what = self._difference("input", forms)
-        elif slot == WEIGHTS:
-            what = "the weights have other values. Load the same ones, and the same adapters, on every rank"
-        else:
-            names = list(arguments)[slot - FIRST_INPUT : None if slot == SLOTS - 1 else slot - FIRST_INPUT + 1]
-            what = (
-                f"{' or '.join(names)} has other values. Draw the noise with one seed on every rank (torch.Generator), "
-                "encode one prompt, and give all ranks equal inputs"
-            )
-        raise RanksDisagree(f"ulysses_size={self.ranks.size}: {_places(rows, slot)} differ in their calls: {what}")
+        weights = samples_of(inputs[index] for index in self.captured.weights)
+        operations = dict(enumerate(self.captured.operations))
+        values = [self._number_of(value) for value in arguments.values()]
+        row = _in_slots([_hash(settings), _hash(forms), _hash(operations), _checksum(weights), *values])
+        with self.ranks.presence.meeting(self.model):
+            state.is_apart = False
+            rows = self.ranks.tables(row)
+            slot = next((slot for slot in range(SLOTS) if len({row[slot] for row in rows}) > 1), None)
+            if slot is not None:
+                what = (
+                    self._difference("option", settings)
+                    if slot == OPTIONS
+                    else self._difference("input", forms)
+                    if slot == FORMS
+                    else self._difference("operation", operations)
+                    if slot == GRAPH
+                    else _other_values(slot, list(arguments))
+                )
+                ranks = f"{self.ranks.presence.heading}{self._places(rows, slot)}"
+                raise RanksDisagree(f"{ranks} differ in their calls: {what}")
 
-    def _difference(self, kind: str, texts: Mapping[str, Hashable]) -> str:
+    def _number_of(self, value: Any) -> int | torch.Tensor:
+        """One number for the values of an input; 0 for a tensor that is taken from the first rank."""
+        if not isinstance(value, torch.Tensor):
+            return _hash(value)
+        return _checksum([value]) if self._shared_inputs is None else 0
+
+    def _difference(self, kind: str, texts: Mapping[Any, Hashable]) -> str:
         """The first thing of which the ranks have different texts."""
         everywhere = self.ranks.objects(dict(texts))
         name = next(name for each in everywhere for name in each if len({rank.get(name) for rank in everywhere}) > 1)
-        values = ", ".join(f"{rank.get(name, 'nothing')} on rank {number}" for number, rank in enumerate(everywhere))
+        values = ", ".join(
+            f"{each.get(name, 'nothing')} on rank {rank}"
+            for rank, each in zip(self.ranks.presence.members, everywhere, strict=True)
+        )
         return f"the {kind} {name} is {values}"
 
+    def _places(self, rows: Sequence[Sequence[int]], slot: int) -> str:
+        """The ranks, those that agree together: `ranks 0, 2 and 1`."""
+        groups: dict[int, list[str]] = {}
+        for rank, row in zip(self.ranks.presence.members, rows, strict=True):
+            groups.setdefault(row[slot], []).append(str(rank))
+        return "ranks " + " and ".join(", ".join(ranks) for ranks in groups.values())
 
-def _places(rows: Sequence[Sequence[int]], slot: int) -> str:
-    """The ranks, those that agree together: `ranks 0, 2 and 1`."""
-    groups: dict[int, list[str]] = {}
-    for rank, row in enumerate(rows):
-        groups.setdefault(row[slot], []).append(str(rank))
-    return "ranks " + " and ".join(", ".join(ranks) for ranks in groups.values())
+
+def _other_values(slot: int, names: Sequence[str]) -> str:
+    """What it means that numbers of weights, or of inputs of these names, differ."""
+    if slot == WEIGHTS:
+        return "the weights have other values. Load the same ones, and the same adapters, on every rank"
+    differing = names[slot - FIRST_INPUT : None if slot == SLOTS - 1 else slot - FIRST_INPUT + 1]
+    return (
+        f"{' or '.join(differing)} has other values. Draw the noise with one seed on every rank (torch.Generator), "
+        "encode one prompt, and give all ranks equal inputs; or pass ulysses_inputs='first_rank', and all ranks take "
+        "those of the first one"
+    )
 
 
 def _form_of(value: Any) -> Hashable:

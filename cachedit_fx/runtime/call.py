@@ -17,6 +17,7 @@ import torch
 
 from cachedit_fx.runtime.clock import Timestep, clock
 from cachedit_fx.runtime.model_state import ModelState
+from cachedit_fx.runtime.presence import RankMissing
 from cachedit_fx.runtime.region import RegionInfo, RegionKey
 from cachedit_fx.runtime.session import Session
 from cachedit_fx.runtime.tracker import Evidence, Position
@@ -87,12 +88,16 @@ class current_call:  # noqa: N801 - a context manager, and used like a function
         self.session.call = None
         if kind is not None:
             self.call.roll_back()
+            if issubclass(kind, RankMissing):  # other ranks may have succeeded, and stored more than this one
+                self.session.forget()
             if not issubclass(kind, self.expected):
                 self.session.record_failure()
             return
         self.call.commit()
         if self.finish:
             self.call.finish(self.diagnose)
+        if not self.call.is_shared:
+            self.call.leave_ranks()
         self.session.record_success()
 
 
@@ -109,6 +114,7 @@ class Call:
         is_located: whether a region asked for the position.
         position: generation, step and branch; None for a call after the last step of the pipeline's schedule, and until
             `is_located`.
+        is_shared: whether a graph was reached that ranks share.
         route: the call's way to its graphs, if shortcuts are learned.
     """
 
@@ -124,6 +130,7 @@ class Call:
         self.is_located = False
         self.position: Position | None = None
         self.route: Route | None = None
+        self.is_shared = False
         self._passed_by: Uncached | None = None
         self._changes: list[Callable[[], None]] = []
         self._restorations: list[Callable[[], None]] = []
@@ -158,6 +165,14 @@ class Call:
             for restoration in reversed(restorations):
                 restoration()
 
+    def leave_ranks(self) -> None:
+        """The call has run without the other ranks, if there are any: tell them, once between two meetings."""
+        state = self.session.state
+        if state.ranks is not None and not state.is_apart:
+            state.is_apart = True
+            cause = f" ({self._passed_by.cause})" if self._passed_by is not None else ""
+            state.leave_ranks(f"ran the model without the other ranks{cause}")
+
     def abandon(self) -> None:
         """Take back what the call's graphs have done: the call is made in another way."""
         self.roll_back()
@@ -176,6 +191,17 @@ class Call:
         before = self.session.tick
         is_same = before is not None and self.tick is not None and self.tick.same_schedule(before)
         return self.session.tracker.is_clocked(self.tick) and not is_same
+
+    @property
+    def begins_afresh(self) -> bool:
+        """Whether the call certainly begins a generation: nothing was called in the present one."""
+        return not self.session.is_stray and not self.session.tracker.generation.calls
+
+    @property
+    def turns_back(self) -> bool:
+        """Whether the timestep shows, without waiting for a device, that the call begins a generation."""
+        tracker = self.session.tracker
+        return not tracker.is_clocked(self.tick) and not self.time.waits and tracker.generation.turns_back(self.time())
 
     def locate(self, signature: Hashable = None) -> bool:
         """Find the call's position, and begin a generation if the call is the first of one. Returns whether it is.

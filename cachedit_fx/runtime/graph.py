@@ -16,10 +16,9 @@ from cachedit_fx.passes.gather_inputs import GatheredInputs
 from cachedit_fx.passes.graph_aliases import writes_to_inputs
 from cachedit_fx.passes.hoist_invariants import Hoisted
 from cachedit_fx.passes.insert_cache_branch import CacheBranch
-from cachedit_fx.passes.insert_ulysses import ContextParallel
 from cachedit_fx.passes.manager import Outcome
 from cachedit_fx.passes.plan_regions import RegionReport
-from cachedit_fx.runtime.agreement import Agreement, InputNames, input_names
+from cachedit_fx.runtime.agreement import Agreement, Captured
 from cachedit_fx.runtime.call import NO_LOOP, Call, Uncached, current_call
 from cachedit_fx.runtime.hoisted_memory import ComputedValues, HoistedCode, HoistedMemory
 from cachedit_fx.runtime.hoisting import HoistedValues, StaleValues
@@ -30,17 +29,21 @@ from cachedit_fx.runtime.registry import StateFinder
 
 GRADIENTS = Uncached("gradients wanted", "gradients wanted: nothing is cached under grad mode", is_step=False)
 
+GRADIENTS_ON_RANKS = Uncached(
+    GRADIENTS.cause, f"{GRADIENTS.explanation}, and every rank computes the whole model for itself", is_step=False
+)
+
 
 class RewrittenGraph:
     """A graph that was rewritten and lowered.
 
     Attributes:
         outcome: of the passes; None if they did not run.
-        names: of the graph's inputs, if ranks share its work.
+        captured: what ranks compare of the graph, if they share its work.
     """
 
     outcome: Outcome | None = None
-    names: InputNames | None = None
+    captured: Captured | None = None
 
     def __init__(self) -> None:
         self._agreements: weakref.WeakKeyDictionary[ModelState, Agreement] = weakref.WeakKeyDictionary()
@@ -48,8 +51,8 @@ class RewrittenGraph:
     def agreement(self, state: ModelState) -> Agreement | None:
         """What the ranks have compared, of this graph and the state's model; None if they share nothing in it."""
         agreement = self._agreements.get(state)
-        if agreement is None and self.names is not None and state.ranks is not None:
-            agreement = self._agreements[state] = Agreement(state.ranks, self.names)
+        if agreement is None and self.captured is not None and state.ranks is not None:
+            agreement = self._agreements[state] = Agreement(state.ranks, self.captured, state)
         return agreement
 
 
@@ -79,8 +82,13 @@ class UncachedGraph(RewrittenGraph):
     def __call__(self, *inputs: Any) -> Any:
         state = self.finder(inputs)
         agreement = self.agreement(state)
-        if agreement is not None:
-            agreement.begin(inputs, state.options)
+        if agreement is None:
+            return self._result(state, inputs)
+        with agreement.watch(state):
+            agreement.begin(inputs, state)
+            return self._result(state, agreement.taken(inputs))
+
+    def _result(self, state: ModelState, inputs: Sequence[Any]) -> Any:
         if state.config is None or (self.is_fragment and state.session().call is None):
             return self.forward(*inputs)
         with current_call(state) as call:
@@ -122,29 +130,63 @@ class CachedGraph(RewrittenGraph):
 
     def run(self, inputs: Sequence[Any]) -> Any:
         """The graph's results, from its inputs in order."""
-        with current_call(self.finder(inputs)) as call:
-            keys = call.enter(self, self.regions, timestep_of(self.timestep, inputs))
-            try:
-                results = self._results(call, keys, inputs)
-            except StaleValues:  # raised before a region ran: nothing is stored yet
-                results = self._results(call, keys, inputs)
+        state = self.finder(inputs)
+        agreement = self.agreement(state)
+        with current_call(state) as call:
+            if agreement is None:
+                results = self._called(call, inputs)
+            else:
+                with agreement.watch(state):
+                    results = self._agreed(agreement, call, inputs)
             if call.route is not None and self.is_whole:
                 call.route.record(self.run, inputs, results)
             return results
 
-    def _results(self, call: Call, keys: Sequence[RegionKey], inputs: Sequence[Any]) -> Any:
-        session, on_locate = call.session, list[Callable[[], None]]()
-        agreement = self.agreement(session.state)
-        if agreement is not None:
-            is_compared = agreement.begin(inputs, session.state.options, call)
-            on_locate.append(lambda: agreement.locate(inputs, session, is_compared))
-        region_call = RegionCall(call, self.regions, keys, self.values_last, on_locate)
+    def _agreed(self, agreement: Agreement, call: Call, inputs: Sequence[Any]) -> Any:
+        """The results on a rank that shares the work."""
+        is_compared = agreement.begin(inputs, call.session.state, call)
+        taken = agreement.taken(inputs)
+
+        def locate() -> None:
+            agreement.locate(taken, call.session, is_compared)
+
+        def enter() -> None:
+            nonlocal is_compared
+            is_compared = is_compared or agreement.enter(taken, call)
+            if call.is_located:  # by a graph before this one, or by a shortcut that was given up
+                locate()
+
+        return self._called(call, taken, enter, [locate])
+
+    def _called(
+        self,
+        call: Call,
+        inputs: Sequence[Any],
+        on_enter: Callable[[], None] = lambda: None,
+        on_locate: Sequence[Callable[[], None]] = (),
+    ) -> Any:
+        keys = call.enter(self, self.regions, timestep_of(self.timestep, inputs))
+        on_enter()
+        try:
+            return self._results(call, keys, inputs, on_locate)
+        except StaleValues:  # raised before a region ran: nothing is stored yet
+            return self._results(call, keys, inputs, on_locate)
+
+    def _results(
+        self,
+        call: Call,
+        keys: Sequence[RegionKey],
+        inputs: Sequence[Any],
+        on_locate: Sequence[Callable[[], None]],
+    ) -> Any:
+        session, notices = call.session, list(on_locate)
+        region_call = RegionCall(call, self.regions, keys, self.values_last, notices)
         if self.hoisted is None:
             return self.forward(region_call, inputs)
         if session.is_stray:  # no generation begins with such a call, so changed weights would not be seen
             return self.forward(region_call, inputs, ComputedValues(self.hoisted, inputs))
         values = HoistedValues(self._memory(self.hoisted, session.state), inputs, call)
-        on_locate.append(values.locate)
+        notices.append(values.locate)
         return self.forward(region_call, inputs, values)
 
     def _memory(self, code: HoistedCode, state: ModelState) -> HoistedMemory:
@@ -156,7 +198,11 @@ class CachedGraph(RewrittenGraph):
 
 
 def graph_of(
-    gm: fx.GraphModule, forward: Callable[..., Any], finder: StateFinder, outcome: Outcome
+    gm: fx.GraphModule,
+    forward: Callable[..., Any],
+    finder: StateFinder,
+    outcome: Outcome,
+    captured: Captured | None = None,
 ) -> CachedGraph | UncachedGraph:
     """The callable of a graph that was rewritten and lowered.
 
@@ -164,10 +210,10 @@ def graph_of(
         gm: as dynamo captured it; its writes may have been made pure since.
         forward: lowered.
         outcome: of the passes.
+        captured: what ranks compare of the graph, if they share its work.
     """
     graph = _graph_of(gm, forward, finder, outcome.facts, writes_to_inputs(gm.graph))
-    graph.outcome = outcome
-    graph.names = input_names(gm) if ContextParallel in outcome.facts else None
+    graph.outcome, graph.captured = outcome, captured
     return graph
 
 

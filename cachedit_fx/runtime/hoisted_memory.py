@@ -245,7 +245,7 @@ class HoistedMemory:
             self._conditions.update(conditions)
 
     def _sample_conditions(self) -> Any:
-        """Present samples of the conditions whose version says that they are unchanged, in the form of `_conditions`."""
+        """Present samples of the conditions whose version says that they are unchanged, as in `_conditions`."""
         present: Any = WeakIdKeyDictionary()
         for condition, (version, _) in list(self._conditions.items()):
             if condition._version == version:

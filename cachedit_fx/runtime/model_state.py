@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from cachedit_fx.config.options import Options
 from cachedit_fx.passes.base import NOTHING_KNOWN, Facts
 from cachedit_fx.runtime.listener import Hint
+from cachedit_fx.runtime.presence import come_back, leave
 from cachedit_fx.runtime.ranks import ranks_of
 from cachedit_fx.runtime.session import Session, SessionBlock, present_block
 from cachedit_fx.runtime.verification import Verifier
@@ -39,9 +40,11 @@ class ModelState:
     """The state of one model under one set of options.
 
     Attributes:
+        title: name of the model's class; empty if it is not known.
         options: as parsed. Only settings that are read at each call may change later (`set_options`).
         config: the config in `options.cache`; None if caching is off.
         ranks: those that share the work on one sample with this one; None if it works alone.
+        is_apart: whether it worked alone since the ranks met last, and has said so.
         hint: returns the caller's hint about the present call.
         verifier: compares calls with the plain module; None unless the options ask for it.
         traced: knowledge about the module from outside its graphs.
@@ -52,10 +55,12 @@ class ModelState:
         hoisted: the kept values of each graph that hoists some.
     """
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, title: str = "") -> None:
+        self.title = title
         self.options = options
         self.config = options.cache
         self.ranks = ranks_of(options.ulysses_size)
+        self.is_apart = False
         self.hint: Callable[[], Hint] = Hint
         self.verifier = Verifier(options.is_exact) if options.verify else None
         self.traced = NOTHING_KNOWN
@@ -145,6 +150,22 @@ class ModelState:
         self.options, self.config = options, options.cache
         for session in self.sessions():
             session.refresh(options.cache)
+
+    def announce(self) -> None:
+        """Tell the other ranks, if there are any, whether this one will come to calls of the model."""
+        if self.ranks is None:
+            leave(self.title, "enabled the cache with ulysses_size=1")
+        else:
+            come_back(self.title)
+
+    def leave_ranks(self, reason: str) -> None:
+        """Tell the other ranks, if there are any, that this one does not take part in calls of the model.
+
+        Args:
+            reason: words that follow "the rank".
+        """
+        if self.ranks is not None:
+            leave(self.title, reason)
 
     def warn_once(self, message: str, better: Callable[[], str | None] | None = None) -> None:
         """Warn, but only once for each message. If `better` returns a text, the warning has that text instead.

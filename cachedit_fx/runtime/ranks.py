@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from cachedit_fx.config.rules import OptionError
+from cachedit_fx.runtime.presence import Presence, introduce
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,21 @@ class Ranks:
     size: int
     group: dist.ProcessGroup = field(repr=False, compare=False)
 
+    @cached_property
+    def presence(self) -> Presence:
+        """Which of the ranks take part."""
+        return Presence.of(self.group, self.size)
+
     def total(self, numbers: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' tensors, equal to the bit on all of them; in place. All ranks must call it together."""
         dist.all_reduce(numbers, group=self.group)
         return numbers
+
+    def from_first(self, values: torch.Tensor) -> torch.Tensor:
+        """The first rank's tensor; in place on the others. All ranks must call it together, with equal shapes."""
+        sent = values.to("cpu" if dist.get_backend(self.group) == "gloo" else values.device)
+        dist.broadcast(sent, src=self.presence.members[0], group=self.group)
+        return sent
 
     def tables(self, row: torch.Tensor) -> list[list[int]]:
         """Every rank's row of integers, by rank, read back. All ranks must call it together.
@@ -63,6 +76,7 @@ def ranks_of(size: int) -> Ranks | None:
             f"ulysses_size={size} needs {size} processes that know of each other: start the program with torchrun "
             f"--nproc_per_node={size}, and call torch.distributed.init_process_group() before"
         )
+    introduce()
     world = dist.get_world_size()
     if world % size:
         allowed = [number for number in range(1, world + 1) if world % number == 0]
@@ -73,6 +87,11 @@ def ranks_of(size: int) -> Ranks | None:
         return Ranks(group.group_name, size, group)
     title = f"cachedit_ulysses_{size}"
     mine = next((each for each in dist.distributed_c10d._world.pg_map if each.group_desc == title), None)
+    if mine is None and dist.get_backend() != "fake":  # a rank that does not make the groups too is named
+        everyone = dist.group.WORLD
+        assert everyone is not None
+        with Presence.of(everyone, size, title).meeting():
+            pass
     for first in range(0, world, size) if mine is None else ():
         group = dist.new_group(range(first, first + size), group_desc=title)
         mine = group if first <= dist.get_rank() < first + size else mine

@@ -10,7 +10,7 @@ import multiprocessing
 import pickle
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,8 +25,14 @@ SECONDS = 120
 """What a collective may wait for other ranks; a rank that died ends it at once."""
 
 
-def on_ranks(function: Callable[[int], Any], ranks: int = 2) -> list[Any]:
+def on_ranks(
+    function: Callable[[int], Any], ranks: int = 2, seconds: float = SECONDS, ending: Collection[int] = ()
+) -> list[Any]:
     """What `function(rank)` returns on each rank.
+
+    Args:
+        seconds: what a collective may wait for other ranks.
+        ending: ranks whose processes end in `function`; None stands for what they return.
 
     Raises:
         AssertionError: with the traceback of the ranks that raised, the first failure first.
@@ -35,7 +41,8 @@ def on_ranks(function: Callable[[int], Any], ranks: int = 2) -> list[Any]:
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
-        arguments = [(function, rank, ranks, Path(folder) / "store", pipe[1]) for rank, pipe in enumerate(pipes)]
+        store = Path(folder) / "store"
+        arguments = [(function, rank, ranks, seconds, store, pipe[1]) for rank, pipe in enumerate(pipes)]
         processes = [context.Process(target=_run, args=each, daemon=True) for each in arguments]
         for process, (_, end) in zip(processes, pipes, strict=True):
             process.start()
@@ -43,7 +50,7 @@ def on_ranks(function: Callable[[int], Any], ranks: int = 2) -> list[Any]:
         outcomes = [_outcome_of(pipe[0]) for pipe in pipes]
         for process in processes:
             process.join(SECONDS)
-    errors = [f"rank {rank}:\n{error}" for rank, (error, _) in enumerate(outcomes) if error]
+    errors = [f"rank {rank}:\n{error}" for rank, (error, _) in enumerate(outcomes) if error and rank not in ending]
     assert not errors, "\n".join(errors)
     return [result for _, result in outcomes]
 
@@ -56,7 +63,7 @@ def _outcome_of(pipe: Connection) -> tuple[str, Any]:
         return "the process died without a word", None
 
 
-def _run(function: Callable[[int], Any], rank: int, ranks: int, store: Path, pipe: Connection) -> None:
+def _run(function: Callable[[int], Any], rank: int, ranks: int, seconds: float, store: Path, pipe: Connection) -> None:
     gc.freeze()  # a collection would copy all that the parent holds
     torch.set_num_threads(1)
     try:
@@ -65,7 +72,7 @@ def _run(function: Callable[[int], Any], rank: int, ranks: int, store: Path, pip
             rank=rank,
             world_size=ranks,
             store=dist.FileStore(str(store), ranks),
-            timeout=timedelta(seconds=SECONDS),
+            timeout=timedelta(seconds=seconds),
         )
         pipe.send_bytes(pickle.dumps(("", function(rank))))  # `send` would share memory that dies with the rank
         dist.barrier()  # no rank leaves while another one still needs it

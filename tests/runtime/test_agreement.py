@@ -8,7 +8,7 @@ from lib import toys
 from lib.ranks import on_ranks
 from lib.shared import SharedCapture
 
-from cachedit_fx.runtime.agreement import RanksDisagree
+from cachedit_fx import RanksDisagree
 
 pytestmark = [pytest.mark.keep_compiled, pytest.mark.xdist_group("ulysses")]
 

@@ -237,6 +237,7 @@ OTHER_STRUCTURE = {
     "time_weights": "host",
     "hoisted_mib": 8,
     "ulysses_size": 2,
+    "ulysses_inputs": "first_rank",
 }
 
 
