@@ -118,7 +118,7 @@ def leaving(rank):
 
 @functools.cache
 def left():
-    return on_ranks(leaving)
+    return on_ranks(leaving, seconds=30)
 
 
 REASONS = {
@@ -207,6 +207,11 @@ def test_steps_ask_nothing_of_the_store_and_no_keys_pile_up():
         assert len(set(keys)) == 1
 
 
+def meet(ranks, model):
+    with ranks.presence.meeting(model):
+        pass
+
+
 def groups(rank):
     """Two groups of two. Rank 3 makes no groups at first, and leaves its group later."""
     found = []
@@ -223,13 +228,13 @@ def groups(rank):
         leave("A", "went away")
     for model in ("A", "B"):
         if rank < 3 or model == "B":
-            found.append(error_of(lambda model=model: ranks.presence.meeting(model).__enter__()))
+            found.append(error_of(meet, ranks, model))
         dist.barrier()
     return found
 
 
 def test_a_group_is_not_disturbed_by_ranks_of_another_one():
-    first, second, third, fourth = on_ranks(groups, ranks=4)
+    first, second, third, fourth = on_ranks(groups, ranks=4, seconds=20)
     for making, *_ in (first, second, third):
         assert "rank 3 takes no part in the call of the model: it enabled the cache with ulysses_size=1" in making[0]
     assert all(not error for error, *_ in [*first[1:], *second[1:], *fourth])
