@@ -39,7 +39,7 @@ POLL_SECONDS = 0.0005, 0.05
 DEATH_SECONDS = 1.0
 """How long after a failed exchange a rank's process may take to end."""
 ADVICE = "All ranks of a group must call the model under the same options, or disable_cache on all of them"
-_SIGNS = ("gloo", "pair closure", "NCCL", "ProcessGroup", "c10d", "process group", "Timed out waiting")
+_SIGNS = ("gloo", "pair closure", "NCCL", "ProcessGroup", "c10d", "Timed out waiting")
 """Words in the errors of collectives that are plain RuntimeErrors, as gloo's are."""
 
 
@@ -182,11 +182,12 @@ class Presence:
         except RuntimeError as error:
             if isinstance(error, RanksDisagree) or not _is_of_collective(error):
                 raise
-            raise RankMissing(self.heading + self._loss(model)) from error
+            is_late = "imed out" in str(error)
+            raise RankMissing(self.heading + self._loss(model, 0.0 if is_late else DEATH_SECONDS)) from error
 
-    def _loss(self, model: str) -> str:
-        """The reason why an exchange failed, as far as it can be told."""
-        end = time.monotonic() + DEATH_SECONDS
+    def _loss(self, model: str, seconds: float) -> str:
+        """The reason why an exchange failed, as far as it can be told. A process may take some seconds to end."""
+        end = time.monotonic() + seconds
         others = [rank for rank in self.members if rank != self.rank]
         while True:
             ended = [rank for rank in others if self.has_ended(rank)]

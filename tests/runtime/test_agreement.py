@@ -9,6 +9,7 @@ from lib.ranks import on_ranks
 from lib.shared import SharedCapture
 
 from cachedit_fx import RanksDisagree
+from cachedit_fx.runtime.clock import Timestep
 
 pytestmark = [pytest.mark.keep_compiled, pytest.mark.xdist_group("ulysses")]
 
@@ -111,3 +112,25 @@ def test_all_ranks_raise_and_say_what_differs(case):
 def test_steps_within_a_generation_are_not_compared():
     for _, steps in results():
         assert steps["nothing"] == steps["nothing again"] == ["", ""]
+
+
+def by_shortcuts(rank):
+    """Errors of two generations whose calls pass by dynamo's guards, and whose timesteps a device would hold."""
+    shared, arguments = captured()
+    shared.compile_anew(**OPTIONS)
+    errors = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared._call, "guards", "generation")
+        patch.setattr(Timestep, "waits", property(lambda self: self.unread is not None))
+        for case in ("nothing", "noise"):
+            given = _changed(arguments, case) if rank else arguments
+            steps = [given | {"timestep": given["timestep"] * scale} for scale in (1.0, 0.8, 0.6, 0.4)]
+            errors.append([called(shared, step) for step in steps])
+    return errors
+
+
+def test_a_generation_that_a_shortcut_begins_is_compared():
+    captured()
+    for first, second in on_ranks(by_shortcuts):
+        assert first == [""] * 4
+        assert CASES["noise"] in second[0]
