@@ -68,6 +68,7 @@ def ranks_of(size: int) -> Ranks | None:
 
     Raises:
         OptionError: without a process group, or if `size` does not divide its ranks.
+        RankMissing: if another process does not make the groups too.
     """
     if size == 1:
         return None

@@ -22,12 +22,8 @@ from cachedit_fx.runtime.ranks import ranks_of
 
 pytestmark = [pytest.mark.keep_compiled, pytest.mark.xdist_group("ulysses")]
 
-OPTIONS: dict[str, Any] = {
-    "Fn_compute_blocks": 1,
-    "max_warmup_steps": 1,
-    "residual_diff_threshold": 0.9,
-    "ulysses_size": 2,
-}
+CACHE: dict[str, Any] = {"Fn_compute_blocks": 1, "max_warmup_steps": 1, "residual_diff_threshold": 0.9}
+OPTIONS = CACHE | {"ulysses_size": 2}
 TIMEOUT = 1.5
 """The group's time-out in seconds, for ranks that hang."""
 AT_ONCE = 1.2
@@ -324,3 +320,23 @@ def test_gradients_are_those_of_the_whole_model():
 
 def test_a_missing_rank_is_a_disagreement():
     assert issubclass(RankMissing, RanksDisagree)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torch.compile
+
+
+def by_torch_compile(rank):
+    module = Flagged().requires_grad_(False)
+    options = CACHE | {"inner_backend": "eager", "ulysses_size": 1 if rank else 2}
+    compiled = torch.compile(module, backend="cachedit", options=options)
+    with torch.no_grad():
+        found = error_of(compiled, **arguments())
+    dist.barrier()
+    return found
+
+
+def test_a_model_that_torch_compile_returned_is_named_too():
+    (error, *_), (other, *_) = on_ranks(by_torch_compile, seconds=30)
+    assert "rank 1 takes no part in the call of Flagged: it compiled the model with ulysses_size=1" in error
+    assert not other
