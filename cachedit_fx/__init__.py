@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from cachedit_fx.config.options import Options, ParamsModifier
     from cachedit_fx.config.rules import OptionError
     from cachedit_fx.explanation import Explanation, explain
+    from cachedit_fx.quantization.apply import dequantize, quantize
+    from cachedit_fx.quantization.files import load_quantized, save_quantized
+    from cachedit_fx.quantization.report import QuantizationReport
     from cachedit_fx.runtime.policies.base import Action, Decision, Reason
     from cachedit_fx.runtime.policies.dbprune import DBPruneConfig
     from cachedit_fx.runtime.presence import RankMissing, RanksDisagree
@@ -50,6 +53,9 @@ _MODULES = {
     "config.options": ("Options", "ParamsModifier"),
     "config.rules": ("OptionError",),
     "explanation": ("Explanation", "explain"),
+    "quantization.apply": ("dequantize", "quantize"),
+    "quantization.files": ("load_quantized", "save_quantized"),
+    "quantization.report": ("QuantizationReport",),
     "runtime.policies.base": ("Action", "Decision", "Reason"),
     "runtime.policies.dbprune": ("DBPruneConfig",),
     "runtime.presence": ("RankMissing", "RanksDisagree"),
@@ -78,18 +84,23 @@ __all__ = [
     "OptionError",
     "Options",
     "ParamsModifier",
+    "QuantizationReport",
     "RankMissing",
     "RanksDisagree",
     "Reason",
     "TaylorSeerCalibratorConfig",
     "VerificationError",
     "compile",
+    "dequantize",
     "disable_cache",
     "enable_cache",
     "end_session",
     "explain",
+    "load_quantized",
     "presets",
+    "quantize",
     "refresh_context",
+    "save_quantized",
     "session",
     "steps_mask",
     "summary",
