@@ -1,4 +1,4 @@
-"""Quantization of linear layers by torchao, under cache-dit's names. Works on a module whose cache is enabled."""
+"""`quantize` under cache-dit's names, by that of `cachedit_fx`. cache-dit's rules choose the layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from cachedit_fx.compat.members import member_of
 from cachedit_fx.compat.ours import check_ours, reject_other_package
 from cachedit_fx.config.rules import (
     FLAG,
-    OptionError,
     Rule,
     check,
     check_fields,
@@ -24,6 +23,8 @@ from cachedit_fx.config.rules import (
     reject_unknown,
     setting,
 )
+from cachedit_fx.quantization.apply import quantize as quantize_layers
+from cachedit_fx.quantization.layers import linear_layers, quantization_of
 from cachedit_fx.runtime.registry import unwrapped
 from cachedit_fx.runtime.warning import SettingWarning, warn
 
@@ -33,14 +34,16 @@ _ALIASES = {"float8": "float8_per_row", "int8": "int8_per_row"}
 _TYPES = (
     "float8_per_row",
     "float8_per_tensor",
+    "float8_per_block",
     "float8_weight_only",
     "int8_per_row",
     "int8_per_tensor",
     "int8_weight_only",
     "int4",
     "int4_weight_only",
+    "nvfp4",
 )
-_ABSENT = "svdq", "nvfp4", "float8_per_block"
+_ABSENT = "svdq"
 
 
 def _are_names(value: Any) -> bool:
@@ -84,12 +87,12 @@ class QuantizeBackend(Enum):
 class QuantizeConfig:
     """Which linear layers are quantized, and how.
 
-    `quant_type` is "float8" (dynamic, a scale per row), "float8_per_tensor", "float8_weight_only", "int8",
-    "int8_per_tensor", "int8_weight_only", "int4" or "int4_weight_only".
+    `quant_type` is "float8" (dynamic, a scale per row), "float8_per_tensor", "float8_per_block", "float8_weight_only",
+    "int8", "int8_per_tensor", "int8_weight_only", "int4", "int4_weight_only" or "nvfp4".
 
     Raises:
         OptionError: on an unknown type or backend.
-        NotImplementedError: for SVDQuant, NVFP4 and blockwise float8.
+        NotImplementedError: for SVDQuant.
     """
 
     backend: QuantizeBackend | str = setting(QuantizeBackend.AUTO, Rule(lambda _: True, "a backend"))
@@ -106,7 +109,7 @@ class QuantizeConfig:
     components_to_quantize: list[str] | dict[str, dict[str, Any]] | None = setting(None, optional(_COMPONENTS))
     """Components of the pipeline, for `enable_cache`; None = the transformers. A dict has fields of each component."""
     per_tensor_fallback: bool = setting(True, FLAG)
-    """Has no effect: torchao raises on a layer that it cannot quantize."""
+    """Has no effect: a layer that the type does not fit stays as it is."""
     precision_plan: dict[str, str] | None = setting(None, optional(_PLAN))
     """Part of a layer's name -> its type, in place of `quant_type`."""
     calibrate_fn: Any = setting(None, optional(_FUNCTION))
@@ -163,8 +166,8 @@ def quantize(module: Module, quantize_config: QuantizeConfig | None = None, **se
         quantize_config: or its fields as keywords, such as `quant_type="float8_weight_only"`.
 
     Raises:
-        OptionError: on an unknown type, or one that torchao refuses on this machine.
-        NotImplementedError: for SVDQuant, NVFP4 and blockwise float8, before a weight changes.
+        OptionError: before a weight changes, on an unknown type, or one that this device does not run.
+        NotImplementedError: for SVDQuant, before a weight changes.
     """
     _reject_unknown(settings)
     check_ours("quantize_config", quantize_config, "QuantizeConfig", QuantizeConfig)
@@ -173,13 +176,13 @@ def quantize(module: Module, quantize_config: QuantizeConfig | None = None, **se
         raise TypeError(f"expected a torch.nn.Module such as pipe.transformer, not {type(module).__name__}")
     config = QuantizeConfig(**settings) if quantize_config is None else replace(quantize_config, **settings)
     inner = unwrapped(module)
-    layers = {name: _type_of(name, config) for name in _layers(inner, config)}
-    types = {name: kind for name, kind in layers.items() if not _is_quantized(inner.get_submodule(name))}
-    if len(types) < len(layers):
-        warn(f"{len(layers) - len(types)} layers are quantized already, and stay as they are", SettingWarning)
-    for kind in dict.fromkeys(types.values()):
-        _quantize_layers(inner, kind, {name for name, each in types.items() if each == kind})
-    if types or not layers:
+    plan = {name: _own_kind(_type_of(name, config), inner) for name in _layers(inner, config)}
+    quantized = [name for name in plan if quantization_of(inner.get_submodule(name))]
+    if quantized:
+        warn(f"{len(quantized)} layers are quantized already, and stay as they are", SettingWarning)
+    if len(quantized) < len(plan):
+        quantize_layers(inner, None, per_layer=plan)
+    if len(quantized) < len(plan) or not plan:
         keep(module, quantize_config=config)
     return module
 
@@ -213,11 +216,11 @@ def _not_there(name: str) -> str:
 def _layers(module: torch.nn.Module, config: QuantizeConfig) -> Iterable[str]:
     """Names of the linear layers that are quantized."""
     kinds = config.repeated_blocks or getattr(module, "_repeated_blocks", None) or []
-    named = dict(module.named_modules())
-    blocks = tuple(f"{name}." for name, child in named.items() if type(child).__name__ in kinds)
+    names = [name for name, child in module.named_modules() if type(child).__name__ in kinds]
+    blocks = tuple(f"{name}." for name in names)
     is_regional = config.regional_quantize and bool(kinds)
-    for name, child in named.items():
-        if not isinstance(child, torch.nn.Linear) or (is_regional and not name.startswith(blocks)):
+    for name, child in linear_layers(module).items():
+        if is_regional and not name.startswith(blocks):
             continue
         if config.filter_fn is not None:
             if config.filter_fn(child, name):
@@ -226,37 +229,14 @@ def _layers(module: torch.nn.Module, config: QuantizeConfig) -> Iterable[str]:
             yield name
 
 
-def _is_quantized(layer: torch.nn.Module) -> bool:
-    weight = layer.weight
-    return isinstance(weight, torch.Tensor) and type(weight.detach()) is not torch.Tensor
-
-
 def _type_of(name: str, config: QuantizeConfig) -> str:
     plan = config.precision_plan or {}
     return next((_checked(kind) for part, kind in plan.items() if part in name), config.quant_type)
 
 
-def _quantize_layers(module: torch.nn.Module, kind: str, names: set[str]) -> None:
-    import torchao.quantization as ao
-
+def _own_kind(quant_type: str, module: torch.nn.Module) -> str:
+    """The kind of `cachedit_fx.quantize`: a stand-in for int4 with activations in int8, and for int4 without a GPU."""
     on_gpu = any(parameter.is_cuda for parameter in module.parameters())
-    group = ao.PerGroup(32)
-    four_bits: Any = torch.int4  # type: ignore[attr-defined]
-    makers: dict[str, Callable[[], Any]] = {
-        "float8_per_row": lambda: ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow()),
-        "float8_per_tensor": lambda: ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerTensor()),
-        "float8_weight_only": ao.Float8WeightOnlyConfig,
-        "int8_per_row": lambda: ao.Int8DynamicActivationInt8WeightConfig(granularity=ao.PerRow()),
-        "int8_per_tensor": lambda: ao.Int8DynamicActivationInt8WeightConfig(granularity=ao.PerTensor()),
-        "int8_weight_only": ao.Int8WeightOnlyConfig,
-        "int4": lambda: ao.Int8DynamicActivationIntxWeightConfig(weight_dtype=four_bits, weight_granularity=group),
-        "int4_weight_only": lambda: (
-            ao.Int4WeightOnlyConfig(group_size=32)
-            if on_gpu
-            else ao.IntxWeightOnlyConfig(weight_dtype=four_bits, granularity=group)
-        ),
-    }
-    try:
-        ao.quantize_(module, makers[kind](), filter_fn=lambda _, name: name in names)
-    except (AssertionError, ImportError) as error:  # of a machine without the hardware or the package
-        raise OptionError(f"quant_type={kind!r}: torchao refuses it here: {error}") from error
+    if quant_type == "int4" or (quant_type == "int4_weight_only" and not on_gpu):
+        return f"{quant_type}_emulated"
+    return quant_type
