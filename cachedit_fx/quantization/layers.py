@@ -210,9 +210,9 @@ def _left_out(name: str, blocks: Sequence[str], request: Request) -> str | None:
     parts = name.split(".")
     steering = next((part for part in parts if part == "gate" or _words(part) & STEERING), None)
     if steering is not None:
-        return f"{steering!r} in its name: it steers, and works on no tokens"
+        return f"{steering!r}: it steers, and works on no tokens"
     end = next((part for part in parts if not is_inside and _words(part) & ENDS), None)
-    return None if end is None else f"{end!r} in its name: a first or last layer"
+    return None if end is None else f"{end!r}: a first or last layer"
 
 
 def _words(part: str) -> set[str]:
