@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -129,7 +129,9 @@ def modules_of(pipe_or_module: Any, components: Sequence[str]) -> dict[str, nn.M
             f"components={components!r}: {type(pipe_or_module).__name__} has no such module; it has "
             f"{', '.join(modules)}"
         )
-    return {f"{name}.": unwrapped(part) for name, part in modules.items() if name in wanted or families[name] in wanted}
+    chosen = {name: unwrapped(part) for name, part in modules.items() if name in wanted or families[name] in wanted}
+    first = {id(part): name for name, part in reversed(chosen.items())}
+    return {f"{name}.": part for name, part in chosen.items() if first[id(part)] == name}
 
 
 def start_anew(module: nn.Module) -> None:
@@ -150,6 +152,7 @@ def _bytes_of(tensor: torch.Tensor) -> int:
 
 
 def check_torchao() -> None:
+    """Raise, with the command that installs it, if torchao is missing."""
     try:
         import torchao  # noqa: F401
     except ImportError as error:
@@ -198,7 +201,7 @@ def _checked(module: nn.Module, request: Request) -> Selection:
     refused: dict[str, str] = {}
     for name, kind in selection.kinds.items():
         weight = layers[name].weight
-        case = kind.name, weight.shape, weight.dtype, weight.device
+        case = kind, weight.shape, weight.dtype, weight.device
         if case not in obstacles:
             obstacles[case] = _try(layers[name], kind)
         reason = obstacles[case]
@@ -247,62 +250,51 @@ def _check_any(modules: Mapping[str, nn.Module], selections: Mapping[str, Select
         )
     if quantized:
         return
-    kept = joined([_report(title, modules[title], selection) for title, selection in selections.items()])
-    reasons = "; ".join(f"{count} x {reason}" for reason, count in kept.reasons.items()) or "it has no linear layer"
+    counts = Counter(reason for selection in selections.values() for reason in selection.kept.values())
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in counts.items()) or "it has no linear layer"
     raise OptionError(
         f"{titles}: nothing to quantize: {reasons}. Name layers by include, or pass regional=False for layers outside "
         "repeated blocks"
     )
 
 
-def _report(title: str, module: nn.Module, selection: Selection) -> QuantizationReport:
-    """The report before a weight changes: bytes after are those before."""
-    layers = linear_layers(module)
-    weights = {name: layers[name].weight for name in selection.kinds}
-    total = bytes_of([*module.parameters(), *module.buffers()])
-    notes = [
-        sentence
-        for kind in dict.fromkeys(selection.kinds.values())
-        for sentence in warnings_about(kind, [weights[name] for name, each in selection.kinds.items() if each is kind])
-    ]
-    return QuantizationReport(
-        type(module).__name__,
-        tuple(
-            QuantizedLayer(title + name, kind.name, tuple(weights[name].shape), _bytes_of(weights[name]), 0)
-            for name, kind in selection.kinds.items()
-        ),
-        tuple(
-            KeptLayer(title + name, reason, bytes_of(_weights(layers[name]))) for name, reason in selection.kept.items()
-        ),
-        total,
-        total,
-        tuple(notes),
-    )
-
-
-def _weights(layer: Any) -> list[torch.Tensor]:
-    """A layer's weight. All tensors of a layer that holds a quantized weight under other names."""
+def bytes_of_layer(layer: Any) -> int:
+    """Size of a layer's weight in bytes. All tensors count if the layer holds a packed weight under another name."""
     weight = getattr(layer, "weight", None)
-    return [weight] if isinstance(weight, torch.Tensor) else [*layer.parameters(), *layer.buffers()]
+    return bytes_of([weight] if isinstance(weight, torch.Tensor) else [*layer.parameters(), *layer.buffers()])
 
 
 def _apply(title: str, module: nn.Module, selection: Selection) -> QuantizationReport:
+    """Quantize the layers of a module; `title` comes before their names in the report."""
     from torchao.quantization import quantize_
 
-    before = _report(title, module, selection)
-    for note in before.notes:
-        warn(f"{before.title}: {note}")
-    for kind in dict.fromkeys(selection.kinds.values()):
-        names = {name for name, each in selection.kinds.items() if each is kind}
-        quantize_(module, kind.config(), filter_fn=lambda _, name, names=names: name in names)
+    layers = linear_layers(module)
+    weights = {name: layers[name].weight for name in selection.kinds}
+    sizes = {name: bytes_of_layer(layers[name]) for name in weights}
+    total = bytes_of([*module.parameters(), *module.buffers()])
+    names = {
+        kind: [name for name, each in selection.kinds.items() if each is kind] for kind in selection.kinds.values()
+    }
+    notes = [note for kind in names for note in warnings_about(kind, [weights[name] for name in names[kind]])]
+    for note in notes:
+        warn(f"{type(module).__name__}: {note}")
+    del weights  # each is freed when its layer gets another
+    for kind in names:
+        quantize_(module, kind.config(), filter_fn=lambda _, name, chosen={*names[kind]}: name in chosen)
     if selection.kinds:
         start_anew(module)
-    layers = linear_layers(module)
-    after = {title + name: _bytes_of(layers[name].weight) for name in selection.kinds}
-    return replace(
-        before,
-        layers=tuple(replace(layer, bytes_after=after[layer.name]) for layer in before.layers),
-        bytes_after=bytes_of([*module.parameters(), *module.buffers()]),
+    return QuantizationReport(
+        type(module).__name__,
+        tuple(
+            QuantizedLayer(
+                title + name, kind.name, layers[name].weight.shape, sizes[name], bytes_of_layer(layers[name])
+            )
+            for name, kind in selection.kinds.items()
+        ),
+        tuple(KeptLayer(title + name, reason, bytes_of_layer(layers[name])) for name, reason in selection.kept.items()),
+        total,
+        bytes_of([*module.parameters(), *module.buffers()]),
+        tuple(notes),
     )
 
 
