@@ -101,7 +101,7 @@ def without_a_part(folder):
     save_file(parts, folder / WEIGHTS, {"key": key})
 
 
-BROKEN = {
+BROKEN: dict[str, tuple[Any, str]] = {
     "no folder": (shutil.rmtree, "has no file quantization.json"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "has no file weights.safetensors"),
     "no JSON": (lambda folder: (folder / MEANING).write_text("{"), "is no description of quantized weights"),

@@ -180,7 +180,7 @@ def test_layers_that_others_read_and_those_without_data_are_kept():
     net = nn.ModuleList(
         nn.ModuleDict({"attention": nn.MultiheadAttention(16, 2), "up": nn.Linear(16, 16)}) for _ in range(2)
     )
-    net[0]["up"].to("meta")
+    net.get_submodule("0.up").to("meta")
     report = cachedit_fx.quantize(net, "int8_weight_only")
     assert [layer.name for layer in report.layers] == ["1.up"]
     assert report.reasons == {

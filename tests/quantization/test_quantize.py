@@ -181,7 +181,7 @@ def test_a_shape_that_fails_in_the_trial_is_kept_alone(monkeypatch):
     assert report.reasons["torchao does not take it here: AssertionError"] == 6 and len(report.layers) == 12
 
 
-BAD = {
+BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "unknown kind": ("int3", {}, "quant_type='int3' is not allowed: .*did you mean 'int8'"),
     "no kind": (None, {}, "per_layer is empty"),
     "a number": (8, {}, "quant_type=8 is not allowed: it must be a configuration of torchao or one of float8"),
