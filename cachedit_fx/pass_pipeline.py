@@ -33,7 +33,7 @@ def pass_manager(options: Options, traced: Traced = NOTHING_KNOWN) -> PassManage
 
 def pipeline(options: Options, traced: Traced) -> list[Pass]:
     """The passes in order, with their options."""
-    ranks = ranks_of(options.ulysses_size)
+    ranks = ranks_of(options.ulysses_size, options.ulysses_mesh)
     cuts = [settings.policy.structure() for settings in options.loop_settings]
     return [
         Normalize(),

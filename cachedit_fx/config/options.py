@@ -20,6 +20,7 @@ from cachedit_fx.config.calibrators import CalibratorConfig
 from cachedit_fx.config.rules import OptionError, Rule, check_fields, choice, integer, optional, reject_unknown, setting
 from cachedit_fx.runtime.calibrators import CALIBRATORS, as_config, calibrator_of
 from cachedit_fx.runtime.policies.base import Policy, policy_of
+from cachedit_fx.runtime.ranks import Mesh, is_mesh, size_of
 
 Scope: TypeAlias = Literal["model", "loop"]
 Granularity: TypeAlias = Literal["block", "region"]
@@ -198,10 +199,16 @@ class Options:
     hoisted_mib: int = setting(256, integer(0, "MiB"))
     """The highest size of the hoisted values that a model keeps for each of its graphs, in MiB. Values beyond it are
     computed at every step."""
-    ulysses_size: int = setting(1, integer(1, "ranks"))
+    ulysses_size: int = setting(None, optional(integer(1, "ranks")))
     """How many ranks of torch.distributed share the work on one sample: each computes a part of the tokens, and
     attention exchanges tokens for heads (Ulysses). 1 = each rank works alone. Consecutive ranks form a group, so the
-    number must divide that of all ranks. All ranks of a group must call the model with equal inputs."""
+    number must divide that of all ranks. All ranks of a group must call the model with equal inputs. None becomes the
+    size of `ulysses_mesh`, or 1."""
+    ulysses_mesh: Mesh | None = setting(
+        None, optional(Rule(is_mesh, "a DeviceMesh of one dimension, or a ProcessGroup, with this process in it"))
+    )
+    """The ranks that share the work on one sample, if they are not consecutive: a dimension of a DeviceMesh,
+    `mesh["ulysses"]`, or a process group. None = consecutive ranks, `ulysses_size` of them."""
     ulysses_inputs: UlyssesInputs = setting("equal", choice(*get_args(UlyssesInputs)))
     """Which inputs the ranks that share a sample take. "equal" = their own, which must be equal: they are compared
     where a generation begins. "first_rank" = at every call the tensors of the group's first rank, so that all ranks
@@ -223,7 +230,7 @@ class Options:
         """The fields that users may pass in several forms, in the one form that is stored."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         cache, passes, modifiers, loops = (values[name] for name in ("cache", "passes", "params_modifiers", "loops"))
-        inner = values["inner_options"]
+        inner, size, mesh = (values[name] for name in ("inner_options", "ulysses_size", "ulysses_mesh"))
         cache = CONFIGS[cache]() if isinstance(cache, str) and cache in CONFIGS else cache
         own = cache.calibrator if isinstance(cache, DBCacheConfig) else None
         return {
@@ -238,6 +245,7 @@ class Options:
             if isinstance(passes, Mapping)
             else passes,
             "loops": tuple(loops) if isinstance(loops, list) else loops,
+            "ulysses_size": (size_of(mesh) if is_mesh(mesh) else 1) if size is None else size,
         }
 
     def _check_combinations(self) -> None:
@@ -251,6 +259,10 @@ class Options:
             raise OptionError(
                 f"params_modifiers set the policy of each block loop separately: they need scope='loop' and a cache, "
                 f"not scope={self.scope!r}, cache={self.cache!r}"
+            )
+        if self.ulysses_mesh is not None and self.ulysses_size != (size := size_of(self.ulysses_mesh)):
+            raise OptionError(
+                f"ulysses_size={self.ulysses_size}, and ulysses_mesh has {size} ranks: leave out one of them"
             )
         if self.time_weights == "host":
             self._check_host()

@@ -59,7 +59,7 @@ class ModelState:
         self.title = title
         self.options = options
         self.config = options.cache
-        self.ranks = ranks_of(options.ulysses_size)
+        self.ranks = ranks_of(options.ulysses_size, options.ulysses_mesh)
         self.is_apart = False
         self.hint: Callable[[], Hint] = Hint
         self.verifier = Verifier(options.is_exact) if options.verify else None

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from cachedit_fx.config.rules import OptionError
 from cachedit_fx.runtime.presence import Presence, introduce
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+Mesh: TypeAlias = "DeviceMesh | dist.ProcessGroup"
+"""What a user may pass to say which ranks share a sample."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +68,50 @@ class Ranks:
         return values
 
 
-def ranks_of(size: int) -> Ranks | None:
-    """This process's group of `size` consecutive ranks; None for 1. All processes must call it together.
+def is_mesh(value: Any) -> bool:
+    """Whether the value is a mesh or a group."""
+    if not dist.is_available():
+        return False
+    from torch.distributed.device_mesh import DeviceMesh
 
-    A group is made once: torch.distributed keeps it until `destroy_process_group`.
+    return isinstance(value, (DeviceMesh, dist.ProcessGroup))
+
+
+def size_of(mesh: Mesh) -> int:
+    """The number of ranks of a one-dimensional mesh, or of a group.
+
+    Raises:
+        OptionError: if the mesh has several dimensions, or this process is none of its ranks.
+    """
+    if isinstance(mesh, dist.ProcessGroup):
+        return mesh.size()
+    names = mesh.mesh_dim_names
+    if mesh.ndim != 1 and names:
+        sizes = ", ".join(f"{name!r} ({size})" for name, size in zip(names, mesh.shape, strict=True))
+        raise OptionError(
+            f"ulysses_mesh has {mesh.ndim} dimensions, {sizes}: pass the one whose ranks share a sample, such as "
+            f"ulysses_mesh=mesh[{names[-1]!r}]"
+        )
+    if mesh.ndim != 1:
+        raise OptionError(
+            f"ulysses_mesh has {mesh.ndim} dimensions without names, of {' and '.join(map(str, mesh.shape))} ranks: "
+            "name them by mesh_dim_names, and pass the one whose ranks share a sample, such as mesh['ulysses']"
+        )
+    if mesh.get_coordinate() is None:
+        raise OptionError(
+            f"ulysses_mesh has the ranks {', '.join(map(str, mesh.mesh.tolist()))}, and this process is rank "
+            f"{mesh.get_rank()}: pass it on its own ranks only"
+        )
+    return mesh.size()
+
+
+def ranks_of(size: int, mesh: Mesh | None = None) -> Ranks | None:
+    """The ranks that share a sample with this one; None for 1. All processes must call it together.
+
+    Args:
+        size: their number.
+        mesh: these ranks. None = `size` consecutive ones. Their group is made once: torch.distributed keeps it until
+            `destroy_process_group`.
 
     Raises:
         OptionError: without a process group, or if `size` does not divide its ranks.
@@ -73,11 +120,14 @@ def ranks_of(size: int) -> Ranks | None:
     if size == 1:
         return None
     if not dist.is_available() or not dist.is_initialized():
+        launch = "" if _is_launched() else f"start the program with torchrun --nproc_per_node={size}, and "
         raise OptionError(
-            f"ulysses_size={size} needs {size} processes that know of each other: start the program with torchrun "
-            f"--nproc_per_node={size}, and call torch.distributed.init_process_group() before"
+            f"ulysses_size={size} needs {size} processes that know of each other: {launch}call "
+            "torch.distributed.init_process_group() before"
         )
     introduce()
+    if mesh is not None:
+        return _ranks_in(mesh)
     world = dist.get_world_size()
     if world % size:
         allowed = [number for number in range(1, world + 1) if world % number == 0]
@@ -98,3 +148,16 @@ def ranks_of(size: int) -> Ranks | None:
         mine = group if first <= dist.get_rank() < first + size else mine
     assert isinstance(mine, dist.ProcessGroup)
     return Ranks(mine.group_name, size, mine)
+
+
+def _ranks_in(mesh: Mesh) -> Ranks:
+    try:
+        group = mesh if isinstance(mesh, dist.ProcessGroup) else mesh.get_group()
+        _resolve_process_group(group.group_name)
+    except RuntimeError as error:
+        raise OptionError("ulysses_mesh: its group was destroyed, or is another job's: make the mesh anew") from error
+    return Ranks(group.group_name, group.size(), group)
+
+
+def _is_launched() -> bool:
+    return dist.is_available() and dist.is_torchelastic_launched()

@@ -7,6 +7,7 @@ import types
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -238,6 +239,7 @@ OTHER_STRUCTURE = {
     "hoisted_mib": 8,
     "ulysses_size": 2,
     "ulysses_inputs": "first_rank",
+    "ulysses_mesh": dist.ProcessGroup(0, 2),
 }
 
 

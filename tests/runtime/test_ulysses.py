@@ -19,6 +19,7 @@ from lib.ranks import close, on_ranks
 from lib.shared import SharedCapture
 from lib.zoo import ZOO
 from lib.zoo.base import packed
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils._pytree import tree_leaves
 
 import cachedit_fx
@@ -185,7 +186,7 @@ def moving(step, scale=1.0, tokens=8):
     return x + scale * step**2 * 0.05 * change, torch.tensor([500.0 - step])
 
 
-def decisions(shared, threshold, ranks, scale=1.0):
+def decisions(shared, threshold, scale=1.0, **ranks):
     """Cached steps of a generation, and the differences that this rank would have found alone."""
     alone: list[float] = []
     whole = Residual.sums
@@ -195,7 +196,7 @@ def decisions(shared, threshold, ranks, scale=1.0):
         alone.extend(relative_difference(*row) for row in result.tolist())
         return result
 
-    shared.compile_anew(**DBCACHE | {"residual_diff_threshold": threshold}, ulysses_size=ranks)
+    shared.compile_anew(**DBCACHE | {"residual_diff_threshold": threshold}, **ranks)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Residual, "sums", sums)
         for step in range(STEPS):
@@ -208,23 +209,32 @@ def test_ranks_decide_alike_where_their_own_differences_straddle_the_threshold()
     shared = SharedCapture(Uneven())
     shared.compile(cache=None)
     shared(*moving(0))
-    _, differences, _ = decisions(shared, 10.0, 1)
+    _, differences, _ = decisions(shared, 10.0)
     threshold = sorted(differences.values())[len(differences) // 2]
-    expected, *_ = decisions(shared, threshold, 1)
-    (first, _, moves), (second, _, rests) = on_ranks(lambda rank: decisions(shared, threshold, 2))
+    expected, *_ = decisions(shared, threshold)
+    (first, _, moves), (second, _, rests) = on_ranks(lambda rank: decisions(shared, threshold, ulysses_size=2))
     assert first == second == expected and 0 < len(expected) < STEPS - 1
     assert any(a > threshold > b for a, b in zip(moves, rests, strict=False))
 
 
-def test_other_samples_are_not_coupled():
+def neighbours():
+    return {"ulysses_size": 2}
+
+
+def column():
+    return {"ulysses_mesh": init_device_mesh("cpu", (2, 2), mesh_dim_names=("ulysses", "data"))["ulysses"]}
+
+
+@pytest.mark.parametrize(("ranks", "samples"), [(neighbours, (0, 0, 1, 1)), (column, (0, 1, 0, 1))])
+def test_other_samples_are_not_coupled(ranks, samples):
     """Four ranks, two for each sample: the samples' decisions are their own."""
     shared = SharedCapture(Uneven())
     shared.compile(cache=None)
     shared(*moving(0))
-    expected = [decisions(shared, 0.3, 1, scale)[0] for scale in (1.0, 2.0)]
+    expected = [decisions(shared, 0.3, scale)[0] for scale in (1.0, 2.0)]
     assert expected[0] != expected[1]
-    found = on_ranks(lambda rank: decisions(shared, 0.3, 2, scale=(1.0, 2.0)[rank // 2])[0], ranks=4)
-    assert found == [expected[0], expected[0], expected[1], expected[1]]
+    found = on_ranks(lambda rank: decisions(shared, 0.3, 1.0 + samples[rank], **ranks())[0], ranks=4)
+    assert found == [expected[sample] for sample in samples]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,11 +253,49 @@ def test_groups_are_consecutive_ranks_and_made_once():
     assert ranks_of(1) is None
 
 
-def test_without_a_process_group_nothing_is_compiled():
+def test_a_mesh_says_which_ranks_share():
+    def messages(rank):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "ulysses"))
+        rows, pair, whole = mesh["ulysses"], DeviceMesh("cpu", [0, 1]), dist.group.WORLD
+        for each, size in ((rows, 2), (rows.get_group(), 2), (whole, 4)):
+            options = parse_options({"ulysses_mesh": each})
+            assert options.ulysses_size == size and parse_options({"ulysses_mesh": each}) == options
+        shared = ranks_of(2, rows)
+        assert shared is not None and shared.group is rows.get_group() and ranks_of(1, rows) is None
+        assert shared.total(torch.tensor([float(rank)])).item() == (1.0 if rank < 2 else 5.0)
+        wrong = {
+            "several": {"ulysses_mesh": mesh},
+            "without names": {"ulysses_mesh": DeviceMesh("cpu", [[0, 1], [2, 3]])},
+            "both": {"ulysses_mesh": rows, "ulysses_size": 4},
+            "outside": {"ulysses_mesh": pair} if rank > 1 else {"ulysses_mesh": "ulysses"},
+        }
+        errors = {}
+        for name, options in wrong.items():
+            with pytest.raises(OptionError) as error:
+                parse_options(options)
+            errors[name] = str(error.value)
+        dist.barrier()
+        dist.destroy_process_group(rows.get_group())
+        with pytest.raises(OptionError, match="make the mesh anew"):
+            ranks_of(2, rows)
+        return errors
+
+    first, *_, last = on_ranks(messages, 4)
+    assert "'data' (2), 'ulysses' (2): pass the one" in first["several"] and "mesh['ulysses']" in first["several"]
+    assert "of 2 and 2 ranks: name them by mesh_dim_names" in first["without names"]
+    assert first["both"] == "ulysses_size=4, and ulysses_mesh has 2 ranks: leave out one of them"
+    assert "a DeviceMesh of one dimension, or a ProcessGroup" in first["outside"]
+    assert "has the ranks 0, 1, and this process is rank 3" in last["outside"]
+
+
+def test_without_a_process_group_nothing_is_compiled(monkeypatch):
     with pytest.raises(OptionError, match="torchrun --nproc_per_node=2"):
         cachedit_fx.compile(models.Toy(), ulysses_size=2)
     with pytest.raises(OptionError, match="ulysses_size"):
         parse_options({"ulysses_size": 0})
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with pytest.raises(OptionError, match=r"know of each other: call torch.distributed.init_process_group\(\) before"):
+        cachedit_fx.compile(models.Toy(), ulysses_mesh=dist.ProcessGroup(0, 2))
 
 
 @pytest.mark.budget(90, "two or four ranks capture the bundled model")
