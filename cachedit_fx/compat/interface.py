@@ -61,14 +61,17 @@ def enable_cache(
     Args:
         cache_config: `DBCacheConfig()` if left out, unless one of the last three configs is given: then no cache.
         params_modifiers: one, a list with one for each block list, or a list of lists, one for each transformer.
-        parallelism_config, attention_backend: kept, without effect (`ParallelismConfig`, `set_attn_backend`).
+        parallelism_config: lets ranks share each sample, also without a cache. It stays in force until another one
+            takes its place, or `disable_cache`.
+        attention_backend: kept, without effect (`set_attn_backend`).
         quantize_config: for the transformers, or for the pipeline's components that it names.
         **settings: fields of the cache config and of a calibrator, in the style of older scripts; and options of
             `cachedit_fx.enable_cache`, such as `inner_backend`.
 
     Raises:
-        OptionError: on an unknown name, a value that is not allowed, or configs of another package.
-        NotImplementedError: on settings that memory or ranks depend on, before a weight moves.
+        OptionError: on an unknown name, a value that is not allowed, configs of another package, or ranks that
+            torch.distributed does not know.
+        NotImplementedError: on settings that memory depends on, before a weight moves.
     """
     options = {name: settings.pop(name) for name in list(settings) if name in _OWN_OPTIONS}
     changes, flat_calibrator = split_flat(settings, "compat.enable_cache", _OWN_OPTIONS)
@@ -86,8 +89,12 @@ def enable_cache(
     to_quantize = [] if quantize_config is None else _to_quantize(adapter, quantize_config)
     if parallelism_config is not None:
         parallelism_config.check()
-    if cache is not None:
-        for part, share in zip(parts, modifiers, strict=True):
+        attention_backend = parallelism_config.attention_backend or attention_backend
+    if cache is None and cache_config is not None:
+        _disable(adapter)
+    for part, share in zip(parts, modifiers, strict=True):
+        ranks = _ranks_of(parallelism_config or kept_of(part.module).parallelism_config)
+        if cache is not None:
             own = _in_order(part, [own_modifier(each, cache, calibrator) for each in share], cache)
             lists = _lists_in_order(part)
             loops = [each.name for each in lists] or None
@@ -96,17 +103,29 @@ def enable_cache(
                 cache,
                 calibrator,
                 params_modifiers=own,
-                **{"scope": _scope_of(part, calibrator), "loops": loops} | options,
+                **{"scope": _scope_of(part, calibrator), "loops": loops} | ranks | options,
             )
             keep(part.module, lists=lists)
-    elif cache_config is not None:
-        _disable(adapter)
-    for part in parts:
+        elif ranks and (present := _present_options(part.module)) | ranks != {"ulysses_size": 1} | present:
+            api.enable_cache(part.module, **present | ranks | options)
         keep(part.module, parallelism_config=parallelism_config)
     set_attn_backend(adapter, attention_backend)
     for module, config in to_quantize:
         quantize(module, config)
     return pipe_or_adapter
+
+
+def _ranks_of(config: ParallelismConfig | None) -> dict[str, Any]:
+    """The option that a config stands for, if it has one."""
+    return {} if config is None or config.ulysses_size is None else {"ulysses_size": config.ulysses_size}
+
+
+def _present_options(module: torch.nn.Module) -> dict[str, Any]:
+    """The module's options; those without a cache if it is not enabled."""
+    state = next(iter(states_of(module)), None)
+    return (
+        {"cache": None} if state is None else {each.name: getattr(state.options, each.name) for each in fields(Options)}
+    )
 
 
 def disable_cache(pipe_or_adapter: Model) -> Model:
@@ -157,9 +176,8 @@ def refresh_context(
     for part in adapter_of(transformer).parts():
         state = next(iter(states_of(part.module)), None)
         if state is not None and values and state.options.params_modifiers:
-            options = {each.name: getattr(state.options, each.name) for each in fields(Options)}
-            lists = kept_of(part.module).lists
-            api.enable_cache(part.module, **options | {"params_modifiers": _changed(state.options, values, lists)})
+            modifiers = _changed(state.options, values, kept_of(part.module).lists)
+            api.enable_cache(part.module, **_present_options(part.module) | {"params_modifiers": modifiers})
         present = None if state is None else state.options.calibrator
         calibrator = changed_calibrator(flat_calibrator or calibrator_config, present, cache_config)
         config = None if state is None or state.config is None else _refreshed(state.config, cache_config, values)

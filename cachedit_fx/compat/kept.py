@@ -1,4 +1,4 @@
-"""Settings that were accepted for a transformer and do nothing yet. References to modules are weak."""
+"""Settings that were accepted for a transformer, for its statistics. References to modules are weak."""
 
 from __future__ import annotations
 

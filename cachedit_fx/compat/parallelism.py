@@ -1,4 +1,4 @@
-"""Settings that only speed up, and that this package does not act on yet: parallelism, attention, torch's compilers."""
+"""Settings that only speed up: parallelism, and what has no effect yet, attention and torch's compilers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cachedit_fx.runtime.warning import SettingWarning, warn
 
 
 class ParallelismBackend(Enum):
-    """The library that would share the work out."""
+    """The library that shares the work out; accepted, without effect."""
 
     AUTO = "Auto"
     CACHE_DIT = "CACHE_DIT"
@@ -39,8 +39,10 @@ class ParallelismBackend(Enum):
 
 @dataclass
 class ParallelismConfig:
-    """How the work would be shared out among devices. Accepted and kept; every device computes the whole model.
+    """How the ranks of torch.distributed share the work on a sample: `ulysses_size` of them, by their tokens.
 
+    The script starts the ranks, by torchrun and `torch.distributed.init_process_group`. Lengths and heads may be of any
+    size, with and without `ulysses_anything`. `ring_size`, `ulysses_float8` and `ulysses_async` have no effect yet.
     `tp_size`, `extra_parallel_modules` and `use_ray` decide what a device must hold, so `enable_cache` raises
     NotImplementedError on them.
     """
@@ -88,7 +90,7 @@ class ParallelismConfig:
                 raise OptionError(f"{name}={size!r} is not allowed: it must be a number of devices >= 1, or None")
 
     def check(self) -> None:
-        """Raise on settings that decide what a device holds; warn that the others have no effect.
+        """Raise on settings that decide what a device holds; warn of those that have no effect.
 
         Raises:
             NotImplementedError: for tensor parallelism, further modules, and Ray.
@@ -104,14 +106,20 @@ class ParallelismConfig:
                     f"ParallelismConfig({name}): cachedit_fx shares no weights out among devices, and would run out of "
                     "memory; use quantize, pipe.enable_model_cpu_offload() or diffusers' enable_group_offload"
                 )
-        sizes = {"ulysses_size": self.ulysses_size, "ring_size": self.ring_size}
-        asked = [f"{name}={size}" for name, size in sizes.items() if size is not None and size > 1]
+        without_effect = {
+            f"ring_size={self.ring_size}": (self.ring_size or 1) > 1,
+            "ulysses_float8=True": self.ulysses_float8,
+            "ulysses_async=True": self.ulysses_async,
+        }
+        asked = [name for name, is_asked in without_effect.items() if is_asked]
         if asked:
             warn(
-                f"ParallelismConfig({', '.join(asked)}) has no effect, and every process computes the whole model: "
-                "cachedit_fx.enable_cache(pipe, ulysses_size=2) lets two processes share a sample",
+                f"ParallelismConfig({', '.join(asked)}) has no effect yet: ulysses_size alone shares the work, in full "
+                "precision, and waits for what it sends",
                 SettingWarning,
             )
+        if self.cp_plan is not None:
+            warn("ParallelismConfig(cp_plan=...) is ignored: what to cut is found in the graph", SettingWarning)
 
     def strify(self, details: bool = False, text_encoder: bool = False, vae: bool = False) -> str:
         """A short name for logs and files such as "Ulysses2_TP2", with `details` a longer one."""

@@ -8,8 +8,9 @@ import pytest
 import torch
 from lib.models import TwoLoops
 from lib.models import inputs as two_loops_inputs
+from lib.ranks import close, on_ranks
 from lib.toy_pipeline import TEXTS, ToyPipeline
-from lib.toys import FALLING, Toy, denoise, make, noise
+from lib.toys import FALLING, Toy, denoise, make, make_small, noise
 
 import cachedit_fx
 import cachedit_fx.compat as cache_dit
@@ -209,16 +210,56 @@ def test_other_settings_alone_switch_no_cache_on():
 def test_what_only_speeds_up_is_kept_and_said():
     model = make()
     config = cache_dit.ParallelismConfig(
-        ulysses_size=2, parallel_kwargs={"experimental_ulysses_async": True, "attention_backend": "native"}
+        ring_size=2, cp_plan={"": {}}, parallel_kwargs={"experimental_ulysses_async": True, "attention_backend": "sage"}
     )
-    with pytest.warns(SettingWarning, match="ulysses_size=2.* has no effect"):
+    with pytest.warns(SettingWarning) as said:
         cache_dit.enable_cache(model, always(), parallelism_config=config, **EAGER)
+    words = ("ring_size=2, ulysses_async=True) has no effect yet", "cp_plan=...) is ignored", "'sage' has no effect")
+    assert all(any(each in str(warning.message) for warning in said) for each in words)
     denoise(model)
     (stats,) = cache_dit.summary(model, logging=False)
-    assert stats.parallelism_config is config and config.ulysses_async and config.attention_backend == "native"
-    assert cache_dit.strify(stats) == f"DBCache_F1B0_W2I1M0MC0_R1.0_T0O0_Ulysses2_UAS_S{len(REST)}"
+    assert stats.parallelism_config is config and config.ulysses_async and kept_of(model).attention_backend == "sage"
+    assert cache_dit.strify(stats) == f"DBCache_F1B0_W2I1M0MC0_R1.0_T0O0_Ring2_UAS_S{len(REST)}"
     with pytest.warns(SettingWarning, match="changes no global setting"):
         cache_dit.set_compile_configs(descent_tuning=True)
+
+
+def test_ranks_share_with_and_without_a_cache_and_until_another_config_comes():
+    """`ulysses_size` is the option of that name, whatever calls come between."""
+
+    def sizes(_):
+        model = make_small()
+        two = cache_dit.ParallelismConfig(ulysses_size=2, backend="native_diffuser", ulysses_anything=True)
+        calls = (
+            {"parallelism_config": cache_dit.ParallelismConfig(ulysses_size=1)},
+            {"parallelism_config": two},
+            {"cache_config": always()},
+            {"attention_backend": "native"},
+            {"parallelism_config": cache_dit.ParallelismConfig(ulysses_size=1)},
+            {"parallelism_config": two},
+            {"cache_config": DBCacheConfig(cache_type=cache_dit.NONE)},
+        )
+        found = []
+        for settings in calls:
+            cache_dit.enable_cache(model, **settings, **EAGER)
+            found += [(state.options.cache is not None, state.options.ulysses_size) for state in states_of(model)[:1]]
+        output = denoise(model, FALLING[:1])
+        cache_dit.disable_cache(model)
+        assert close(output, denoise(model, FALLING[:1]))
+        assert not states_of(model) and kept_of(model).parallelism_config is None
+        return found
+
+    without, with_cache = (False, 2), (True, 2)
+    expected = [without, with_cache, with_cache, (True, 1), with_cache, without]
+    assert on_ranks(sizes) == [expected, expected]
+
+
+def test_ranks_that_are_not_there_are_an_error():
+    model = make()
+    for settings in ({"cache_config": always()}, {}):
+        with pytest.raises(OptionError, match="torchrun --nproc_per_node=2"):
+            cache_dit.enable_cache(model, parallelism_config=cache_dit.ParallelismConfig(ulysses_size=2), **settings)
+    assert not states_of(model) and kept_of(model).parallelism_config is None
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,21 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lib.ranks import close, on_ranks
+
+from cachedit_fx.compat import load_parallelism_config
+from cachedit_fx.runtime.registry import states_of
 
 FOLDER = Path(__file__).parent / "scripts"
-SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py") if path.name != "preamble.py")
+ON_RANKS = "parallel.py"
+"""The script that torchrun starts."""
+SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py") if path.name not in ("preamble.py", ON_RANKS))
 SAYS = {
-    "parallel.py": ["ulysses_size=2", "'flash' has no effect"],
+    "parallel.py": ["'sage' has no effect", "'flash' has no effect"],
     "quantize_and_compile.py": ["set_compile_configs has no effect", "options of torch.compile have no effect"],
     "registered.py": ["patches nothing"],
 }
@@ -36,8 +43,8 @@ def in_folder(monkeypatch):
     sys.modules.pop("preamble", None)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_runs_and_caches(name, in_folder):
+def run(name):
+    """What the script's names stand for at its end, and its warnings. Asserts that it cached."""
     limits = torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -48,8 +55,30 @@ def test_a_script_runs_and_caches(name, in_folder):
     assert any(entry.cached_steps for entry in names["stats"])
     messages = "\n".join(str(warning.message) for warning in caught)
     assert all(words in messages for words in SAYS.get(name, ())), messages
+    return names, messages
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_runs_and_caches(name, in_folder):
+    names, _ = run(name)
     if name == "quantize_and_compile.py":
         assert names["plain"]._compiled_call_impl is None and not hasattr(names["plain"], "_orig_mod")
+
+
+def test_a_script_shares_its_samples(in_folder):
+    """Its output on two ranks is that of the same script without `parallelism_config`."""
+    alone = (FOLDER / ON_RANKS).read_text().replace("ulysses_size=2", "ulysses_size=1")
+
+    def shared(rank):
+        names, _ = run(ON_RANKS)
+        config, (state,) = load_parallelism_config("whole.yaml"), states_of(names["pipe"].transformer)
+        assert state.ranks is not None and state.ranks.size == config.ulysses_size == 2
+        whole: dict[str, Any] = {}
+        exec(alone, whole)
+        assert [each.cached_steps for each in names["stats"]] == [each.cached_steps for each in whole["stats"]]
+        return close(names["output"].images, whole["output"].images)
+
+    assert on_ranks(shared) == [True, True]
 
 
 @pytest.mark.full("peers")

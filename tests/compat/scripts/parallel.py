@@ -1,8 +1,12 @@
+import torch.distributed as dist
 from preamble import tiny_pipeline
 
 import cachedit_fx.compat as cache_dit
 from cachedit_fx.compat import DBCacheConfig, ParallelismConfig
 
+# torchrun --nproc_per_node=2 parallel.py
+if not dist.is_initialized():
+    dist.init_process_group(backend="gloo")
 pipe = tiny_pipeline()
 cache_dit.enable_cache(
     pipe,
