@@ -239,7 +239,7 @@ OTHER_STRUCTURE = {
     "hoisted_mib": 8,
     "ulysses_size": 2,
     "ulysses_inputs": "first_rank",
-    "ulysses_mesh": dist.ProcessGroup(0, 2),
+    "ulysses_mesh": dist.ProcessGroup(dist.HashStore(), 0, 2),
 }
 
 

@@ -263,16 +263,16 @@ def test_a_mesh_says_which_ranks_share():
         shared = ranks_of(2, rows)
         assert shared is not None and shared.group is rows.get_group() and ranks_of(1, rows) is None
         assert shared.total(torch.tensor([float(rank)])).item() == (1.0 if rank < 2 else 5.0)
-        wrong = {
+        wrong: dict[str, dict[str, Any]] = {
             "several": {"ulysses_mesh": mesh},
             "without names": {"ulysses_mesh": DeviceMesh("cpu", [[0, 1], [2, 3]])},
             "both": {"ulysses_mesh": rows, "ulysses_size": 4},
             "outside": {"ulysses_mesh": pair} if rank > 1 else {"ulysses_mesh": "ulysses"},
         }
         errors = {}
-        for name, options in wrong.items():
+        for name, settings in wrong.items():
             with pytest.raises(OptionError) as error:
-                parse_options(options)
+                parse_options(settings)
             errors[name] = str(error.value)
         dist.barrier()
         dist.destroy_process_group(rows.get_group())
@@ -295,7 +295,7 @@ def test_without_a_process_group_nothing_is_compiled(monkeypatch):
         parse_options({"ulysses_size": 0})
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     with pytest.raises(OptionError, match=r"know of each other: call torch.distributed.init_process_group\(\) before"):
-        cachedit_fx.compile(models.Toy(), ulysses_mesh=dist.ProcessGroup(0, 2))
+        cachedit_fx.compile(models.Toy(), ulysses_mesh=dist.ProcessGroup(dist.HashStore(), 0, 2))
 
 
 @pytest.mark.budget(90, "two or four ranks capture the bundled model")
