@@ -1,4 +1,4 @@
-"""Peers on the FLUX of `cachedit_fx.bench.flux`: what start-up and overhead are compared with."""
+"""Peers on the FLUX of `cachedit_fx.bench.flux`: what start-up, overhead and shared samples are compared with."""
 
 from __future__ import annotations
 
@@ -20,3 +20,12 @@ def cache_dit(module: Any, steps: int, first: int) -> None:
         Fn_compute_blocks=first, max_warmup_steps=1, residual_diff_threshold=10.0, num_inference_steps=steps
     )
     peer.enable_cache(adapter, cache_config=config)
+
+
+def cache_dit_ulysses(module: Any, ranks: int) -> None:
+    """Let all ranks share each sample by cache-dit 1.5.3's Ulysses, without a cache. It patches the module, which is
+    still to be compiled."""
+    import cache_dit as peer
+    import einops  # noqa: F401 - without it cache-dit says that it does not know the model
+
+    peer.enable_cache(module, parallelism_config=peer.ParallelismConfig(ulysses_size=ranks))

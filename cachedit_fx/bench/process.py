@@ -52,9 +52,7 @@ class Worker:
     def __init__(self, key: str, python: str, setup: Setup) -> None:
         self.key = key
         threads = str(setup.threads)
-        environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads)
-        if (CHECKOUT / "pyproject.toml").is_file():  # the worker's environment need not have cachedit_fx installed
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
+        environment = _environment() | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads)
         command = [python, "-m", "cachedit_fx.bench.worker", json.dumps(asdict(setup))]
         # A session of its own: Ctrl-C reaches the driver alone, and stopping it takes its compile helpers along.
         self.process = subprocess.Popen(
@@ -104,19 +102,27 @@ class Worker:
         return answer
 
 
-def answer_of(command: Sequence[str], key: str, **environment: str) -> Any:
-    """What a module, run by this interpreter on one thread, prints as its last line, which is JSON.
+def _environment() -> dict[str, str]:
+    """Variables of a process that may run in another environment: that one need not have cachedit_fx installed."""
+    paths = [str(CHECKOUT)] if (CHECKOUT / "pyproject.toml").is_file() else []
+    paths += filter(None, [os.environ.get("PYTHONPATH")])
+    return os.environ | ({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})
+
+
+def answer_of(command: Sequence[str], key: str, python: str = sys.executable, **environment: str) -> Any:
+    """What a module, run on one thread, prints as its last line, which is JSON.
 
     Args:
         command: the module's name, and its arguments.
         key: what a failure calls it.
+        python: the interpreter.
         environment: variables of the process, in addition to those of this one.
 
     Raises:
         BenchmarkError: if it fails, with the last line of its complaint.
     """
-    settings = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    arguments = [sys.executable, "-W", "ignore", "-m", *command]
+    settings = _environment() | {"OMP_NUM_THREADS": "1"} | environment
+    arguments = [python, "-W", "ignore", "-m", *command]
     done = subprocess.run(arguments, capture_output=True, text=True, env=settings)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cachedit_fx.cli.options import OnlyModels, check_compiler, check_out, models_of
+from cachedit_fx.cli.options import ImageTokens, OnlyModels, check_compiler, check_out, models_of, sides_of
 from cachedit_fx.cli.terminal import progress, quiet, reported, save
 from cachedit_fx.report.tables import Heading, Part
 
@@ -40,14 +40,7 @@ TIMES = (
 
 def motion(
     only: OnlyModels = None,
-    tokens: Annotated[
-        list[int] | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Time steps with N image tokens, a square number; may be repeated. None by default.",
-        ),
-    ] = None,
+    tokens: ImageTokens = None,
     rounds: Annotated[int, typer.Option(metavar="N", min=1, max=200, help="Timed pairs of steps.")] = 20,
     width: Annotated[int, typer.Option(metavar="N", min=HEAD, help="Width of the model that is timed.")] = 1024,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for [b]motion.md[/b].")] = Path("cachedit-bench"),
@@ -68,10 +61,7 @@ def motion(
         from cachedit_fx.bench.motion_memory import cards, memory_table
         from cachedit_fx.bench.motion_times import measure, time_table
     names = models_of(known_models.MODELS, only)
-    sides = [round(number**0.5) for number in tokens or ()]
-    for number, side in zip(tokens or (), sides, strict=True):
-        if side**2 != number:
-            raise typer.BadParameter(f"{number} is no square number, such as {side**2}", param_hint="--tokens")
+    sides = sides_of(tokens)
     if width % HEAD:
         raise typer.BadParameter(f"{width} is no multiple of {HEAD}, the width of a head", param_hint="--width")
     if sides:

@@ -93,6 +93,26 @@ def models_of(names: Iterable[str], only: list[str] | None) -> list[str]:
     return chosen
 
 
+ImageTokens = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--tokens",
+        metavar="N",
+        min=1,
+        help="Time steps with N image tokens, a square number; may be repeated. None by default.",
+    ),
+]
+
+
+def sides_of(tokens: list[int] | None) -> list[int]:
+    """The side of a picture of each of these numbers of tokens. Refuses a number that is no square."""
+    sides = [round(number**0.5) for number in tokens or ()]
+    for number, side in zip(tokens or (), sides, strict=True):
+        if side**2 != number:
+            raise typer.BadParameter(f"{number} is no square number, such as {side**2}", param_hint="--tokens")
+    return sides
+
+
 def check_out(folder: Path) -> None:
     """Refuse `--out` if nothing can be written there, before anything slow begins."""
     obstacle = check_folder(folder)

@@ -123,9 +123,9 @@ def _ranks_of(config: ParallelismConfig | None) -> dict[str, Any]:
 def _present_options(module: torch.nn.Module) -> dict[str, Any]:
     """The module's options; those without a cache if it is not enabled."""
     state = next(iter(states_of(module)), None)
-    return (
-        {"cache": None} if state is None else {each.name: getattr(state.options, each.name) for each in fields(Options)}
-    )
+    if state is None:
+        return {"cache": None}
+    return {each.name: getattr(state.options, each.name) for each in fields(Options)}
 
 
 def disable_cache(pipe_or_adapter: Model) -> Model:
