@@ -94,7 +94,7 @@ def measure(size: Size, rounds: int, inner_backend: str, peer_python: str | None
 def table(rows: Sequence[Timing]) -> Table:
     """A line for each kind of step."""
     headings = ("", "image\ntokens", "step", "one\nrank", "two\nranks", "two over\none")
-    result = Table((*headings, "cache-\ndit", "two over\ncache-dit", "wall"), texts=(0, 2))
+    result = Table((*headings, "cache-dit", "two over\ncache-dit", "wall"), texts=(0, 2))
     for row in rows:
         for kind, cpu in row.cpu.items():
             seconds = {who: f"{median(each):.3f}" for who, each in cpu.items()}

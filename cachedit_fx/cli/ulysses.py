@@ -34,8 +34,8 @@ TIMES = (
     "processes of one thread, joined by gloo; one of them waits while the other is alone. A FLUX with 2 + 4 blocks, "
     "heads of 64, random weights in float32 and 16 text tokens. Computed and cached steps are those of a model with a "
     "cache that computes the first block (F1B0). cache-dit is the Ulysses of 1.5.3 on the two ranks, without a cache. "
-    'torch.compile compiles its model if inductor compiles ours. "wall" is the wall time of two ranks over that of one, '
-    "told only if both ranks had a core."
+    "torch.compile compiles its model if inductor compiles ours. The last column is the wall time of two ranks over "
+    "that of one, told only if both ranks had a core."
 )
 
 
