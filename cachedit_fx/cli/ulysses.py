@@ -53,9 +53,9 @@ def ulysses(
         typer.Option(case_sensitive=False, help="What compiles the model that is timed; may be repeated."),
     ] = None,
     peer_python: Annotated[
-        str,
+        str | None,
         typer.Option(metavar="PATH", help="Interpreter of an environment that has cache-dit. This one by default."),
-    ] = "",
+    ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for [b]ulysses.md[/b].")] = Path("cachedit-bench"),
 ) -> None:
     """Count what each rank does and sends with [bold]ulysses_size=N[/bold], on the graphs of three large models.
@@ -95,7 +95,7 @@ def ulysses(
     save(out / "ulysses.md", "Context parallelism", parts)
 
 
-def _peer(python: str) -> str | None:
+def _peer(python: str | None) -> str | None:
     """The interpreter that has cache-dit. None if it was not named, and this one has none.
 
     Raises:

@@ -5,6 +5,7 @@ Each model is captured once, in this process. Ranks are forked once for all mode
 
 from __future__ import annotations
 
+import copy
 import functools
 import traceback
 from typing import Any
@@ -47,8 +48,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+TOKENS = {1: (3, 5, 7), 2: (5, 5, 3), 3: (3, 4, 5), 4: (2, 2, 1)}
+"""Size -> height and width in image tokens, and text tokens. Of the text, rank 1 has one token at size 2, and none at
+size 4."""
+
+
 def odd_flux(heads=2, dtype=torch.float32):
-    """A small FLUX, and its inputs at two sizes that two ranks do not divide."""
+    """A small FLUX, and its inputs at the sizes in `TOKENS`."""
     sizes = {"in_channels": 4, "attention_head_dim": 8, "joint_attention_dim": 12, "pooled_projection_dim": 10}
     torch.manual_seed(0)
     module = FluxTransformer2DModel(
@@ -56,7 +62,8 @@ def odd_flux(heads=2, dtype=torch.float32):
     )
 
     def inputs(size):
-        given = packed(3, 5, text=7) if size == 1 else packed(5, 5, text=3)
+        height, width, text = TOKENS[size]
+        given = packed(height, width, text=text)
         given |= {"pooled_projections": torch.randn(1, 10), "timestep": torch.tensor([0.5]), "guidance": None}
         given = {name: value.to(dtype) if torch.is_tensor(value) else value for name, value in given.items()}
         return given | {"return_dict": False}
@@ -169,6 +176,48 @@ def test_ranks_differ_by_no_bit():
     for case in first:
         for (outputs, *_), (others, *_) in zip(first[case][0], second[case][0], strict=True):
             assert all(torch.equal(a, b) for a, b in zip(outputs, others, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inductor
+
+
+class Compiled:
+    """A model compiled as users do, so that dynamo captures it anew when a length becomes a number."""
+
+    def __init__(self, module, **options):
+        self.module = cachedit_fx.compile(module, **options)
+
+    @torch.no_grad()
+    def __call__(self, **inputs):
+        return self.module(**inputs)
+
+    def summary(self):
+        return cachedit_fx.summary(self.module)
+
+
+@pytest.mark.full("parallel")
+@pytest.mark.budget(400, "inductor compiles three graphs on each of two ranks")
+@pytest.mark.parametrize(("dtype", "sizes"), [(torch.float32, (1, 3, 2, 3)), (torch.bfloat16, (1, 3, 4, 3))])
+def test_pieces_compiled_by_inductor_take_any_length(dtype, sizes):
+    """The second size has symbolic lengths. The third has a length that is a number: one token on a rank, or none."""
+    module, make_inputs = odd_flux(dtype=dtype)
+    inputs = {size: make_inputs(size) for size in sizes}
+
+    def runs(**options):
+        compiled = Compiled(copy.deepcopy(module), **DBCACHE, **options)
+        return [generation(compiled, inputs[size]) for size in sizes]
+
+    expected = runs(inner_backend="eager")
+    with torch._inductor.config.patch(compile_threads=1):
+        both = on_ranks(lambda rank: runs(inner_backend="inductor", ulysses_size=2), seconds=600)
+    tolerance = 2e-5 if dtype is torch.float32 else 0.05
+    for found in both:
+        for (outputs, stats, _), (outputs_of_one, stats_of_one, _) in zip(found, expected, strict=True):
+            assert stats == stats_of_one and any(steps for steps, _ in stats)
+            assert all(close(a, b, tolerance) for a, b in zip(outputs, outputs_of_one, strict=True))
+    for ours, others in zip(*both, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours[0], others[0], strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
