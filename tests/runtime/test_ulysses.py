@@ -48,9 +48,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-TOKENS = {1: (3, 5, 7), 2: (5, 5, 3), 3: (3, 4, 5), 4: (2, 2, 1)}
-"""Size -> height and width in image tokens, and text tokens. Of the text, rank 1 has one token at size 2, and none at
-size 4."""
+TOKENS = {1: (3, 5, 7), 2: (5, 5, 3), 3: (3, 4, 5)}
+"""Size -> height and width in image tokens, and text tokens. At size 2 the last of two ranks has one token of the text."""
 
 
 def odd_flux(heads=2, dtype=torch.float32):
@@ -197,10 +196,10 @@ class Compiled:
 
 
 @pytest.mark.full("parallel")
-@pytest.mark.budget(400, "inductor compiles three graphs on each of two ranks")
-@pytest.mark.parametrize(("dtype", "sizes"), [(torch.float32, (1, 3, 2, 3)), (torch.bfloat16, (1, 3, 4, 3))])
+@pytest.mark.budget(400, "inductor compiles two graphs on each of two ranks")
+@pytest.mark.parametrize(("dtype", "sizes"), [(torch.float32, (1, 3, 2, 3)), (torch.bfloat16, (1, 3, 1))])
 def test_pieces_compiled_by_inductor_take_any_length(dtype, sizes):
-    """The second size has symbolic lengths. The third has a length that is a number: one token on a rank, or none."""
+    """The first two sizes share symbolic lengths. At the third a rank has one token of the text, which is a number."""
     module, make_inputs = odd_flux(dtype=dtype)
     inputs = {size: make_inputs(size) for size in sizes}
 
