@@ -49,7 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 TOKENS = {1: (3, 5, 7), 2: (5, 5, 3), 3: (3, 4, 5)}
-"""Size -> height and width in image tokens, and text tokens. At size 2 the last of two ranks has one token of the text."""
+"""Size -> height and width in image tokens, and text tokens. At size 2 the second rank has one token of the text."""
 
 
 def odd_flux(heads=2, dtype=torch.float32):
