@@ -185,15 +185,12 @@ class Agreement:
             rows = self.ranks.tables(row)
             slot = next((slot for slot in range(SLOTS) if len({row[slot] for row in rows}) > 1), None)
             if slot is not None:
-                what = (
-                    self._difference("option", settings)
-                    if slot == OPTIONS
-                    else self._difference("input", forms)
-                    if slot == FORMS
-                    else self._difference("operation", operations)
-                    if slot == GRAPH
-                    else _other_values(slot, list(arguments))
-                )
+                texts: dict[int, tuple[str, Mapping[Any, Hashable]]] = {
+                    OPTIONS: ("option", settings),
+                    FORMS: ("input", forms),
+                    GRAPH: ("operation", operations),
+                }
+                what = self._difference(*texts[slot]) if slot in texts else _other_values(slot, list(arguments))
                 ranks = f"{self.ranks.presence.heading}{self._places(rows, slot)}"
                 raise RanksDisagree(f"{ranks} differ in their calls: {what}")
 
