@@ -4,8 +4,9 @@
     rank 1   options, form of the call, graph, weights, each input's values ─► 64 numbers ─┴► equal? else: what differs
 
 A rank that drew its own noise, or encoded its own prompt, would give a garbage picture and no error. The ranks compare
-their calls where a generation begins, and when the inputs have another form than before. First they make sure that all
-of them have come (`runtime.presence`). Then one small all-gather and one read-back compare the calls.
+their calls where a generation begins, at the first call of each further branch, and when the inputs have another form
+than before. First they make sure that all of them have come (`runtime.presence`). Then one small all-gather and one
+read-back compare the calls.
 
 With ulysses_inputs="first_rank" the values of tensors are not compared: at every call all ranks take those of the
 group's first rank.
@@ -96,8 +97,10 @@ class Agreement:
         self._shared_inputs = SharedInputs(ranks) if takes_first else None
         self._forms: Hashable = None
         """Of the latest comparison."""
-        self._generations: weakref.WeakKeyDictionary[Session, int] = weakref.WeakKeyDictionary()
-        """Session -> the generation that was compared."""
+        self._branches: weakref.WeakKeyDictionary[Session, tuple[int, frozenset[int | None]]] = (
+            weakref.WeakKeyDictionary()
+        )
+        """Session -> the latest generation, and its branches that were compared."""
 
     @contextmanager
     def watch(self, state: ModelState) -> Iterator[None]:
@@ -160,17 +163,20 @@ class Agreement:
         self._compare(inputs, call.session.state)
         return True
 
-    def locate(self, inputs: Sequence[Any], session: Session, is_compared: bool) -> None:
-        """The call's position is known now. Compares the first call of a generation, unless `begin` did.
+    def locate(self, inputs: Sequence[Any], call: Call, is_compared: bool) -> None:
+        """The call's position is known now. Compares the first call of each branch, unless the call was compared.
 
         Raises:
             RanksDisagree: on all ranks, if the calls differ.
             RankMissing: if a rank does not take part.
         """
-        if self._generations.get(session) != session.generation:
+        session, branch = call.session, call.position and call.position.branch
+        generation, compared = self._branches.get(session, (None, frozenset()))
+        compared = compared if generation == session.generation else frozenset()
+        if branch not in compared:
             if not is_compared:
                 self._compare(inputs, session.state)
-            self._generations[session] = session.generation
+            self._branches[session] = session.generation, compared | {branch}
 
     def _compare(self, inputs: Sequence[Any], state: ModelState) -> None:
         arguments = {name: inputs[index] for index, name in self.captured.arguments.items()}

@@ -148,7 +148,7 @@ class CachedGraph(RewrittenGraph):
         taken = agreement.taken(inputs)
 
         def locate() -> None:
-            agreement.locate(taken, call.session, is_compared)
+            agreement.locate(taken, call, is_compared)
 
         def enter() -> None:
             nonlocal is_compared

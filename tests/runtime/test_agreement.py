@@ -134,3 +134,26 @@ def test_a_generation_that_a_shortcut_begins_is_compared():
     for first, second in on_ranks(by_shortcuts):
         assert first == [""] * 4
         assert CASES["noise"] in second[0]
+
+
+def with_guidance(rank):
+    """Errors of two generations of two steps, each a call with the prompt and one with the negative prompt."""
+    shared, arguments = captured()
+    shared.compile_anew(**OPTIONS)
+    text = arguments["encoder_hidden_states"]
+    errors = []
+    for has_fault in (False, True):
+        prompts = [text, text * (0.5 + 0.1 * rank * has_fault)]
+        calls = [(scale, prompt) for scale in (1.0, 0.8) for prompt in prompts]
+        changes = [
+            {"timestep": arguments["timestep"] * scale, "encoder_hidden_states": prompt} for scale, prompt in calls
+        ]
+        errors.append([called(shared, arguments | change) for change in changes])
+    return errors
+
+
+def test_the_first_call_of_each_branch_is_compared():
+    captured()
+    for first, second in on_ranks(with_guidance):
+        assert first == [""] * 4
+        assert second[0] == "" and CASES["prompt"] in second[1]
