@@ -261,8 +261,8 @@ def _checksum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
         flat = bits.detach().reshape(-1)
         if flat.dtype is not torch.bool:
             flat = flat.view(_INTEGERS[flat.element_size()])
-        half = flat[: len(flat) // 2].sum(dtype=torch.int64)
-        total = total.to(flat.device) * 31 + flat.sum(dtype=torch.int64) + 7 * half
+        places = torch.arange(1, len(flat) + 1, device=flat.device)  # equal elements in another order are another content
+        total = total.to(flat.device) * 31 + (flat * places).sum()
     return total
 
 
