@@ -261,7 +261,7 @@ def _checksum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
         flat = bits.detach().reshape(-1)
         if flat.dtype is not torch.bool:
             flat = flat.view(_INTEGERS[flat.element_size()])
-        places = torch.arange(1, len(flat) + 1, device=flat.device)  # equal elements in another order are another content
+        places = torch.arange(1, len(flat) + 1, device=flat.device)  # so that the order of equal elements counts
         total = total.to(flat.device) * 31 + (flat * places).sum()
     return total
 
