@@ -109,20 +109,20 @@ def _environment() -> dict[str, str]:
     return os.environ | ({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})
 
 
-def answer_of(command: Sequence[str], key: str, python: str = sys.executable, **environment: str) -> Any:
+def answer_of(command: Sequence[str], key: str, python: str | None = None, **environment: str) -> Any:
     """What a module, run on one thread, prints as its last line, which is JSON.
 
     Args:
         command: the module's name, and its arguments.
         key: what a failure calls it.
-        python: the interpreter.
+        python: the interpreter; None = this one.
         environment: variables of the process, in addition to those of this one.
 
     Raises:
         BenchmarkError: if it fails, with the last line of its complaint.
     """
     settings = _environment() | {"OMP_NUM_THREADS": "1"} | environment
-    arguments = [python, "-W", "ignore", "-m", *command]
+    arguments = [python or sys.executable, "-W", "ignore", "-m", *command]
     done = subprocess.run(arguments, capture_output=True, text=True, env=settings)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
