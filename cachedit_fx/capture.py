@@ -51,20 +51,23 @@ def _output_graph() -> Any:
         return None
 
 
+def _traced_frame() -> Mapping[str, Any]:
+    """The local variables of the frame that is traced; none outside a capture."""
+    output = _output_graph()
+    frame: Mapping[str, Any] = {} if output is None or output.root_tx is None else output.root_tx.f_locals
+    return frame
+
+
 def numbers_in_frame() -> dict[str, float]:
     """Arguments of the traced frame that are Python numbers. Dynamo makes them constants of its first graph."""
-    output = _output_graph()
-    if output is None or output.root_tx is None:
-        return {}
-    frame = output.root_tx.f_locals
+    frame = _traced_frame()
     arguments = dict(frame) | (frame["kwargs"] if isinstance(frame.get("kwargs"), dict) else {})
     return {k: float(v) for k, v in arguments.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
 
 def model_in_frame() -> str:
     """Name of the class whose method is traced; empty if there is none."""
-    output = _output_graph()
-    owner = output.root_tx.f_locals.get("self") if output is not None and output.root_tx is not None else None
+    owner = _traced_frame().get("self")
     return type(owner).__name__ if owner is not None else ""
 
 

@@ -164,7 +164,7 @@ def compile_late(piece: fx.GraphModule, compiler: InnerCompiler) -> Callable[...
     """Have one piece compiled at its first call, by the lengths that come then. Other lengths compile it once more.
 
     Dynamo guards what the compiled form takes for granted. Without its guards nothing would, as lengths that depend on
-    data have no value yet while the graph is compiled.
+    data have no value yet while the graph is compiled. The piece's graph changes in place.
     """
     for node in piece.graph.find_nodes(op="call_function", target=torch.ops.aten.sym_storage_offset.default):
         _drop_checks(node)

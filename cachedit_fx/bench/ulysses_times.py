@@ -88,7 +88,7 @@ def measure(size: Size, rounds: int, inner_backend: str, peer_python: str | None
     """
     request = {"size": size, "rounds": rounds, "inner_backend": inner_backend, "has_peer": peer_python is not None}
     command = ["cachedit_fx.bench.ulysses_times", json.dumps(request)]
-    return Timing(size.side**2, inner_backend, **answer_of(command, "a rank", peer_python or sys.executable))
+    return Timing(size.side**2, inner_backend, **answer_of(command, "a rank", peer_python))
 
 
 def table(rows: Sequence[Timing]) -> Table:

@@ -45,7 +45,7 @@ class Ranks:
 
     def from_first(self, values: torch.Tensor) -> torch.Tensor:
         """The first rank's tensor; in place on the others. All ranks must call it together, with equal shapes."""
-        sent = values.to("cpu" if dist.get_backend(self.group) == "gloo" else values.device)
+        sent = values.to(self._device_for(values))
         dist.broadcast(sent, src=self.presence.members[0], group=self.group)
         return sent
 
@@ -55,11 +55,15 @@ class Ranks:
         Args:
             row: int64, of one length on all ranks.
         """
-        device = torch.device("cpu" if dist.get_backend(self.group) == "gloo" else row.device)
+        device = self._device_for(row)
         rows = [torch.empty_like(row, device=device) for _ in range(self.size)]
         dist.all_gather(rows, row.to(device), group=self.group)
         tables: list[list[int]] = torch.stack(rows).tolist()
         return tables
+
+    def _device_for(self, values: torch.Tensor) -> torch.device:
+        """The device on which the group exchanges these values: gloo needs them on the host."""
+        return torch.device("cpu") if dist.get_backend(self.group) == "gloo" else values.device
 
     def objects(self, value: Any) -> list[Any]:
         """Every rank's value, by rank. All ranks must call it together."""
