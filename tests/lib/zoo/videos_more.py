@@ -157,13 +157,13 @@ def Cosmos3OmniTransformer(key_heads: int = 1) -> Case:
     return module, inputs
 
 
-@entry(blocks=8)
+@entry(blocks=5)
 def SanaWMTransformer3DModel() -> Case:
     """Every fourth block attends by softmax, the others by a recurrence; a camera steers all of them."""
     module = tiny(
         "SanaWMTransformer3DModel",
         in_channels=4,
-        num_layers=8,
+        num_layers=5,
         hidden_size=32,
         num_attention_heads=2,
         linear_head_dim=16,
