@@ -21,6 +21,7 @@ from cachedit_fx.kernels.cpu import compiler
 from cachedit_fx.pass_pipeline import pass_manager
 from cachedit_fx.passes.base import Traced
 from cachedit_fx.placement import Placement, bring_back, wait_on_host
+from cachedit_fx.quantization.copies import WeightCopies
 from cachedit_fx.runtime.compiled_call import CompiledCall, Guards
 from cachedit_fx.runtime.listener import listen, stop_listening
 from cachedit_fx.runtime.model_state import ModelState
@@ -89,12 +90,13 @@ def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa
         state.set_options(settings)
         state.announce()
         return module
+    copies = None if settings.precision is None else WeightCopies(module, settings.precision.request)
     is_on_host = settings.time_weights == "host"
     if state is not None and not is_on_host:
         bring_back(module)
     state = ModelState(settings, type(module).__name__)
     state.announce()
-    state.traced = Traced.of(module)
+    state.traced, state.copies = Traced.of(module), copies
     place = Placement(settings, state.traced, state.warn_once) if is_on_host else None
     # Dynamo keeps a backend for good, and the state holds buffers: the module's call owns the state.
     state_ref = weakref.ref(state)

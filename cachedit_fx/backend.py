@@ -2,7 +2,7 @@
 
     graph ─► normalize ─► find_timestep ─► infer_dependence ─► detect_block_loops ─► infer_sequence_axes
           ─► insert_ulysses ─► plan_regions ─► outline_blocks ─► hoist_invariants ─► insert_cache_branch
-          ─► gather_inputs ─► lower ─► CachedGraph
+          ─► gather_inputs ─► insert_low_precision ─► lower ─► CachedGraph
 
 `torch.compile(model, backend="cachedit", options={...})` finds `cachedit` below through an entry point.
 `cachedit_fx.compile` binds `compile_graph` to one module's state.
@@ -51,6 +51,10 @@ def cachedit(
         raise OptionError(
             "time_weights='host' moves a module's weights, and torch.compile hands a backend graphs: use enable_cache"
         )
+    if parsed.precision is not None:
+        raise OptionError(
+            "precision keeps copies of a module's weights, and torch.compile hands a backend graphs: use enable_cache"
+        )
     if parsed.ulysses_size == 1:
         leave(model_in_frame(), "compiled the model with ulysses_size=1")
     return compile_graph(gm, example_inputs, parsed)
@@ -73,6 +77,8 @@ def compile_graph(
     traced, verifier = (state.traced, state.verifier) if state is not None else (NOTHING_KNOWN, None)
     captured = copy_of(gm) if verifier is not None else gm
     compared = _compared(gm, options) if options.ulysses_size > 1 else None
+    if state is not None and state.copies is not None:
+        state.copies.mark(gm, example_inputs)
     outcome = rewrite(gm, options, traced)
     claim_pieces(outcome, example_inputs)
     if state is not None and state.observe is not None:

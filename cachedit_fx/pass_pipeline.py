@@ -11,6 +11,7 @@ from cachedit_fx.passes.hoist_invariants import HoistInvariants
 from cachedit_fx.passes.infer_dependence import InferDependence
 from cachedit_fx.passes.infer_sequence_axes import InferSequenceAxes
 from cachedit_fx.passes.insert_cache_branch import InsertCacheBranch
+from cachedit_fx.passes.insert_low_precision import InsertLowPrecision
 from cachedit_fx.passes.insert_ulysses import InsertUlysses
 from cachedit_fx.passes.manager import PassManager
 from cachedit_fx.passes.normalize import Normalize
@@ -27,6 +28,7 @@ def pass_manager(options: Options, traced: Traced = NOTHING_KNOWN) -> PassManage
         PassOrderError: if a name in `passes` is no pass.
     """
     off: list[type[Pass]] = [PlanRegions, InsertCacheBranch] if options.cache is None else []
+    off += [InsertLowPrecision] if options.precision is None else []
     off += [InferSequenceAxes, InsertUlysses] if options.ulysses_size == 1 else []
     return PassManager(pipeline(options, traced), dict(options.passes) | {pass_.name: False for pass_ in off})
 
@@ -47,4 +49,5 @@ def pipeline(options: Options, traced: Traced) -> list[Pass]:
         HoistInvariants(options.compiles),
         InsertCacheBranch(),
         GatherInputs(),
+        InsertLowPrecision(),
     ]

@@ -14,6 +14,7 @@ from cachedit_fx.config.rules import (
     MASK,
     OptionError,
     Rule,
+    as_mask,
     check_fields,
     choice,
     integer,
@@ -95,11 +96,7 @@ class DBCacheConfig:
     """"once", or "repeat": after every `force_refresh_step_hint` steps."""
 
     def __post_init__(self) -> None:
-        mask: Any = self.steps_computation_mask
-        if isinstance(mask, (list, tuple, str)):
-            entries = [{"0": 0, "1": 1}.get(digit, digit) for digit in mask] if isinstance(mask, str) else mask
-            bits = tuple(int(bit) if bit in (0, 1) else bit for bit in entries)  # the rule rejects other values
-            object.__setattr__(self, "steps_computation_mask", bits)
+        object.__setattr__(self, "steps_computation_mask", as_mask(self.steps_computation_mask))
         check_fields(self)
         if self.Fn_compute_blocks == 0 and self.unit == "region" and not self.static:
             raise OptionError(

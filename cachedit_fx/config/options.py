@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from cachedit_fx.config.cache import CONFIGS, Cut, DBCacheConfig, known_fields
 from cachedit_fx.config.calibrators import CalibratorConfig
+from cachedit_fx.config.precision import PrecisionConfig
 from cachedit_fx.config.rules import OptionError, Rule, check_fields, choice, integer, optional, reject_unknown, setting
 from cachedit_fx.runtime.calibrators import CALIBRATORS, as_config, calibrator_of
 from cachedit_fx.runtime.policies.base import Policy, policy_of
@@ -40,6 +41,11 @@ _HOISTING = frozenset(
     | {"hoist_invariants"}
 )
 """Passes without which nothing is hoisted."""
+_COPYING = frozenset(
+    {"normalize", "detect_block_loops", "plan_regions", "outline_blocks", "insert_cache_branch", "gather_inputs"}
+    | {"insert_low_precision"}
+)
+"""Passes without which no block runs in low precision."""
 
 
 class LoopSettings(NamedTuple):
@@ -196,6 +202,13 @@ class Options:
     only results go to the model's device. Results differ by rounding, since another processor computes them. It is best
     with motion="batched". `explain` says how many bytes leave the device. `torch.compile(backend="cachedit")` does not
     take it."""
+    precision: PrecisionConfig | None = setting(
+        None,
+        optional(Rule(lambda value: isinstance(value, PrecisionConfig), "a PrecisionConfig, or the name of a kind")),
+    )
+    """Precision by step: quantized copies of the middle blocks' weights, and the steps that leave them aside. A kind's
+    name such as "int8" stands for `PrecisionConfig("int8")`, with no step in full precision. None = the module's own
+    weights at all steps. `torch.compile(backend="cachedit")` does not take it."""
     hoisted_mib: int = setting(256, integer(0, "MiB"))
     """The highest size of the hoisted values that a model keeps for each of its graphs, in MiB. Values beyond it are
     computed at every step."""
@@ -232,6 +245,7 @@ class Options:
         cache, passes, modifiers, loops = (values[name] for name in ("cache", "passes", "params_modifiers", "loops"))
         inner, size, mesh = (values[name] for name in ("inner_options", "ulysses_size", "ulysses_mesh"))
         cache = CONFIGS[cache]() if isinstance(cache, str) and cache in CONFIGS else cache
+        precision = values["precision"]
         own = cache.calibrator if isinstance(cache, DBCacheConfig) else None
         return {
             "cache": cache,
@@ -244,6 +258,7 @@ class Options:
             else tuple(sorted(passes.items(), key=str))
             if isinstance(passes, Mapping)
             else passes,
+            "precision": PrecisionConfig(precision) if isinstance(precision, str) else precision,
             "loops": tuple(loops) if isinstance(loops, list) else loops,
             "ulysses_size": (size_of(mesh) if is_mesh(mesh) else 1) if size is None else size,
         }
@@ -266,6 +281,8 @@ class Options:
             )
         if self.time_weights == "host":
             self._check_host()
+        if self.precision is not None:
+            self._check_precision()
         if self.verify and self.ulysses_inputs == "first_rank":
             raise OptionError(
                 "verify compares with the plain module, which gets each rank's own inputs, not those of "
@@ -293,6 +310,20 @@ class Options:
             raise OptionError(
                 "verify compares with the plain module, which cannot run while time_weights='host' keeps weights on "
                 "the host: leave out one of them"
+            )
+
+    def _check_precision(self) -> None:
+        """Raise on settings under which no block can run in low precision."""
+        switched_off = [name for name, is_on in self.passes if not is_on and name in _COPYING]
+        if self.cache is None or switched_off:
+            reason = f"passes={{{switched_off[0]!r}: False}}" if switched_off else "cache=None"
+            raise OptionError(
+                f"precision chooses the weights of the middle blocks, and {reason} leaves no middle: leave out one of "
+                "them; DBCacheConfig(residual_diff_threshold=0) computes every step"
+            )
+        if self.verify:
+            raise OptionError(
+                "verify compares with the plain module, and precision rounds its weights: leave out one of them"
             )
 
     def _check_output_target(self, cut: Cut) -> None:
@@ -337,8 +368,8 @@ class Options:
 
     @property
     def is_exact(self) -> bool:
-        """Whether results without reuse equal the plain module's to the bit: nothing is fused, and no rank shares."""
-        return self.inner_backend == "eager" and self.ulysses_size == 1
+        """Whether results without reuse equal the plain module's to the bit: nothing is fused, shared or rounded."""
+        return self.inner_backend == "eager" and self.ulysses_size == 1 and self.precision is None
 
     def compiles(self, kind: str) -> bool:
         """Whether the inner backend compiles pieces of this kind."""
@@ -348,11 +379,17 @@ class Options:
 
     def structure(self) -> Structure:
         """A hashable key of the structural settings. Options of equal structure can share their compiled graphs."""
-        bare = self.time_weights, replace(self, cache=None, calibrator=None, params_modifiers=(), time_weights="device")
-        return bare, self.predicts_output, tuple(policy.structure() for policy, _ in self.loop_settings)
+        # The bare options have no cache. Host weights and precision are refused without one, so they stand beside.
+        copies = None if self.precision is None else self.precision.copies
+        bare = replace(self, cache=None, calibrator=None, params_modifiers=(), time_weights="device", precision=None)
+        return (
+            (self.time_weights, copies, bare),
+            self.predicts_output,
+            tuple(policy.structure() for policy, _ in self.loop_settings),
+        )
 
 
-Structure: TypeAlias = tuple[tuple[TimeWeights, Options], bool, tuple[Cut, ...]]
+Structure: TypeAlias = tuple[tuple[TimeWeights, PrecisionConfig | None, Options], bool, tuple[Cut, ...]]
 
 
 def parse_options(options: Mapping[str, Any] | None, *, mode: str | None = None) -> Options:

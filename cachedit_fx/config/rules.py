@@ -73,6 +73,14 @@ MASK = Rule(
 LIMIT = integer(-1, "a number of steps; -1 = no limit")
 
 
+def as_mask(value: Any) -> Any:
+    """A mask as a tuple, if it is a list or a string of digits. `MASK` rejects other values."""
+    if not isinstance(value, (list, tuple, str)):
+        return value
+    digits = [{"0": 0, "1": 1}.get(digit, digit) for digit in value] if isinstance(value, str) else value
+    return tuple(int(digit) if digit in (0, 1) else digit for digit in digits)
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """The one of `names` that is most similar to `name`."""
     by_lower = {other.lower(): other for other in names}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -11,24 +10,15 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from cachedit_fx.config.rules import FLAG, OptionError, check
-from cachedit_fx.quantization.kinds import Kind, kind_of, kinds_for, warnings_about
-from cachedit_fx.quantization.layers import (
-    Request,
-    Selection,
-    check_patterns,
-    linear_layers,
-    quantization_of,
-    select,
-)
+from cachedit_fx.config.rules import OptionError
+from cachedit_fx.quantization.kinds import warnings_about
+from cachedit_fx.quantization.layers import Selection, linear_layers
 from cachedit_fx.quantization.report import KeptLayer, QuantizationReport, QuantizedLayer, joined
-from cachedit_fx.runtime.host_tensor import HostWeight
+from cachedit_fx.quantization.selection import check_torchao, patterns_of, request_of, selections_of
 from cachedit_fx.runtime.registry import states_of, unwrapped
 from cachedit_fx.runtime.warning import warn
 
 Model = TypeVar("Model")
-TRIAL_ROWS = 32
-"""Rows of the input that a layer is tried with on an accelerator, whose integer product takes no fewer than 17."""
 
 
 def quantize(
@@ -67,17 +57,9 @@ def quantize(
         ImportError: if torchao is not installed.
     """
     check_torchao()
-    check("regional", regional, FLAG)
-    plan = {pattern: None if value is None else kind_of(value, "per_layer") for pattern, value in _plan(per_layer)}
-    if quant_type is None and not plan:
-        raise OptionError("quant_type=None quantizes the layers in per_layer alone, and per_layer is empty")
-    kind = None if quant_type is None else kind_of(quant_type)
-    request = Request(kind, _patterns("exclude", exclude), _patterns("include", include), plan, regional)
+    request = request_of(quant_type, exclude, include, per_layer, regional)
     modules = modules_of(pipe_or_module, components)
-    for module in modules.values():
-        _check_device(module, [each for each in (kind, *plan.values()) if each is not None])
-    check_patterns(request, {name for module in modules.values() for name in linear_layers(module)})
-    selections = {title: _checked(module, request) for title, module in modules.items()}
+    selections = dict(zip(modules, selections_of(list(modules.values()), request), strict=True))
     _check_any(modules, selections)
     with torch.no_grad():
         return joined([_apply(title, modules[title], selection) for title, selection in selections.items()])
@@ -120,7 +102,7 @@ def modules_of(pipe_or_module: Any, components: Sequence[str]) -> dict[str, nn.M
     parts = getattr(pipe_or_module, "components", None)
     if not isinstance(parts, dict):
         raise TypeError(f"expected a torch.nn.Module or a diffusers pipeline, not {type(pipe_or_module).__name__}")
-    wanted = _patterns("components", components)
+    wanted = patterns_of("components", components)
     modules = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
     families = {name: name.rstrip("0123456789").removesuffix("_") for name in modules}
     missing = [name for name in wanted if name not in {*families, *families.values()}]
@@ -149,90 +131,6 @@ def _bytes_of(tensor: torch.Tensor) -> int:
     if is_traceable_wrapper_subclass(tensor):
         return bytes_of(getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
     return tensor.numel() * tensor.element_size()
-
-
-def check_torchao() -> None:
-    """Raise, with the command that installs it, if torchao is missing."""
-    try:
-        import torchao  # noqa: F401
-    except ImportError as error:
-        raise ImportError("quantize needs torchao: pip install 'cachedit-fx[quantization]'") from error
-
-
-def _plan(per_layer: Any) -> Iterable[tuple[str, Any]]:
-    if per_layer is None:
-        return ()
-    if not isinstance(per_layer, Mapping) or not all(isinstance(pattern, str) for pattern in per_layer):
-        raise OptionError(f"per_layer={per_layer!r} is not allowed: it must be a dict of patterns and kinds")
-    return per_layer.items()
-
-
-def _patterns(title: str, values: Any) -> tuple[str, ...]:
-    values = (values,) if isinstance(values, str) else values
-    if not isinstance(values, (list, tuple)) or not all(isinstance(value, str) for value in values):
-        raise OptionError(f"{title}={values!r} is not allowed: it must be a name or a list of names")
-    return tuple(values)
-
-
-def reject_host_weights(module: nn.Module) -> None:
-    """Raise if weights of the module wait on the host, where a tensor of another class stands in for them."""
-    if any(isinstance(weight, HostWeight) for weight in module.parameters()):
-        raise OptionError(
-            f"{type(module).__name__} has weights that wait on the host (time_weights='host'): quantize or load it "
-            "before enable_cache, or after disable_cache"
-        )
-
-
-def _check_device(module: nn.Module, kinds: Iterable[Kind]) -> None:
-    """Raise if a kind does not run on a device of the module's weights."""
-    reject_host_weights(module)
-    devices = dict.fromkeys(weight.device for weight in module.parameters() if not weight.is_meta)
-    for kind, device in itertools.product(kinds, devices):
-        lack = kind.lack(device)
-        if lack is not None:
-            raise OptionError(f"quant_type={kind.name!r} does not run here: {lack}; {kinds_for(device)}")
-
-
-def _checked(module: nn.Module, request: Request) -> Selection:
-    """The layers of a module, after a trial of each shape. Shapes that torchao does not take are among those kept."""
-    selection = select(module, request)
-    layers = linear_layers(module)
-    obstacles: dict[Any, str | None] = {}
-    refused: dict[str, str] = {}
-    for name, kind in selection.kinds.items():
-        weight = layers[name].weight
-        case = kind, weight.shape, weight.dtype, weight.device
-        if case not in obstacles:
-            obstacles[case] = _try(layers[name], kind)
-        reason = obstacles[case]
-        if reason is not None:
-            refused[name] = reason
-    for kind in {selection.kinds[name] for name in refused}:
-        names = [name for name, each in selection.kinds.items() if each is kind]
-        if all(name in refused for name in names):
-            device = layers[names[0]].weight.device
-            raise OptionError(f"quant_type={kind.name!r}: {refused[names[0]]}; {kinds_for(device)}")
-    kinds = {name: kind for name, kind in selection.kinds.items() if name not in refused}
-    return Selection(kinds, {**selection.kept, **refused}, selection.quantized)
-
-
-def _try(layer: Any, kind: Kind) -> str | None:
-    """Why torchao does not quantize and run a layer of this shape here; None if it does. A copy is tried."""
-    from torchao.quantization import quantize_
-
-    weight = layer.weight
-    copy = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    copy.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    shell = nn.Sequential(copy)
-    rows = 1 if weight.device.type == "cpu" else TRIAL_ROWS
-    try:
-        with torch.no_grad():
-            quantize_(shell, kind.config(), filter_fn=lambda module, _: module is copy)
-            shell(torch.ones(rows, layer.in_features, dtype=weight.dtype, device=weight.device))
-    except Exception as error:  # whatever a kernel raises on hardware that it is not made for
-        words = str(error).strip().splitlines() or [type(error).__name__]
-        return f"torchao does not take it here: {words[0]}"
-    return None if quantization_of(shell[0]) else "torchao leaves a layer of this shape as it is"
 
 
 def _check_any(modules: Mapping[str, nn.Module], selections: Mapping[str, Selection]) -> None:

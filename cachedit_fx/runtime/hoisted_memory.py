@@ -35,7 +35,7 @@ from cachedit_fx.passes.graph_values import tensor_of
 from cachedit_fx.passes.hoist_invariants import Hoisted
 from cachedit_fx.runtime.guard import on_host
 from cachedit_fx.runtime.host_pieces import functions_of, weights_on_host
-from cachedit_fx.runtime.samples import samples_of
+from cachedit_fx.runtime.samples import differ, samples_of
 from cachedit_fx.runtime.warning import warn
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ class HoistedMemory:
             if self._samples is not None:
                 olds = [old for condition in conditions for old in self._conditions[condition][1]]
                 news = [new for _, samples_now in conditions.values() for new in samples_now]
-                changed = _differ([*self._samples, *olds], [*samples, *news])
+                changed = differ([*self._samples, *olds], [*samples, *news])
                 misled = torch.zeros_like(changed) if self._misled is None else self._misled.to(changed.device)
                 self._answers.append(_Answer(torch.stack([changed, misled])))
             self._samples = samples
@@ -435,13 +435,3 @@ class _Answer:
             self._event.synchronize()
         flags: list[bool] = self._flags.tolist()
         return flags
-
-
-def _differ(before: Sequence[torch.Tensor], now: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Whether samples differ: a single bool, on their device. NaNs at the same place are equal."""
-    forms = [[(each.shape, each.dtype, each.device) for each in samples] for samples in (before, now)]
-    if forms[0] != forms[1]:
-        return torch.tensor(True)
-    flags = [((one != two) & ~(one.isnan() & two.isnan())).any() for one, two in zip(before, now, strict=True)]
-    home = next((flag.device for flag in flags if not on_host(flag)), None)  # a move to the host would wait
-    return torch.stack([flag.to(home or flag.device) for flag in flags]).any() if flags else torch.tensor(False)

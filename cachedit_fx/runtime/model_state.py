@@ -26,6 +26,7 @@ from cachedit_fx.runtime.verification import Verifier
 from cachedit_fx.runtime.warning import warn
 
 if TYPE_CHECKING:
+    from cachedit_fx.quantization.copies import WeightCopies
     from cachedit_fx.runtime.graph import RewrittenGraph
     from cachedit_fx.runtime.hoisted_memory import HoistedMemory
 
@@ -53,6 +54,7 @@ class ModelState:
         latest_graphs: the graphs of the latest call that succeeded.
         last_call: time of the last call, by the monotonic clock, in seconds.
         hoisted: the kept values of each graph that hoists some.
+        copies: quantized copies of the model's weights; None without the option `precision`.
     """
 
     def __init__(self, options: Options, title: str = "") -> None:
@@ -69,6 +71,7 @@ class ModelState:
         self.latest_graphs: list[RewrittenGraph] = []
         self.last_call = 0.0
         self.hoisted: weakref.WeakSet[HoistedMemory] = weakref.WeakSet()
+        self.copies: WeightCopies | None = None
         self._here = threading.local()
         """`session` of each thread: every call asks twice."""
         self._by_thread: weakref.WeakKeyDictionary[threading.Thread, Session] = weakref.WeakKeyDictionary()

@@ -20,6 +20,7 @@ from cachedit_fx.runtime.call import LATE, STRAY, Call
 from cachedit_fx.runtime.guard import Residual, read_differences
 from cachedit_fx.runtime.memory import BranchMemory, copy_of
 from cachedit_fx.runtime.policies.base import Action, Decision, Situation, context_start, decision_of
+from cachedit_fx.runtime.precision import CallPrecision
 from cachedit_fx.runtime.ranks import Ranks
 from cachedit_fx.runtime.region import RegionInfo, RegionKey
 from cachedit_fx.runtime.stopwatch import Stopwatch
@@ -49,6 +50,7 @@ class RegionCall:
         keys: the regions' keys in the session.
         values_last: whether nothing writes to the regions' values before the call ends. If not, they are copied.
         on_locate: called in turn as soon as the call's position is known.
+        precision: of the call; None if the regions have one form only.
     """
 
     def __init__(
@@ -58,9 +60,10 @@ class RegionCall:
         keys: Sequence[RegionKey],
         values_last: bool = True,
         on_locate: Sequence[Callable[[], None]] = (),
+        precision: CallPrecision | None = None,
     ) -> None:
         self.call, self.regions, self.keys, self.values_last = call, regions, keys, values_last
-        self.on_locate = on_locate
+        self.on_locate, self.precision = on_locate, precision
         self.session = call.session
         options = call.session.state.options
         self.settings = [options.settings_of(region.loop) for region in regions]
@@ -138,12 +141,14 @@ class RegionCall:
         inputs: Sequence[Any],
         bases: Callable[..., tuple[Any, ...]],
         base_inputs: Sequence[Any],
+        low: Callable[..., tuple[Any, ...]] | None = None,
     ) -> tuple[Any, ...]:
         """Carry out the decision.
 
         Args:
             compute: the region, from `inputs` to its results.
             bases: from `base_inputs` to the base of each result; None for a result without a base.
+            low: the region's form in low precision, if it has one.
 
         Returns:
             The region's results, computed and stored, or restored from stored values and bases.
@@ -153,11 +158,13 @@ class RegionCall:
         _, step, branch = self.call.position
         decision = entry.decision
         now = Moment(step, self.call.now() if entry.settings.calibrator else None, decision.action is Action.COMPUTE)
-        watch = Stopwatch(entry.device)
+        watch, is_low = Stopwatch(entry.device), False
         if decision.action is Action.REUSE:
             results = _restored(entry, now, bases, base_inputs, self.session.state.ranks)
         else:
-            results = compute(*inputs)
+            low_inputs = self._low_inputs(entry, inputs) if low is not None else None
+            results = compute(*inputs) if low is None or low_inputs is None else low(*low_inputs)
+            is_low = low_inputs is not None
         watch.stop()
         self._advance(entry, branch)
         stored, stored_bases = results, functools.partial(bases, *base_inputs)
@@ -179,11 +186,17 @@ class RegionCall:
             if spare is not None:
                 self.session.spares[entry.key] = spare
             stats = self.session.region_stats(entry.key, entry.info, entry.settings.policy.config)
-            stats.record(branch, step, decision, entry.key.block)
+            stats.record(branch, step, decision, entry.key.block, is_low)
             self.session.watches.append((stats, decision.action, watch))
 
         self.call.on_success(record)
         return results
+
+    def _low_inputs(self, entry: Entry, inputs: Sequence[Any]) -> list[Any] | None:
+        """The region's inputs in low precision; None if the step runs in full precision."""
+        if self.precision is None:
+            return None
+        return self.precision.low_inputs(inputs, entry.key, entry.settings.policy.config)
 
     def _advance(self, entry: Entry, branch: int) -> None:
         """Let the policy advance its history by its decision."""

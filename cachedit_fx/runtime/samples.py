@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+
+from cachedit_fx.runtime.guard import on_host
 
 SAMPLES = 64
 """Samples of a weight."""
@@ -19,6 +21,16 @@ def samples_of(tensors: Iterable[Any], count: int = SAMPLES) -> list[torch.Tenso
         if part.numel():
             samples[part.dtype, part.device].append(_sample(part, count))
     return [torch.cat(vectors).detach() for vectors in samples.values()]
+
+
+def differ(before: Sequence[torch.Tensor], now: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Whether samples differ: a single bool, on their device. NaNs at the same place are equal."""
+    forms = [[(each.shape, each.dtype, each.device) for each in samples] for samples in (before, now)]
+    if forms[0] != forms[1]:
+        return torch.tensor(True)
+    flags = [((one != two) & ~(one.isnan() & two.isnan())).any() for one, two in zip(before, now, strict=True)]
+    home = next((flag.device for flag in flags if not on_host(flag)), None)  # a move to the host would wait
+    return torch.stack([flag.to(home or flag.device) for flag in flags]).any() if flags else torch.tensor(False)
 
 
 def _parts_of(tensor: Any) -> Iterator[torch.Tensor]:

@@ -190,13 +190,13 @@ class Session:
             settings = self.state.options.settings_of(loop)
             if step == 0:
                 return settings
-            chosen = settings.policy.choose(self._facts(step, tick))
+            chosen = settings.policy.choose(self.facts(step, tick))
             if chosen is not None:
                 settings = LoopSettings(policy_of(chosen[0]), chosen[1])
             self._chosen[loop] = settings
         return settings
 
-    def _facts(self, step: int, tick: Tick | None) -> GenerationFacts:
+    def facts(self, step: int, tick: Tick | None) -> GenerationFacts:
         """What is known of the present generation at a step: the steps so far, and those that the clock has left."""
         first = self.tracker.generation.first
         place = tick.place_since(first.tick if first is not None else None) if tick is not None else None

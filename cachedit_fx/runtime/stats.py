@@ -39,9 +39,13 @@ class BranchStats:
     parts: dict[int, dict[int | None, Decision]] = field(default_factory=dict)
     """Step -> block -> decision with DBPrune. Otherwise step -> None -> the decision about the middle as a whole."""
 
+    low_steps: list[int] = field(default_factory=list)
+    """Computed steps that took quantized copies of weights, in order; empty without the option `precision`."""
+
     def copy(self) -> BranchStats:
         """The present state, which later calls do not change."""
-        return BranchStats({step: dict(decisions) for step, decisions in self.parts.items()})
+        parts = {step: dict(decisions) for step, decisions in self.parts.items()}
+        return BranchStats(parts, list(self.low_steps))
 
     @property
     def decisions(self) -> dict[int, Decision]:
@@ -126,22 +130,23 @@ class CacheStats:
 
     def copy(self) -> CacheStats:
         """The present state, which later calls do not change."""
-        branches = [
-            BranchStats({step: dict(parts) for step, parts in branch.parts.items()}) for branch in self.branches
-        ]
         return replace(
             self,
-            branches=branches,
+            branches=[branch.copy() for branch in self.branches],
             uncached_causes=Counter(self.uncached_causes),
             compute_seconds=list(self.compute_seconds),
             reuse_seconds=list(self.reuse_seconds),
         )
 
-    def record(self, branch: int, step: int, decision: Decision, block: int | None = None) -> None:
-        """Record a decision about the middle, or about one block of it."""
+    def record(
+        self, branch: int, step: int, decision: Decision, block: int | None = None, is_low: bool = False
+    ) -> None:
+        """Record a decision about the middle, or about one block of it, and whether it ran in low precision."""
         while len(self.branches) <= branch:
             self.branches.append(BranchStats())
         self.branches[branch].parts.setdefault(step, {})[block] = decision
+        if is_low and step not in self.branches[branch].low_steps[-1:]:
+            self.branches[branch].low_steps.append(step)
 
     def record_seconds(self, action: Action, seconds: float) -> None:
         """Record the time that computing or bypassing the region took."""
@@ -162,6 +167,10 @@ class CacheStats:
     @property
     def cached_steps(self) -> list[int]:
         return self.branch(0).cached_steps
+
+    @property
+    def low_steps(self) -> list[int]:
+        return self.branch(0).low_steps
 
     @property
     def residual_diffs(self) -> dict[int, float]:
