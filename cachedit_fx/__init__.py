@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         TaylorSeerCalibratorConfig,
     )
     from cachedit_fx.config.options import Options, ParamsModifier
+    from cachedit_fx.config.precision import PrecisionConfig, StepFacts
     from cachedit_fx.config.rules import OptionError
     from cachedit_fx.explanation import Explanation, explain
     from cachedit_fx.quantization.apply import dequantize, quantize
@@ -51,6 +52,7 @@ _MODULES = {
         "TaylorSeerCalibratorConfig",
     ),
     "config.options": ("Options", "ParamsModifier"),
+    "config.precision": ("PrecisionConfig", "StepFacts"),
     "config.rules": ("OptionError",),
     "explanation": ("Explanation", "explain"),
     "quantization.apply": ("dequantize", "quantize"),
@@ -84,10 +86,12 @@ __all__ = [
     "OptionError",
     "Options",
     "ParamsModifier",
+    "PrecisionConfig",
     "QuantizationReport",
     "RankMissing",
     "RanksDisagree",
     "Reason",
+    "StepFacts",
     "TaylorSeerCalibratorConfig",
     "VerificationError",
     "compile",

@@ -19,6 +19,7 @@ from cachedit_fx.passes.base import Traced
 from cachedit_fx.passes.block_loops import BlockLoop, Detection
 from cachedit_fx.passes.hoist_invariants import Hoisted, HoistedShare
 from cachedit_fx.passes.infer_dependence import Dependence, Level
+from cachedit_fx.passes.insert_low_precision import LowPrecision
 from cachedit_fx.passes.insert_ulysses import ContextParallel
 from cachedit_fx.passes.manager import Outcome
 from cachedit_fx.passes.plan_regions import RegionPlan, RegionReport
@@ -44,6 +45,8 @@ class Explanation:
             change with it. "weights" is for results that never change. A weight counts for the first of the four that
             its results change with.
         host_bytes: size in bytes of the weights that leave the device with `time_weights="host"`.
+        copies: number of weights that have a quantized copy for `precision`, size of the copies, and size of these
+            weights, in bytes.
     """
 
     loops: tuple[BlockLoop, ...]
@@ -55,6 +58,7 @@ class Explanation:
     weights: dict[str, float]
     hoisted: dict[tuple[str, ...], HoistedShare]
     host_bytes: int
+    copies: tuple[int, int, int] = (0, 0, 0)
 
     def __str__(self) -> str:
         lines = ["Block loops" if self.loops else "Block loops: none"]
@@ -90,6 +94,9 @@ class Explanation:
         )
         if self.hoisted:
             lines.append(f'Weights that time_weights="host" takes off the device: {_size(self.host_bytes)}')
+        count, size, full = self.copies
+        if count:
+            lines.append(f"Precision by step keeps copies of {count} weights: {_size(size)} beside their {_size(full)}")
         lines.extend(f"Note: {note}" for note in self.notes)
         count = self.code.count("\n")
         return "\n".join([*lines, f"The rewritten graph has {count} lines of code: print(explanation.code)"])
@@ -141,6 +148,8 @@ def explain(pipe_or_module: Any, *args: Any, verify: Verify | None = None, **kwa
         raise _Captured
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        if states and states[0].copies is not None:
+            states[0].copies.mark(gm, example_inputs)
         outcomes.append(rewrite(gm, options, traced))
         return stop if _has_chain(outcomes[-1]) and not ends_at_break(gm) else gm.forward
 
@@ -228,6 +237,14 @@ def _host_bytes(outcomes: Sequence[Outcome]) -> int:
     return hoisted.time_bytes if hoisted is not None else 0
 
 
+def _copies(outcomes: Sequence[Outcome]) -> tuple[int, int, int]:
+    """Number of weights of all graphs that have a quantized copy, bytes of the copies, and bytes of these weights."""
+    facts = [low for outcome in outcomes if (low := outcome.facts.get(LowPrecision)) is not None]
+    columns = zip(*((len(low.inputs), low.bytes, low.weight_bytes) for low in facts), strict=True)
+    count, size, full = map(sum, columns) if facts else (0, 0, 0)
+    return count, size, full
+
+
 def _explanation(outcomes: Sequence[Outcome], notes: tuple[str, ...]) -> Explanation:
     detections = [detection for outcome in outcomes if (detection := outcome.facts.get(Detection)) is not None]
     reports = [report for outcome in outcomes if (report := outcome.facts.get(RegionReport)) is not None]
@@ -248,4 +265,5 @@ def _explanation(outcomes: Sequence[Outcome], notes: tuple[str, ...]) -> Explana
         weights=_shares(outcomes),
         hoisted=_hoisted(outcomes),
         host_bytes=_host_bytes(outcomes),
+        copies=_copies(outcomes),
     )

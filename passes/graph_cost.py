@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import optimization_hint
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .graph_values import input_nodes, target_name, tensor_of, value_of
 
@@ -73,3 +75,14 @@ def cost_of(node: fx.Node) -> int:
         weight = inputs[1]
         return 2 * numel(output) * (numel(weight) // max(hint(weight.shape[0]), 1))
     return numel(output)
+
+
+def bytes_of_tensors(tensors: Iterable[torch.Tensor]) -> int:
+    """Size of tensors in bytes, the parts of quantized ones counted."""
+    return sum(_bytes_of_tensor(tensor) for tensor in tensors)
+
+
+def _bytes_of_tensor(tensor: torch.Tensor) -> int:
+    if is_traceable_wrapper_subclass(tensor):
+        return bytes_of_tensors(getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()

@@ -20,6 +20,8 @@ from .base import Facts, Interface, Rewrite, Rewritten, make_module
 from .block_loops import Detection
 from .find_timestep import TimestepSource
 from .gather_inputs import GatheredInputs
+from .graph_cost import bytes_of_tensors
+from .graph_values import value_of
 from .infer_dependence import Dependence
 from .insert_cache_branch import CacheBranch
 from .plan_regions import RegionReport
@@ -34,9 +36,13 @@ class LowPrecision(Interface):
 
     Attributes:
         inputs: indices of the graph inputs that it takes copies of.
+        bytes: size of the copies.
+        weight_bytes: size of the weights that they are copies of. Both are kept.
     """
 
     inputs: tuple[int, ...] = field(repr=False)
+    bytes: int
+    weight_bytes: int
 
 
 class InsertLowPrecision(Rewrite):
@@ -48,34 +54,36 @@ class InsertLowPrecision(Rewrite):
     preserves: ClassVar[tuple[type, ...]] = (TimestepSource, Dependence, Detection, RegionReport)
 
     def run(self, gm: fx.GraphModule, facts: Facts) -> Rewritten:
-        inputs: set[int] = set()
+        sizes: dict[int, tuple[int, int]] = {}
         for number, call in enumerate(gm.graph.find_nodes(op="call_method", target="run")):
             region_call, entry, compute, *rest = cast("tuple[Any, ...]", call.args)
             code = cast(fx.GraphModule, gm.get_submodule(compute.target))
-            low, places = _low_form(code)
-            if places:
+            low, own_sizes = _low_form(code)
+            if own_sizes:
                 name = f"region_{number}_low"
                 gm.add_module(name, low)
                 with gm.graph.inserting_before(call):
                     call.args = (region_call, entry, compute, *rest, gm.graph.get_attr(name))
-                inputs |= places
-        if not inputs:
+                sizes |= own_sizes
+        if not sizes:
             return Rewritten(gm, 0)
         gm.recompile()
-        return Rewritten(gm, len(inputs), (LowPrecision(tuple(sorted(inputs))),))
+        copies, weights = (sum(column) for column in zip(*sizes.values(), strict=True))
+        return Rewritten(gm, len(sizes), (LowPrecision(tuple(sorted(sizes)), copies, weights),))
 
 
-def _low_form(code: fx.GraphModule) -> tuple[fx.GraphModule, set[int]]:
-    """A region's code with pieces that take copies of weights, and the graph inputs that have these copies."""
+def _low_form(code: fx.GraphModule) -> tuple[fx.GraphModule, dict[int, tuple[int, int]]]:
+    """A region's code, its pieces taking copies of weights; the graph inputs that have copies -> bytes of both."""
     low = make_module(code, copy.deepcopy(code.graph), "low")
-    places: set[int] = set()
+    sizes: dict[int, tuple[int, int]] = {}
     for node in low.graph.find_nodes(op="call_module"):
         piece = cast(fx.GraphModule, code.get_submodule(str(node.target)))
         form = make_module(piece, copy.deepcopy(piece.graph), str(node.target))
         weights = [each for each in form.graph.find_nodes(op="placeholder") if COPY in each.meta]
         for weight in weights:
-            place, weight.meta["example_value"] = weight.meta[COPY]
-            places.add(place)
+            place, fake = weight.meta[COPY]
+            sizes[place] = bytes_of_tensors([fake]), bytes_of_tensors([value_of(weight)])
+            weight.meta["example_value"] = fake
         if weights:
             setattr(low, str(node.target), form)
-    return low, places
+    return low, sizes

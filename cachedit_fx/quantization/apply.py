@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from cachedit_fx.config.rules import OptionError
+from cachedit_fx.passes.graph_cost import bytes_of_tensors
 from cachedit_fx.quantization.kinds import warnings_about
 from cachedit_fx.quantization.layers import Selection, linear_layers
 from cachedit_fx.quantization.report import KeptLayer, QuantizationReport, QuantizedLayer, joined
-from cachedit_fx.quantization.selection import check_torchao, patterns_of, request_of, selections_of
+from cachedit_fx.quantization.selection import (
+    check_torchao,
+    is_of_torchao,
+    patterns_of,
+    request_of,
+    selections_of,
+)
 from cachedit_fx.runtime.registry import states_of, unwrapped
 from cachedit_fx.runtime.warning import warn
 
@@ -60,7 +64,6 @@ def quantize(
     request = request_of(quant_type, exclude, include, per_layer, regional)
     modules = modules_of(pipe_or_module, components)
     selections = dict(zip(modules, selections_of(list(modules.values()), request), strict=True))
-    _check_any(modules, selections)
     with torch.no_grad():
         return joined([_apply(title, modules[title], selection) for title, selection in selections.items()])
 
@@ -83,16 +86,6 @@ def dequantize(pipe_or_module: Model, *, components: Sequence[str] = ("transform
         if layers:
             start_anew(module)
     return pipe_or_module
-
-
-def is_tensor_of_torchao(tensor: Any) -> bool:
-    """Whether a tensor is one that torchao quantized."""
-    return type(tensor).__module__.startswith("torchao.")
-
-
-def is_of_torchao(layer: nn.Module) -> bool:
-    """Whether torchao quantized the layer's weight."""
-    return is_tensor_of_torchao(getattr(layer, "weight", None))
 
 
 def modules_of(pipe_or_module: Any, components: Sequence[str]) -> dict[str, nn.Module]:
@@ -122,44 +115,10 @@ def start_anew(module: nn.Module) -> None:
         state.set_options(state.options)
 
 
-def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
-    """Size of tensors in bytes, the parts of quantized ones counted."""
-    return sum(_bytes_of(tensor) for tensor in tensors)
-
-
-def _bytes_of(tensor: torch.Tensor) -> int:
-    if is_traceable_wrapper_subclass(tensor):
-        return bytes_of(getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
-    return tensor.numel() * tensor.element_size()
-
-
-def _check_any(modules: Mapping[str, nn.Module], selections: Mapping[str, Selection]) -> None:
-    """Raise if no layer is quantized, unless another library quantized the modules."""
-    if any(selection.kinds for selection in selections.values()):
-        return
-    quantized = [
-        modules[title].get_submodule(name) for title, selection in selections.items() for name in selection.quantized
-    ]
-    titles = ", ".join(type(module).__name__ for module in modules.values())
-    if any(is_of_torchao(layer) for layer in quantized):
-        raise OptionError(
-            f"{titles}: {len(quantized)} layers are quantized already, and no other is to be quantized; call "
-            "dequantize first, or name further layers by include"
-        )
-    if quantized:
-        return
-    counts = Counter(reason for selection in selections.values() for reason in selection.kept.values())
-    reasons = "; ".join(f"{count} x {reason}" for reason, count in counts.items()) or "it has no linear layer"
-    raise OptionError(
-        f"{titles}: nothing to quantize: {reasons}. Name layers by include, or pass regional=False for layers outside "
-        "repeated blocks"
-    )
-
-
 def bytes_of_layer(layer: Any) -> int:
     """Size of a layer's weight in bytes. All tensors count if the layer holds a packed weight under another name."""
     weight = getattr(layer, "weight", None)
-    return bytes_of([weight] if isinstance(weight, torch.Tensor) else [*layer.parameters(), *layer.buffers()])
+    return bytes_of_tensors([weight] if isinstance(weight, torch.Tensor) else [*layer.parameters(), *layer.buffers()])
 
 
 def _apply(title: str, module: nn.Module, selection: Selection) -> QuantizationReport:
@@ -169,7 +128,7 @@ def _apply(title: str, module: nn.Module, selection: Selection) -> QuantizationR
     layers = linear_layers(module)
     weights = {name: layers[name].weight for name in selection.kinds}
     sizes = {name: bytes_of_layer(layers[name]) for name in weights}
-    total = bytes_of([*module.parameters(), *module.buffers()])
+    total = bytes_of_tensors([*module.parameters(), *module.buffers()])
     names = {
         kind: [name for name, each in selection.kinds.items() if each is kind] for kind in selection.kinds.values()
     }
@@ -191,7 +150,7 @@ def _apply(title: str, module: nn.Module, selection: Selection) -> QuantizationR
         ),
         tuple(KeptLayer(title + name, reason, bytes_of_layer(layers[name])) for name, reason in selection.kept.items()),
         total,
-        bytes_of([*module.parameters(), *module.buffers()]),
+        bytes_of_tensors([*module.parameters(), *module.buffers()]),
         tuple(notes),
     )
 

@@ -17,10 +17,11 @@ from torch import fx, nn
 from cachedit_fx.config.rules import OptionError
 from cachedit_fx.passes.graph_values import value_of
 from cachedit_fx.passes.insert_low_precision import COPY
-from cachedit_fx.quantization.kinds import Kind
+from cachedit_fx.quantization.kinds import Kind, warnings_about
 from cachedit_fx.quantization.layers import Request, linear_layers
 from cachedit_fx.quantization.selection import check_torchao, quantized_layer, selections_of
 from cachedit_fx.runtime.samples import differ, samples_of
+from cachedit_fx.runtime.warning import warn
 
 if TYPE_CHECKING:
     from cachedit_fx.runtime.session import Session
@@ -49,10 +50,13 @@ class WeightCopies:
         (selection,) = selections_of([module], request)
         if not selection.kinds:
             raise OptionError(
-                f"precision: {type(module).__name__} has no linear layer to quantize; quantize(module, ...) tells why "
-                "each one is kept"
+                f"precision: another library has quantized {type(module).__name__}, and no layer is left to copy"
             )
         layers = linear_layers(module)
+        for kind in dict.fromkeys(selection.kinds.values()):
+            weights = [layers[name].weight for name, each in selection.kinds.items() if each is kind]
+            for note in warnings_about(kind, weights):
+                warn(f"{type(module).__name__}: {note}")
         self._layers = [(weakref.ref(layers[name]), kind) for name, kind in selection.kinds.items()]
         self._copies: dict[int, _Copy] = {}
         """Identity of a weight -> its copy."""
@@ -87,7 +91,7 @@ class WeightCopies:
         for place in range(len(inputs)) if places is None else places:
             weight: Any = inputs[place]
             kept = self._copies.get(id(weight))
-            if kept is None or kept.weight() is not weight or kept.version != _version(weight):
+            if kept is None or kept.version != _version(weight) or kept.weight() is not weight:
                 missing[id(weight)] = place
             else:
                 copies[place] = kept.tensor
@@ -95,8 +99,8 @@ class WeightCopies:
             with self._lock:
                 for reference, kind in self._layers:
                     layer = reference()
-                    if layer is not None and (place := missing.get(id(layer.weight))) is not None:
-                        copies[place] = self._make(layer.weight, kind)
+                    if layer is not None and id(layer.weight) in missing:
+                        copies[missing[id(layer.weight)]] = self._make(layer.weight, kind)
         return copies
 
     def check(self, session: Session) -> None:

@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cachedit_fx.config.rules import OptionError
-from cachedit_fx.quantization.apply import is_tensor_of_torchao, start_anew
+from cachedit_fx.quantization.apply import start_anew
 from cachedit_fx.quantization.layers import linear_layers
-from cachedit_fx.quantization.selection import check_torchao, reject_host_weights
+from cachedit_fx.quantization.selection import check_torchao, is_tensor_of_torchao, reject_host_weights
 from cachedit_fx.report.files import check_folder, versions, whole_files
 from cachedit_fx.runtime.registry import unwrapped
 

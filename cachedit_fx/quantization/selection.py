@@ -6,6 +6,7 @@ quant_type, exclude, include, per_layer ──► Request ──► layers.selec
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -45,12 +46,15 @@ def selections_of(modules: Sequence[nn.Module], request: Request) -> list[Select
     """The layers of each module. Every shape was tried on a copy of one layer.
 
     Raises:
-        OptionError: on a pattern that matches no layer, or a kind that this device does not run.
+        OptionError: on a pattern that matches no layer, a kind that this device does not run, or if there is no layer
+            to quantize in any of the modules.
     """
     for module in modules:
         _check_device(module, [each for each in (request.kind, *request.per_layer.values()) if each is not None])
     check_patterns(request, {name for module in modules for name in linear_layers(module)})
-    return [_checked(module, request) for module in modules]
+    selections = [_checked(module, request) for module in modules]
+    _check_any(modules, selections)
+    return selections
 
 
 def check_torchao() -> None:
@@ -142,3 +146,38 @@ def quantized_layer(weight: torch.Tensor, kind: Kind) -> nn.Linear:
     layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
     quantize_(nn.Sequential(layer), kind.config(), filter_fn=lambda module, _: module is layer)
     return layer
+
+
+def _check_any(modules: Sequence[nn.Module], selections: Sequence[Selection]) -> None:
+    """Raise if no layer is quantized, unless another library quantized the modules."""
+    if any(selection.kinds for selection in selections):
+        return
+    quantized = [
+        module.get_submodule(name)
+        for module, selection in zip(modules, selections, strict=True)
+        for name in selection.quantized
+    ]
+    titles = ", ".join(type(module).__name__ for module in modules)
+    if any(is_of_torchao(layer) for layer in quantized):
+        raise OptionError(
+            f"{titles}: {len(quantized)} layers are quantized already, and no other is to be quantized; call "
+            "dequantize first, or name further layers by include"
+        )
+    if quantized:
+        return
+    counts = Counter(reason for selection in selections for reason in selection.kept.values())
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in counts.items()) or "it has no linear layer"
+    raise OptionError(
+        f"{titles}: nothing to quantize: {reasons}. Name layers by include, or pass regional=False for layers outside "
+        "repeated blocks"
+    )
+
+
+def is_tensor_of_torchao(tensor: Any) -> bool:
+    """Whether a tensor is one that torchao quantized."""
+    return type(tensor).__module__.startswith("torchao.")
+
+
+def is_of_torchao(layer: nn.Module) -> bool:
+    """Whether torchao quantized the layer's weight."""
+    return is_tensor_of_torchao(getattr(layer, "weight", None))

@@ -303,6 +303,9 @@ class CacheStats:
             yield f"; by median times {self.expected_seconds_saved:.3g} s left out"
         if self.measured_seconds_saved is not None:
             yield f", {self.measured_seconds_saved:.3g} s saved"
+        low = " + ".join(str(len(branch.low_steps)) for branch in self.branches)
+        if any(branch.low_steps for branch in self.branches):
+            yield f"; {low} computed in low precision"
         if self.bytes_held:
             yield f"; {self.bytes_held / 2**20:.3g} MiB held"
         if self.hoisted_bytes:

@@ -19,8 +19,8 @@ from torchao.quantization import Int8WeightOnlyConfig, PerTensor
 
 import cachedit_fx
 from cachedit_fx import CacheWarning, OptionError, dequantize, quantize
+from cachedit_fx.passes.graph_cost import bytes_of_tensors as bytes_of
 from cachedit_fx.quantization import kinds
-from cachedit_fx.quantization.apply import bytes_of
 from cachedit_fx.quantization.kinds import ALIASES, KINDS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gains no time", "ignore:.*is a stand-in", "ignore:.*lru_cache")
