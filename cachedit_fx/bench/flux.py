@@ -17,6 +17,8 @@ class Size(NamedTuple):
     """Image tokens a side."""
     head: int = 64
     """Channels of an attention head."""
+    text: int = 16
+    """Text tokens."""
 
     @property
     def blocks(self) -> int:
@@ -52,14 +54,14 @@ def make(size: Size) -> torch.nn.Module:
 
 
 def inputs(size: Size, step: int = 0) -> dict[str, Any]:
-    """Arguments of one call: batch 1, `side` squared image tokens, 16 text tokens."""
+    """Arguments of one call: batch 1, `side` squared image tokens, `text` text tokens."""
     tokens = size.side**2
     return {
         "hidden_states": torch.randn(1, tokens, 16),
-        "encoder_hidden_states": torch.randn(1, 16, 64),
+        "encoder_hidden_states": torch.randn(1, size.text, 64),
         "pooled_projections": torch.randn(1, 32),
         "timestep": torch.tensor([1 - step * STEP]),
         "img_ids": torch.zeros(tokens, 3),
-        "txt_ids": torch.zeros(16, 3),
+        "txt_ids": torch.zeros(size.text, 3),
         "return_dict": False,
     }

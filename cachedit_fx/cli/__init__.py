@@ -18,6 +18,7 @@ from cachedit_fx.cli.kernels import bandwidth, kernels, verify
 from cachedit_fx.cli.metrics import metrics
 from cachedit_fx.cli.motion import motion
 from cachedit_fx.cli.overhead import overhead
+from cachedit_fx.cli.quantized import quantized
 from cachedit_fx.cli.ulysses import ulysses
 from cachedit_fx.report.files import versions
 
@@ -75,7 +76,7 @@ benches = typer.Typer(
     rich_markup_mode="rich",
 )
 benches.callback(help=_unwrapped(bench))(bench)
-_add(benches, overhead=overhead, cold=cold, motion=motion, ulysses=ulysses)
+_add(benches, overhead=overhead, cold=cold, motion=motion, quantized=quantized, ulysses=ulysses)
 app.add_typer(benches)
 _add(app, coverage=coverage, metrics=metrics)
 _add(kernels, verify=verify, bench=bandwidth)

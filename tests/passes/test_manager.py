@@ -272,6 +272,7 @@ def test_the_order_of_the_backend():
         "hoist_invariants",
         "insert_cache_branch",
         "gather_inputs",
+        "insert_low_precision",
     ]
     uncached = pass_manager(parse_options({"cache": None})).enabled
     assert {name for name, on in uncached.items() if not on} == {
@@ -279,6 +280,7 @@ def test_the_order_of_the_backend():
         "insert_ulysses",
         "plan_regions",
         "insert_cache_branch",
+        "insert_low_precision",
     }
 
 

@@ -236,6 +236,7 @@ OTHER_STRUCTURE = {
     "verify": "first",
     "motion": "batched",
     "time_weights": "host",
+    "precision": "int8",
     "hoisted_mib": 8,
     "ulysses_size": 2,
     "ulysses_inputs": "first_rank",

@@ -34,6 +34,7 @@ COMMANDS = (
     ["bench", "overhead"],
     ["bench", "cold"],
     ["bench", "motion"],
+    ["bench", "quantized"],
     ["bench", "ulysses"],
     ["coverage"],
     ["metrics"],
