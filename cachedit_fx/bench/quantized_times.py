@@ -98,9 +98,8 @@ def measure(width: int, dtype: torch.dtype, kind: str, rounds: int, tell: Tell =
                     seconds.setdefault((name, step % KINDS), []).append(time.process_time() - begun)
 
     def ratio(above: str, below: str, *places: int) -> float:
-        sums = [
-            [sum(four) for four in zip(*(seconds[name, at] for at in places), strict=True)] for name in (above, below)
-        ]
+        columns = [[seconds[name, place] for place in places] for name in (above, below)]
+        sums = [[sum(four) for four in zip(*column, strict=True)] for column in columns]
         return median(a / b for a, b in zip(*sums, strict=True))
 
     return Timing(
@@ -134,10 +133,10 @@ def time_table(rows: Sequence[Timing]) -> Table:
             "kind",
             "computed",
             "reused",
-            "low step,\nby step",
-            "full step,\nby step",
-            "half reused, over\ntorch.compile",
-            "unquantized",
+            "low",
+            "full",
+            "half\nreused",
+            "not\nquantized",
             "rounds",
         ),
         texts=(1, 2),

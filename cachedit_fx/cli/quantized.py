@@ -16,27 +16,24 @@ HEAD = 64
 DTYPES = ("float32", "bfloat16")
 TIMES = (
     "CPU seconds as ratios: medians of steps by turns, one thread. A FLUX of 2 + 4 blocks with random weights, 256 "
-    "image tokens and 64 text tokens, compiled by inductor; a reused step computes the first block. **computed**, "
-    "**reused**: quantized over unquantized, both with the cache. **low step**, **full step, by step**: a model with "
-    "`precision`, over the quantized and over the unquantized one, both with the cache; its first block is never "
-    "quantized. **half reused**: every other step reused, over plain `torch.compile` of the unquantized model."
+    "image tokens and 64 text tokens, compiled by inductor; a reused step computes the first block. `computed`, "
+    "`reused`: quantized over unquantized, both with the cache. `low`, `full`: computed steps of a model with "
+    "`precision`, over those of the quantized and of the unquantized one; its first block is never quantized. `half "
+    "reused`: every other step reused, over plain `torch.compile` of the unquantized model; `not quantized`: the same "
+    "of the cached model without quantization."
 )
 
 
 def quantized(
     width: Annotated[
         list[int] | None,
-        typer.Option(
-            metavar="N", min=HEAD, help="Width of the model, a multiple of 64; may be repeated. 1024 if left out."
-        ),
+        typer.Option(metavar="N", min=HEAD, help="Width, a multiple of 64; may be repeated. 1024 if left out."),
     ] = None,
     dtype: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="[b]float32[/b] or [b]bfloat16[/b]; may be repeated. float32 if left out."),
+        typer.Option(metavar="NAME", help="[b]float32[/b] or [b]bfloat16[/b]; may be repeated. The first if left out."),
     ] = None,
-    kind: Annotated[
-        str, typer.Option(metavar="NAME", help="Kind of quantization: docs/quantization.md lists them.")
-    ] = "int8",
+    kind: Annotated[str, typer.Option(metavar="NAME", help="Kind of quantization (docs/quantization.md).")] = "int8",
     rounds: Annotated[int, typer.Option(metavar="N", min=1, max=200, help="Timed rounds of four steps.")] = 10,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for [b]quantized.md[/b].")] = Path("cachedit-bench"),
 ) -> None:

@@ -230,7 +230,7 @@ def test_copies_die_with_the_model():
     steps(model)
     (state,) = states_of(model)
     assert state.copies is not None
-    held = [weakref.ref(state.copies), weakref.ref(state.copies.of([model.blocks[1].up.weight])[0])]
+    held: list[Any] = [weakref.ref(state.copies), weakref.ref(state.copies.of([model.blocks[1].up.weight])[0])]
     del model, state
     for _ in range(2):  # the first makes the model's call let go of its state
         gc.collect()
@@ -242,7 +242,8 @@ class Tied(Toy):
 
     def forward(self, hidden_states, timestep, encoder_hidden_states):
         hidden: Any = super().forward(hidden_states, timestep, encoder_hidden_states)
-        return hidden + self.get_submodule("blocks.1.up").weight.sum()
+        layer: Any = self.get_submodule("blocks.1.up")
+        return hidden + layer.weight.sum()
 
 
 def test_a_weight_that_other_code_reads_is_taken_as_it_is():
