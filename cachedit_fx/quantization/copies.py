@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 class _Copy(NamedTuple):
     weight: weakref.ref[torch.Tensor]
-    version: int | None
+    form: tuple[Any, ...]
+    """`_form` of the weight when the copy was made."""
     tensor: torch.Tensor
 
 
@@ -91,7 +92,7 @@ class WeightCopies:
         for place in range(len(inputs)) if places is None else places:
             weight: Any = inputs[place]
             kept = self._copies.get(id(weight))
-            if kept is None or kept.version != _version(weight) or kept.weight() is not weight:
+            if kept is None or kept.form != _form(weight) or kept.weight() is not weight:
                 missing[id(weight)] = place
             else:
                 copies[place] = kept.tensor
@@ -124,12 +125,13 @@ class WeightCopies:
         with torch.inference_mode(False), torch.no_grad():
             tensor: torch.Tensor = quantized_layer(weight, kind).weight
         self._copies = {key: kept for key, kept in self._copies.items() if kept.weight() is not None}
-        self._copies[id(weight)] = _Copy(weakref.ref(weight), _version(weight), tensor)
+        self._copies[id(weight)] = _Copy(weakref.ref(weight), _form(weight), tensor)
         return tensor
 
 
-def _version(weight: torch.Tensor) -> int | None:
-    return None if weight.is_inference() else weight._version
+def _form(weight: torch.Tensor) -> tuple[Any, ...]:
+    """What tells that a weight was written to, moved or cast; no version if it was made under inference mode."""
+    return weight.device, weight.dtype, None if weight.is_inference() else weight._version
 
 
 def _reads_weight(user: fx.Node, node: fx.Node) -> bool:

@@ -225,6 +225,17 @@ def test_a_weight_that_is_written_through_data_before_the_first_check_gets_a_new
     assert are_equal(steps(model), steps(quantized(copy.deepcopy(model)))) == [False, True, False, True]
 
 
+def test_a_cast_model_gets_new_copies():
+    model = enabled(wide())
+    steps(model)
+    model.to(torch.bfloat16)
+    twin = quantized(copy.deepcopy(model))
+    inputs = [noise(width=32).bfloat16(), torch.tensor([TIMES[1]]), TEXT.bfloat16()]
+    enabled(model, PrecisionConfig("int8"))
+    with torch.no_grad():
+        assert torch.equal(model(*inputs), twin(*inputs))
+
+
 def test_copies_die_with_the_model():
     model = enabled(wide())
     steps(model)
