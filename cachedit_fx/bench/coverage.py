@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from cachedit_fx import api
 from cachedit_fx.bench.coverage_counts import Inputs, Make, count_tables, counts_of
+from cachedit_fx.bench.coverage_quantized import INT8, check_quantized
+from cachedit_fx.bench.coverage_steps import FIRST, LATER, at_timestep, equal, tensors, timesteps_of
 from cachedit_fx.bench.errors import RequestError
 from cachedit_fx.bench.motion import Reads
 from cachedit_fx.bench.progress import Tell
@@ -37,7 +38,6 @@ from cachedit_fx.config.cache import DBCacheConfig
 from cachedit_fx.metrics.flops import FlopCounter
 from cachedit_fx.passes.base import Facts
 from cachedit_fx.passes.block_loops import Detection
-from cachedit_fx.passes.find_timestep import NAMES
 from cachedit_fx.passes.hoist_invariants import HoistInvariants
 from cachedit_fx.passes.plan_regions import RegionReport
 from cachedit_fx.report.tables import Heading, Table, page, titled_list
@@ -57,9 +57,6 @@ CHECKS = {
 }
 """The columns, in order, and what each means."""
 
-FIRST, LATER = 1.0, 0.9
-"""A step's timestep, over the first step's."""
-
 ALWAYS = DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=1, residual_diff_threshold=1e9, enable_separate_cfg=False)
 """Reuses from the second step on. Every call is a step: identical inputs would look like another CFG branch."""
 
@@ -77,6 +74,8 @@ class Covered:
         variants: what was seen of each variant; None if none was tried.
         reads: the weights that code motion takes out of a step; None if they were not counted.
         share: what one of two ranks does in a step; None if that was not counted, or the ranks divide nothing.
+        int8: whether the model in int8 is cached as exactly; None if that was not tried.
+        int8_note: why not, for people; empty if it is.
     """
 
     name: str
@@ -87,6 +86,8 @@ class Covered:
     variants: tuple[VariantResult, ...] | None = None
     reads: Reads | None = None
     share: Share | None = None
+    int8: bool | None = None
+    int8_note: str = ""
 
     @property
     def is_full(self) -> bool:
@@ -185,7 +186,7 @@ def check(
 
 def _check(row: Covered, compiled: Subject, inputs: Inputs, blocks: int | None) -> None:
     module, small = compiled.module, inputs(1)
-    if not _timesteps(small):
+    if not timesteps_of(small):
         raise ValueError(f"none of the inputs is a timestep by its name: {', '.join(small)}")
     plain, plain_later = tensors(module(**small)), tensors(module(**at_timestep(small, LATER)))
     if not plain or not all(item.isfinite().all() for item in plain) or equal(plain, plain_later):
@@ -281,28 +282,6 @@ def has_counted(compiled: Subject, executed: int, cached: list[int]) -> bool:
     return bool(found) and all(item == expected for item in found)
 
 
-def tensors(result: Any) -> list[torch.Tensor]:
-    """Copies of the tensors in what a module returned, in order."""
-    return [leaf.clone() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-
-
-def equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
-    return len(left) == len(right) > 0 and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
-
-
-def at_timestep(arguments: Mapping[str, Any], scale: float) -> dict[str, Any]:
-    """The arguments of another step: every timestep scaled down. Without a timestep they stay as they are."""
-    return {**arguments, **{name: _scaled(arguments[name], scale) for name in _timesteps(arguments)}}
-
-
-def _timesteps(arguments: Mapping[str, Any]) -> list[str]:
-    return [name for name in arguments if (name in NAMES or "time" in name) and arguments[name] is not None]
-
-
-def _scaled(value: Any, scale: float) -> Any:
-    return (value * scale).to(value.dtype) if isinstance(value, torch.Tensor) else value * scale
-
-
 @dataclass(frozen=True)
 class Zoo:
     """Models to check, as a module holds them in `ZOO`, `BLOCKS`, `EXCLUDED` and `MISSING`."""
@@ -380,6 +359,7 @@ def check_all(zoo: Zoo, tell: Tell) -> Iterator[Covered]:
         row = check(name, make, zoo.blocks.get(name))
         if row.is_full:
             row.reads, row.share = counts_of(name, make)
+            row.int8, row.int8_note = check_quantized(make)
         yield row
         tell(done=1)
     yield from (Covered(name, reason=NO_ENTRY) for name in zoo.missing)
@@ -393,12 +373,13 @@ def table(rows: Sequence[Covered], is_narrow: bool = False) -> Table:
     """
     has_variants = any(row.variants is not None for row in rows)
     checks = ("checks",) if is_narrow else tuple(CHECKS)
-    headings = ("model", "chain", *checks, "FLOPs", *(["variants"] if has_variants else []))
+    headings = ("model", "chain", *checks, "FLOPs", "int8", *(["variants"] if has_variants else []))
     result = Table(headings, texts=range(2 if is_narrow else len(CHECKS) + 2))
     signs = {True: "✓", False: "✗", None: "-"}
     for row in rows:
         marks = [signs[row.passed.get(name)] for name in CHECKS]
-        figures = ["" if row.work is None else f"{row.work:.0%}", *([_variants_cell(row)] if has_variants else [])]
+        work = "" if row.work is None else f"{row.work:.0%}"
+        figures = [work, signs[row.int8], *([_variants_cell(row)] if has_variants else [])]
         cells = ["".join(marks)] if is_narrow else marks
         result.add(row.name, " + ".join(row.loops), *cells, *figures, style="" if row.is_full else "bold")
     return result
@@ -441,11 +422,13 @@ def markdown(rows: Sequence[Covered], made_by: str, excluded: Mapping[str, str])
         [
             *(f"**{name}**: {meaning}." for name, meaning in CHECKS.items()),
             "**FLOPs**: of a reused step, over a computed one's.",
+            f"**int8**: {INT8}.",
             *([f"**variants**: {VARIANTS}."] if any(row.variants for row in rows) else []),
         ],
         table(rows),
         *count_tables([row.reads for row in rows], [row.share for row in rows]),
         *titled_list("Rows that fall short", short),
+        *titled_list("Not in int8", [f"**{row.name}**: {row.int8_note}" for row in rows if row.int8_note]),
         *titled_list("Left out", left_out),
         *titled_list("Variants that are wrong", _variant_lines(rows, "wrong")),
         *titled_list("Variants that run uncached", _variant_lines(rows, "uncached")),

@@ -15,19 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import nn
 
-from cachedit_fx.bench.coverage import (
-    ALWAYS,
-    FIRST,
-    LATER,
-    Covered,
-    Subject,
-    Zoo,
-    at_timestep,
-    equal,
-    error_text,
-    has_counted,
-    tensors,
-)
+from cachedit_fx.bench.coverage import ALWAYS, Covered, Subject, Zoo, error_text, has_counted
+from cachedit_fx.bench.coverage_steps import FIRST, LATER, at_timestep, equal, tensors
 from cachedit_fx.bench.variants import (
     Change,
     Inputs,

@@ -12,7 +12,8 @@ from lib.marks import only_in
 from lib.shared import SharedCapture
 from torch.utils._pytree import tree_map
 
-from cachedit_fx.bench.coverage import ALWAYS, FIRST, LATER, at_timestep, equal, tensors
+from cachedit_fx.bench.coverage import ALWAYS
+from cachedit_fx.bench.coverage_steps import FIRST, LATER, at_timestep, equal, tensors
 
 pytestmark = pytest.mark.keep_compiled
 

@@ -58,7 +58,7 @@ def test_the_table_says_what_held_and_what_did_not(models_file, tmp_path):
     assert result.exit_code == 1, result.output
     checks, _, motion = out.read_text().partition("## Code motion")
     rows = {line.split("|")[1].strip(): line.count("✓") for line in checks.splitlines() if line.startswith("|")}
-    assert rows == {"model": 0, "---": 0, "Good": len(CHECKS), "Short": 2, "Raises": 0, "Newcomer": 0}
+    assert rows == {"model": 0, "---": 0, "Good": len(CHECKS) + 1, "Short": 2, "Raises": 0, "Newcomer": 0}
     assert re.search(r"\| Good \|.*\| 0\.\d+ \|", motion) and "| Short |" not in motion
     text = out.read_text()
     assert "1 of 4 models pass every check" in text and "**Other**: no denoiser" in text
@@ -82,7 +82,7 @@ def test_the_table_fits_a_terminal_of_80_columns(has_variants):
         console.print(terminal(table(rows, is_narrow=True)), width=80)
     lines = captured.get().splitlines()
     assert max(map(len, lines)) <= 80
-    assert lines[0].split() == ["model", "chain", "checks", "FLOPs", *(["variants"] if has_variants else [])]
+    assert lines[0].split() == ["model", "chain", "checks", "FLOPs", "int8", *(["variants"] if has_variants else [])]
     assert "✓✓✓✓✓✓✓" in lines[2] and any("✓✗-----" in line for line in lines)
     assert list(CHECKS) == re.findall(r"\w+", LEGEND.partition(": ")[2].partition(".")[0])
 
@@ -124,7 +124,16 @@ def test_a_run_that_was_stopped_goes_on(models_file, tmp_path, monkeypatch):
 def test_rows_survive_the_file(tmp_path):
     """But for those of models without an entry, which are looked for again."""
     row = Covered(
-        "Good", {"exact": True}, ("blocks x 4",), 0.25, "why", (VARIANT,), Reads("Good", 1, 2, 3, 4, 5), SHARE
+        "Good",
+        {"exact": True},
+        ("blocks x 4",),
+        0.25,
+        "why",
+        (VARIANT,),
+        Reads("Good", 1, 2, 3, 4, 5),
+        SHARE,
+        False,
+        "why",
     )
     defaults = Covered("Good")
     assert all(getattr(row, item.name) != getattr(defaults, item.name) for item in fields(Covered)[1:])
