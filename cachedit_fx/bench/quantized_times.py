@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -18,8 +18,15 @@ from cachedit_fx.config.precision import PrecisionConfig
 from cachedit_fx.quantization.apply import quantize
 from cachedit_fx.report.tables import Table
 
-PLAIN, CACHED, LOW, BY_STEP = "torch.compile", "cached", "quantized", "by step"
-"""The models. Those below the first are compiled by ours, and reuse every other step."""
+EAGER, EAGER_CACHED, PLAIN, CACHED, LOW, BY_STEP = (
+    "eager",
+    "eager, cached",
+    "torch.compile",
+    "cached",
+    "quantized",
+    "by step",
+)
+"""The models. Cached ones reuse every other step. The last two are cached too."""
 KINDS = 4
 """Steps come in fours: a computed one, a reused one, a computed one in low precision if the model has it, a reused one.
 """
@@ -42,6 +49,7 @@ class Timing:
             one.
         half_full: those of the unquantized cached model, over the same.
         rounds: pairs.
+        ladder: model -> its steps, computed and reused ones by turns, over those of the eager model without a cache.
     """
 
     width: int
@@ -54,6 +62,7 @@ class Timing:
     half: float
     half_full: float
     rounds: int
+    ladder: Mapping[str, float] = field(default_factory=dict)
 
 
 def measure(width: int, dtype: torch.dtype, kind: str, rounds: int, tell: Tell = silent) -> Timing:
@@ -68,13 +77,13 @@ def measure(width: int, dtype: torch.dtype, kind: str, rounds: int, tell: Tell =
     torch.set_num_threads(1)
     size = Size(2, 4, width=width, side=SIDE, head=HEAD, text=TEXT)
     module = make(size).to(dtype).requires_grad_(False)
-    models = {name: copy.deepcopy(module) for name in (PLAIN, CACHED, LOW, BY_STEP)}
+    models = {name: copy.deepcopy(module) for name in (EAGER, EAGER_CACHED, PLAIN, CACHED, LOW, BY_STEP)}
     del module
     models[PLAIN].compile(dynamic=False)
     quantize(models[LOW], kind)
     steps = KINDS * (rounds + WARMUP)
     by_step = PrecisionConfig(kind, full_steps_mask=(1, 1, 0, 0) * (rounds + WARMUP))
-    for name in (CACHED, LOW, BY_STEP):
+    for name in (EAGER_CACHED, CACHED, LOW, BY_STEP):
         cachedit_fx.compile(
             models[name],
             dynamic=False,
@@ -83,6 +92,7 @@ def measure(width: int, dtype: torch.dtype, kind: str, rounds: int, tell: Tell =
             steps_computation_policy="static",
             Fn_compute_blocks=1,
             precision=by_step if name == BY_STEP else None,
+            inner_backend="eager" if name == EAGER_CACHED else "inductor",
         )
     seconds: dict[tuple[str, int], list[float]] = {}
     with torch.no_grad():
@@ -113,6 +123,7 @@ def measure(width: int, dtype: torch.dtype, kind: str, rounds: int, tell: Tell =
         ratio(LOW, PLAIN, 0, 1, 2, 3),
         ratio(CACHED, PLAIN, 0, 1, 2, 3),
         rounds,
+        {name: ratio(name, EAGER, 0, 1, 2, 3) for name in (EAGER, EAGER_CACHED, PLAIN, CACHED, LOW)},
     )
 
 
@@ -144,4 +155,14 @@ def time_table(rows: Sequence[Timing]) -> Table:
     for row in rows:
         ratios = (row.computed, row.reused, row.low, row.full, row.half, row.half_full)
         table.add(str(row.width), row.dtype, row.kind, *(f"{ratio:.3f}" for ratio in ratios), str(row.rounds))
+    return table
+
+
+def ladder_table(rows: Sequence[Timing]) -> Table:
+    """What each rung takes of the eager model's time, a line for each model."""
+    headings = ("width", "dtype", "eager", "cache", "torch.compile", "cache + compile", "cache + compile\n+ quantized")
+    table = Table(headings, texts=(1,))
+    for row in rows:
+        rungs = (EAGER, EAGER_CACHED, PLAIN, CACHED, LOW)
+        table.add(str(row.width), row.dtype, *(f"{row.ladder[name]:.2f}" for name in rungs))
     return table

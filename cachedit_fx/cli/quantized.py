@@ -22,6 +22,9 @@ TIMES = (
     "reused`: every other step reused, over plain `torch.compile` of the unquantized model; `not quantized`: the same "
     "of the cached model without quantization."
 )
+LADDER = (
+    "CPU seconds over the eager model's without a cache. With the cache every other step is reused, by its static mask."
+)
 
 
 def quantized(
@@ -56,7 +59,7 @@ def quantized(
     with quiet():
         import torch
 
-        from cachedit_fx.bench.quantized_times import measure, time_table
+        from cachedit_fx.bench.quantized_times import ladder_table, measure, time_table
         from cachedit_fx.config.rules import OptionError
         from cachedit_fx.quantization.kinds import kind_of
         from cachedit_fx.quantization.selection import check_torchao
@@ -71,5 +74,5 @@ def quantized(
             rows = [measure(each, getattr(torch, name), kind, rounds, tell) for name in dtypes for each in widths]
         except OptionError as error:
             raise typer.BadParameter(str(error), param_hint="--kind") from None
-    parts: list[Part] = [Heading("Time", 2), TIMES, time_table(rows)]
+    parts: list[Part] = [Heading("Ladder", 2), LADDER, ladder_table(rows), Heading("Time", 2), TIMES, time_table(rows)]
     save(out / "quantized.md", "Time of quantized models", parts)
