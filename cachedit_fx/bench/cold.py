@@ -35,6 +35,8 @@ WAYS: dict[str, Callable[[Any], None]] = {
     OURS: lambda module: _cachedit(module),
     f"{OURS}, all pieces": lambda module: _cachedit(module, compiled_pieces="all"),
     f"{OURS}, region": lambda module: _cachedit(module, granularity="region"),
+    f"{OURS}, int8": lambda module: _in_int8(module),
+    f"{OURS}, int8 by step": lambda module: _cachedit(module.requires_grad_(False), precision="int8"),
     "torch.compile": lambda module: module.compile(),
     PEER: lambda module: _cache_dit(module),
 }
@@ -52,6 +54,13 @@ def _cachedit(module: Any, **options: Any) -> None:
     cachedit_fx.compile(
         module, steps_computation_mask="10" * CALLS, steps_computation_policy="static", Fn_compute_blocks=1, **options
     )
+
+
+def _in_int8(module: Any) -> None:
+    import cachedit_fx
+
+    cachedit_fx.quantize(module.requires_grad_(False), "int8")
+    _cachedit(module)
 
 
 def _cache_dit(module: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from cachedit_fx.config.cache import CONFIGS, Cut, DBCacheConfig, known_fields
 from cachedit_fx.config.calibrators import CalibratorConfig
-from cachedit_fx.config.precision import PrecisionConfig
+from cachedit_fx.config.precision import PrecisionConfig, as_precision
 from cachedit_fx.config.rules import OptionError, Rule, check_fields, choice, integer, optional, reject_unknown, setting
 from cachedit_fx.runtime.calibrators import CALIBRATORS, as_config, calibrator_of
 from cachedit_fx.runtime.policies.base import Policy, policy_of
@@ -204,11 +204,15 @@ class Options:
     take it."""
     precision: PrecisionConfig | None = setting(
         None,
-        optional(Rule(lambda value: isinstance(value, PrecisionConfig), "a PrecisionConfig, or the name of a kind")),
+        Rule(
+            lambda value: value is None or isinstance(value, PrecisionConfig),
+            "a PrecisionConfig, a mapping of its settings, the name of a kind, or None",
+        ),
     )
     """Precision by step: quantized copies of the middle blocks' weights, and the steps that leave them aside. A kind's
-    name such as "int8" stands for `PrecisionConfig("int8")`, with no step in full precision. None = the module's own
-    weights at all steps. `torch.compile(backend="cachedit")` does not take it."""
+    name such as "int8" stands for `PrecisionConfig("int8")`, with no step in full precision, and a mapping such as
+    {"full_first_steps": 6} for a config of these settings. None = the module's own weights at all steps.
+    `torch.compile(backend="cachedit")` does not take it."""
     hoisted_mib: int = setting(256, integer(0, "MiB"))
     """The highest size of the hoisted values that a model keeps for each of its graphs, in MiB. Values beyond it are
     computed at every step."""
@@ -245,7 +249,6 @@ class Options:
         cache, passes, modifiers, loops = (values[name] for name in ("cache", "passes", "params_modifiers", "loops"))
         inner, size, mesh = (values[name] for name in ("inner_options", "ulysses_size", "ulysses_mesh"))
         cache = CONFIGS[cache]() if isinstance(cache, str) and cache in CONFIGS else cache
-        precision = values["precision"]
         own = cache.calibrator if isinstance(cache, DBCacheConfig) else None
         return {
             "cache": cache,
@@ -258,7 +261,7 @@ class Options:
             else tuple(sorted(passes.items(), key=str))
             if isinstance(passes, Mapping)
             else passes,
-            "precision": PrecisionConfig(precision) if isinstance(precision, str) else precision,
+            "precision": as_precision(values["precision"]),
             "loops": tuple(loops) if isinstance(loops, list) else loops,
             "ulysses_size": (size_of(mesh) if is_mesh(mesh) else 1) if size is None else size,
         }

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from cachedit_fx.config.rules import MASK, as_mask, check, integer, optional
+from cachedit_fx.config.rules import MASK, as_mask, check, integer, optional, reject_unknown
 from cachedit_fx.quantization.layers import Request
 from cachedit_fx.quantization.selection import patterns_of, request_of
 
@@ -87,3 +87,13 @@ class PrecisionConfig:
             or (steps is not None and facts.step >= steps - self.full_last_steps)
             or (mask is not None and bool(mask[min(facts.step, len(mask) - 1)]))
         )
+
+
+def as_precision(value: Any) -> Any:
+    """The config of a kind's name, or of a mapping of settings. Other values stay as they are."""
+    if isinstance(value, str):
+        return PrecisionConfig(value)
+    if isinstance(value, Mapping):
+        reject_unknown(value, dict.fromkeys(PrecisionConfig.__dataclass_fields__, "cachedit_fx.PrecisionConfig"))
+        return PrecisionConfig(**value)
+    return value

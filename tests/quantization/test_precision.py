@@ -28,6 +28,7 @@ from cachedit_fx import (
     quantize,
     summary,
 )
+from cachedit_fx.config.options import parse_options
 from cachedit_fx.runtime.registry import states_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gains no time", "ignore:.*is a stand-in", "ignore:.*lru_cache")
@@ -116,6 +117,14 @@ def test_steps_are_chosen_from_both_ends_and_by_a_mask():
     assert low(unknown, full_first_steps=2, full_last_steps=1) == [2, 3, 4, 5]
     assert low(known, full_steps_mask=[0, 1]) == [0]
     assert low(known, full_steps_mask="10") == [1, 2, 3, 4, 5]
+
+
+def test_a_name_and_a_mapping_stand_for_a_config():
+    assert parse_options({"precision": "int8"}).precision == PrecisionConfig("int8")
+    config = PrecisionConfig("int8_weight_only", full_first_steps=2, per_layer={"up": None})
+    mapping = {"quant_type": "int8_weight_only", "full_first_steps": 2, "per_layer": {"up": None}}
+    options = parse_options({"precision": mapping})
+    assert options.precision == config and hash(options) == hash(parse_options({"precision": config}))
 
 
 def test_the_last_steps_are_those_of_the_scheduler():
@@ -336,8 +345,12 @@ def test_every_step_is_shown(capsys):
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"precision": 8}, "precision=8 is not allowed: it must be a PrecisionConfig, or the name of a kind, or None"),
+    (
+        {"precision": 8},
+        "precision=8 is not allowed: it must be a PrecisionConfig, a mapping of its settings, the",
+    ),
     ({"precision": "int9"}, "quant_type='int9' is not allowed.*did you mean 'int8'"),
+    ({"precision": {"full_steps": 2}}, "unknown option 'full_steps'; the nearest known one is 'full_steps_mask'"),
     ({"precision": "int8", "cache": None}, "precision chooses the weights of the middle blocks, and cache=None leaves"),
     ({"precision": "int8", "passes": {"gather_inputs": False}}, r"passes=\{'gather_inputs': False\} leaves no middle"),
     ({"precision": "int8", "verify": "first"}, "verify compares with the plain module, and precision rounds"),
