@@ -225,6 +225,17 @@ def test_a_changed_weight_gets_a_new_copy(change):
     assert are_equal(results, low) == [False, True, False, True]
 
 
+@torch.no_grad()
+def test_a_weight_that_is_written_to_within_a_generation_gets_a_new_copy():
+    model = enabled(wide())
+    for time in TIMES[:2]:
+        model(noise(width=32), torch.tensor([time]), TEXT)
+    _in_place(model)
+    twin = quantized(copy.deepcopy(model))
+    results = [model(noise(width=32), torch.tensor([time]), TEXT) for time in TIMES[2:]]
+    assert torch.equal(results[1], steps(twin)[3]) and summary(model)[0].low_steps == [1, 3]
+
+
 def test_a_weight_that_is_written_through_data_before_the_first_check_gets_a_new_copy():
     model = enabled(wide())
     with torch.no_grad():
