@@ -8,6 +8,8 @@ their calls where a generation begins, at the first call of each further branch,
 than before. First they make sure that all of them have come (`runtime.presence`). Then one small all-gather and one
 read-back compare the calls.
 
+All other calls are compared a call late, and up to rounding (`runtime.drift`).
+
 With ulysses_inputs="first_rank" the values of tensors are not compared: at every call all ranks take those of the
 group's first rank.
 """
@@ -28,7 +30,8 @@ from torch.utils._pytree import tree_leaves
 
 from cachedit_fx.passes.find_timestep import source_name
 from cachedit_fx.passes.graph_values import is_of_module, tensor_of, value_of
-from cachedit_fx.runtime.presence import RankMissing, RanksDisagree
+from cachedit_fx.runtime.drift import Drift
+from cachedit_fx.runtime.presence import RanksDisagree
 from cachedit_fx.runtime.ranks import Ranks
 from cachedit_fx.runtime.samples import samples_of
 from cachedit_fx.runtime.shared_inputs import SharedInputs
@@ -95,6 +98,7 @@ class Agreement:
         self.ranks, self.captured, self.model = ranks, captured, state.title or captured.model
         takes_first = state.options.ulysses_inputs == "first_rank"
         self._shared_inputs = SharedInputs(ranks) if takes_first else None
+        self._drift = Drift(ranks, list(captured.arguments.values()))
         self._forms: Hashable = None
         """Of the latest comparison."""
         self._branches: weakref.WeakKeyDictionary[Session, tuple[int, frozenset[int | None]]] = (
@@ -104,7 +108,7 @@ class Agreement:
 
     @contextmanager
     def watch(self, state: ModelState) -> Iterator[None]:
-        """Context manager for a call of the graph. The next call is compared if a collective fails in this one.
+        """Context manager for a call of the graph. The next call is compared if ranks disagree in this one.
 
         Raises:
             RankMissing: if a collective fails.
@@ -115,8 +119,9 @@ class Agreement:
         try:
             with self.ranks.presence.watch(self.model):
                 yield
-        except RankMissing:
+        except RanksDisagree:
             self._forms = None
+            self._drift.restart()
             raise
 
     def begin(self, inputs: Sequence[Any], state: ModelState, call: Call | None = None) -> bool:
@@ -126,9 +131,10 @@ class Agreement:
             Whether it was compared.
 
         Raises:
-            RanksDisagree: on all ranks, if the calls differ.
+            RanksDisagree: on all ranks, if the calls differ, or those before it did.
             RankMissing: if a rank does not take part.
         """
+        self._check_drift()
         arguments = (inputs[index] for index in self.captured.arguments)
         forms = tuple((x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else type(x) for x in arguments)
         begins = call is not None and (call.begins_by_clock or call.begins_afresh)
@@ -137,6 +143,27 @@ class Agreement:
         self._compare(inputs, state)
         self._forms = forms
         return True
+
+    def end(self, session: Session) -> None:
+        """A pipeline has ended, which made the session's calls. Tells the outcome of the last one's comparison.
+
+        Raises:
+            RanksDisagree: on all ranks, if the last calls differed.
+            RankMissing: if a rank has ended.
+        """
+        with self.ranks.presence.watch(self.model):
+            self._check_drift(session)
+
+    def _check_drift(self, session: Session | None = None) -> None:
+        number = self._drift.calls
+        names = self._drift.differing(session)
+        if names:
+            raise RanksDisagree(
+                f"{self.ranks.presence.heading}the ranks have drifted apart: {' and '.join(names)} had other values on "
+                f"each of them in the latest call, which is call {number} after the ranks compared all inputs. Use one "
+                "guidance scale, one seed for the noise of the scheduler's steps, and the same callbacks on all ranks; "
+                "or pass ulysses_inputs='first_rank', and all ranks take the inputs of the first one"
+            )
 
     def taken(self, inputs: Sequence[Any]) -> Sequence[Any]:
         """The inputs with which the graph is to run: the first rank's tensors, if the options ask for these."""
@@ -173,10 +200,21 @@ class Agreement:
         session, branch = call.session, call.position and call.position.branch
         generation, compared = self._branches.get(session, (None, frozenset()))
         compared = compared if generation == session.generation else frozenset()
-        if branch not in compared:
-            if not is_compared:
-                self._compare(inputs, session.state)
-            self._branches[session] = session.generation, compared | {branch}
+        if branch in compared:
+            self.follow(inputs, session, is_compared)
+            return
+        if not is_compared:
+            self._compare(inputs, session.state)
+        self._branches[session] = session.generation, compared | {branch}
+
+    def follow(self, inputs: Sequence[Any], session: Session, is_compared: bool) -> None:
+        """Begin to compare a call that is no first one, unless it was compared. The next call tells the outcome.
+
+        No rank waits here. One that did not come would leave the group out of step, so this is for calls in which the
+        ranks exchange values anyway.
+        """
+        if not is_compared and self._shared_inputs is None:
+            self._drift.send([inputs[index] for index in self.captured.arguments], session)
 
     def _compare(self, inputs: Sequence[Any], state: ModelState) -> None:
         arguments = {name: inputs[index] for index, name in self.captured.arguments.items()}
@@ -185,6 +223,7 @@ class Agreement:
         weights = samples_of(inputs[index] for index in self.captured.weights)
         operations = dict(enumerate(self.captured.operations))
         values = [self._number_of(value) for value in arguments.values()]
+        self._drift.restart()
         row = _in_slots([_hash(settings), _hash(forms), _hash(operations), _checksum(weights), *values])
         with self.ranks.presence.meeting(self.model):
             state.is_apart = False

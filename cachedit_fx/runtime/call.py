@@ -17,7 +17,7 @@ import torch
 
 from cachedit_fx.runtime.clock import Timestep, clock
 from cachedit_fx.runtime.model_state import ModelState
-from cachedit_fx.runtime.presence import RankMissing
+from cachedit_fx.runtime.presence import RanksDisagree
 from cachedit_fx.runtime.region import RegionInfo, RegionKey
 from cachedit_fx.runtime.session import Session
 from cachedit_fx.runtime.tracker import Evidence, Position
@@ -88,7 +88,7 @@ class current_call:  # noqa: N801 - a context manager, and used like a function
         self.session.call = None
         if kind is not None:
             self.call.roll_back()
-            if issubclass(kind, RankMissing):  # other ranks may have succeeded, and stored more than this one
+            if issubclass(kind, RanksDisagree):  # other ranks may have stored more, or all have stored wrong values
                 self.session.forget()
             if not issubclass(kind, self.expected):
                 self.session.record_failure()

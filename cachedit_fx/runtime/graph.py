@@ -55,6 +55,7 @@ class RewrittenGraph:
         agreement = self._agreements.get(state)
         if agreement is None and self.captured is not None and state.ranks is not None:
             agreement = self._agreements[state] = Agreement(state.ranks, self.captured, state)
+            state.agreements.add(agreement)
         return agreement
 
 
@@ -87,7 +88,7 @@ class UncachedGraph(RewrittenGraph):
         if agreement is None:
             return self._result(state, inputs)
         with agreement.watch(state):
-            agreement.begin(inputs, state)
+            agreement.follow(inputs, state.session(), agreement.begin(inputs, state))
             return self._result(state, agreement.taken(inputs))
 
     def _result(self, state: ModelState, inputs: Sequence[Any]) -> Any:
@@ -159,6 +160,8 @@ class CachedGraph(RewrittenGraph):
             is_compared = is_compared or agreement.enter(taken, call)
             if call.is_located:  # by a graph before this one, or by a shortcut that was given up
                 locate()
+            elif call.session.is_stray:  # it has no position
+                agreement.follow(taken, call.session, is_compared)
 
         return self._called(call, taken, enter, [locate])
 

@@ -27,6 +27,7 @@ from cachedit_fx.runtime.warning import warn
 
 if TYPE_CHECKING:
     from cachedit_fx.quantization.copies import WeightCopies
+    from cachedit_fx.runtime.agreement import Agreement
     from cachedit_fx.runtime.graph import RewrittenGraph
     from cachedit_fx.runtime.hoisted_memory import HoistedMemory
 
@@ -55,6 +56,7 @@ class ModelState:
         last_call: time of the last call, by the monotonic clock, in seconds.
         hoisted: the kept values of each graph that hoists some.
         copies: quantized copies of the model's weights; None without the option `precision`.
+        agreements: what ranks have compared, of each graph that they share.
     """
 
     def __init__(self, options: Options, title: str = "") -> None:
@@ -72,6 +74,7 @@ class ModelState:
         self.last_call = 0.0
         self.hoisted: weakref.WeakSet[HoistedMemory] = weakref.WeakSet()
         self.copies: WeightCopies | None = None
+        self.agreements: weakref.WeakSet[Agreement] = weakref.WeakSet()
         self._here = threading.local()
         """`session` of each thread: every call asks twice."""
         self._by_thread: weakref.WeakKeyDictionary[threading.Thread, Session] = weakref.WeakKeyDictionary()
@@ -108,13 +111,19 @@ class ModelState:
         return sum(memory.bytes_held for memory in memories), tuple(names)
 
     def end_generation(self) -> None:
-        """A pipeline has ended: the session's next call starts a generation. A named session frees its values."""
+        """A pipeline has ended: the session's next call starts a generation. A named session frees its values.
+
+        Raises:
+            RanksDisagree: on all ranks that share a sample, if the inputs of the last call differed.
+        """
         session = self.present_session()
         if session is None:
             return
         if present_block() is not None:
             session.free()
         session.tracker.refresh()
+        for agreement in list(self.agreements):
+            agreement.end(session)
 
     def end_session(self, key: Hashable) -> None:
         """Free a named session; an unknown one is ignored."""

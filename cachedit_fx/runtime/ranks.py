@@ -45,7 +45,7 @@ class Ranks:
 
     def from_first(self, values: torch.Tensor) -> torch.Tensor:
         """The first rank's tensor; in place on the others. All ranks must call it together, with equal shapes."""
-        sent = values.to(self._device_for(values))
+        sent = values.to(self.device_for(values))
         dist.broadcast(sent, src=self.presence.members[0], group=self.group)
         return sent
 
@@ -55,13 +55,13 @@ class Ranks:
         Args:
             row: int64, of one length on all ranks.
         """
-        device = self._device_for(row)
+        device = self.device_for(row)
         rows = [torch.empty_like(row, device=device) for _ in range(self.size)]
         dist.all_gather(rows, row.to(device), group=self.group)
         tables: list[list[int]] = torch.stack(rows).tolist()
         return tables
 
-    def _device_for(self, values: torch.Tensor) -> torch.device:
+    def device_for(self, values: torch.Tensor) -> torch.device:
         """The device on which the group exchanges these values: gloo needs them on the host."""
         return torch.device("cpu") if dist.get_backend(self.group) == "gloo" else values.device
 
@@ -70,6 +70,43 @@ class Ranks:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+
+class Gathering:
+    """Every rank's tensor, on its way to the host. All ranks must make it together; none waits.
+
+    Args:
+        ranks: those of the group.
+        own: this rank's, of equal shape and dtype on all.
+    """
+
+    def __init__(self, ranks: Ranks, own: torch.Tensor) -> None:
+        own = own.to(ranks.device_for(own))
+        self._event: torch.cuda.Event | None = None
+        if own.device.type != "cuda":
+            self._rows, self._work = self._send(ranks, own)
+            return
+        stream = torch.cuda.Stream(own.device)  # the device's other work waits for no rank
+        stream.wait_stream(torch.cuda.current_stream(own.device))
+        with torch.cuda.stream(stream):
+            rows, work = self._send(ranks, own)
+            work.wait()  # the stream does, and not the host
+            self._rows = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+            self._rows.copy_(rows, non_blocking=True)
+            self._event = stream.record_event()
+        own.record_stream(stream)
+
+    def rows(self) -> torch.Tensor:
+        """By rank, on the host. A call after the next step was started does not wait for that step."""
+        if self._event is not None:
+            self._event.synchronize()
+        else:
+            self._work.wait()
+        return self._rows.cpu()
+
+    def _send(self, ranks: Ranks, own: torch.Tensor) -> tuple[torch.Tensor, dist.Work]:
+        rows = own.new_empty(ranks.size, *own.shape)
+        return rows, dist.all_gather(list(rows), own, group=ranks.group, async_op=True)
 
 
 def is_mesh(value: Any) -> bool:

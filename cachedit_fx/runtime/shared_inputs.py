@@ -39,7 +39,8 @@ class SharedInputs:
         """
         if not tensors:
             return []
-        sent = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in tensors]
+        copies = [tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in tensors]
+        sent = [copy.view(-1).view(torch.uint8) for copy in copies]
         device = next((each.device for each in sent if each.device.type != "cpu"), sent[0].device)
         whole = self.ranks.from_first(torch.cat([each.to(device) for each in sent]))
         parts = whole.split([len(each) for each in sent])

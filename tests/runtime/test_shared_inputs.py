@@ -85,6 +85,7 @@ def layouts(rank):
         real[:, ::2],
         real[:1].expand(3, 6),
         real[0, 0],
+        real[0, 0].expand(1),
         real[:0],
         real > 0,
         real.to(torch.bfloat16),
