@@ -85,7 +85,8 @@ def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa
     previous_options = previous.torch_options if previous else {}
     torch_options: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT, **previous_options, **changes}
     guards = guards or (previous.guards if previous else "always")
-    if state and previous and torch_options == previous_options and state.options.structure() == settings.structure():
+    is_same = state is not None and state.options.structure() == settings.structure() and not state.has_lost_ranks
+    if state and previous and torch_options == previous_options and is_same:
         previous.guards = guards
         state.set_options(settings)
         state.announce()

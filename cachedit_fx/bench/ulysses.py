@@ -138,11 +138,11 @@ def sent_by(node: fx.Node, ranks: int) -> int:
 
 def table(rows: Sequence[Share]) -> Table:
     """A line for each model and number of ranks."""
-    headings = ("model", "ranks", "part of the stream", "FLOPs\ndivided", "exchanges", "gathers", "sums")
-    result = Table((*headings, "MiB sent\na step", "MiB\nstored"))
+    headings = ("model", "ranks", "part of\nthe stream", "FLOPs\ndivided", "exchanges", "gathers", "sums")
+    result = Table((*headings, "MiB\nsent", "MiB\nkept"))
     for row in rows:
         numbers = (str(number) for number in (row.exchanges, row.gathers, row.sums))
-        sizes = (f"{size / 2**20:.1f}" for size in (row.sent, row.stored))
-        shape = " x ".join(map(str, row.tokens))
+        sizes = f"{row.sent / 2**20:.0f}", f"{row.stored / 2**20:.1f}"
+        shape = " x ".join(str(size) for size in row.tokens if size > 1)
         result.add(row.model, str(row.ranks), shape, f"{row.divided:.1%}", *numbers, *sizes)
     return result

@@ -30,10 +30,11 @@ from torch.utils._pytree import tree_leaves
 
 from cachedit_fx.passes.find_timestep import source_name
 from cachedit_fx.passes.graph_values import is_of_module, tensor_of, value_of
+from cachedit_fx.runtime.checksum import checksum
 from cachedit_fx.runtime.drift import Drift
 from cachedit_fx.runtime.presence import RanksDisagree
 from cachedit_fx.runtime.ranks import Ranks
-from cachedit_fx.runtime.samples import samples_of
+from cachedit_fx.runtime.samples import parts_of, samples_of
 from cachedit_fx.runtime.shared_inputs import SharedInputs
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ class Agreement:
         call = state.session().call
         if call is not None:
             call.is_shared = True
+        self.ranks.check()
         try:
             with self.ranks.presence.watch(self.model):
                 yield
@@ -151,8 +153,9 @@ class Agreement:
             RanksDisagree: on all ranks, if the last calls differed.
             RankMissing: if a rank has ended.
         """
-        with self.ranks.presence.watch(self.model):
-            self._check_drift(session)
+        if not self.ranks.is_destroyed:
+            with self.ranks.presence.watch(self.model):
+                self._check_drift(session)
 
     def _check_drift(self, session: Session | None = None) -> None:
         number = self._drift.calls
@@ -220,11 +223,11 @@ class Agreement:
         arguments = {name: inputs[index] for index, name in self.captured.arguments.items()}
         settings = {each.name: _text(getattr(state.options, each.name)) for each in fields(state.options)}
         forms = {name: _form_of(value) for name, value in arguments.items()}
-        weights = samples_of(inputs[index] for index in self.captured.weights)
+        weights = [inputs[index] for index in self.captured.weights]
         operations = dict(enumerate(self.captured.operations))
         values = [self._number_of(value) for value in arguments.values()]
         self._drift.restart()
-        row = _in_slots([_hash(settings), _hash(forms), _hash(operations), _checksum(weights), *values])
+        row = _in_slots([_hash(settings), _hash(forms), _hash(operations), _number_of_weights(weights, state), *values])
         with self.ranks.presence.meeting(self.model):
             state.is_apart = False
             rows = self.ranks.tables(row)
@@ -243,7 +246,7 @@ class Agreement:
         """One number for the values of an input; 0 for a tensor that is taken from the first rank."""
         if not isinstance(value, torch.Tensor):
             return _hash(value)
-        return _checksum([value]) if self._shared_inputs is None else 0
+        return checksum(value) if self._shared_inputs is None else 0
 
     def _difference(self, kind: str, texts: Mapping[Any, Hashable]) -> str:
         """The first thing of which the ranks have different texts."""
@@ -292,20 +295,11 @@ def _hash(value: Any) -> int:
     return int.from_bytes(digest, "big", signed=True)
 
 
-def _checksum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """One number for the contents of tensors, int64, on the device of the first. Equal contents have equal numbers."""
-    total = torch.zeros((), dtype=torch.int64)
-    for tensor in tensors:
-        bits = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        flat = bits.detach().reshape(-1)
-        if flat.dtype is not torch.bool:
-            flat = flat.view(_INTEGERS[flat.element_size()])
-        places = torch.arange(1, len(flat) + 1, device=flat.device)  # so that the order of equal elements counts
-        total = total.to(flat.device) * 31 + (flat * places).sum()
-    return total
-
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+def _number_of_weights(weights: Sequence[torch.Tensor], state: ModelState) -> torch.Tensor:
+    """One number for the weights: of all their bits as far as they count writes, and of samples as they are now."""
+    parts = [part for weight in weights for part in parts_of(weight)]
+    numbers = [*map(state.checksums, parts), *map(checksum, samples_of(parts))]
+    return checksum(torch.stack([number.to(numbers[0].device) for number in numbers])) if numbers else torch.tensor(0)
 
 
 def _in_slots(numbers: Sequence[int | torch.Tensor]) -> torch.Tensor:

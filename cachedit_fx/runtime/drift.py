@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
+from cachedit_fx.runtime.checksum import Memo
 from cachedit_fx.runtime.ranks import Gathering, Ranks
 
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ class Drift:
         self.ranks, self.names = ranks, names
         self.calls = 0
         """Calls since the ranks compared all inputs to the bit."""
-        self._sketches: Any = WeakIdKeyDictionary()
-        """Tensor -> its version and its numbers."""
+        self.sketches = Memo(_sketch_of)
         self._latest: tuple[Gathering, weakref.ref[Session]] | None = None
 
     def restart(self) -> None:
@@ -79,15 +78,9 @@ class Drift:
 
     def _sketch(self, value: Any) -> torch.Tensor:
         """The numbers of an input."""
-        if not isinstance(value, torch.Tensor):
-            return _sketch_of(torch.tensor(value if isinstance(value, (int, float)) else 0.0))
-        if value.is_inference():  # it counts no writes
-            return _sketch_of(value)
-        version, sketch = self._sketches.get(value, (None, None))
-        if sketch is None or version != value._version:
-            sketch = _sketch_of(value)
-            self._sketches[value] = value._version, sketch
-        return sketch
+        if isinstance(value, torch.Tensor):
+            return self.sketches(value)
+        return _sketch_of(torch.tensor(value if isinstance(value, (int, float)) else 0.0))
 
 
 def _sketch_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from cachedit_fx.config.options import Options
 from cachedit_fx.passes.base import NOTHING_KNOWN, Facts
+from cachedit_fx.runtime.checksum import Memo, checksum
 from cachedit_fx.runtime.listener import Hint
 from cachedit_fx.runtime.presence import come_back, leave
 from cachedit_fx.runtime.ranks import ranks_of
@@ -56,6 +57,7 @@ class ModelState:
         last_call: time of the last call, by the monotonic clock, in seconds.
         hoisted: the kept values of each graph that hoists some.
         copies: quantized copies of the model's weights; None without the option `precision`.
+        checksums: of the weights, for comparisons of ranks.
         agreements: what ranks have compared, of each graph that they share.
     """
 
@@ -74,6 +76,7 @@ class ModelState:
         self.last_call = 0.0
         self.hoisted: weakref.WeakSet[HoistedMemory] = weakref.WeakSet()
         self.copies: WeightCopies | None = None
+        self.checksums = Memo(checksum)
         self.agreements: weakref.WeakSet[Agreement] = weakref.WeakSet()
         self._here = threading.local()
         """`session` of each thread: every call asks twice."""
@@ -81,6 +84,11 @@ class ModelState:
         self._by_key: OrderedDict[Hashable, Session] = OrderedDict()
         self._lock = threading.Lock()
         self._warned: set[str] = set()
+
+    @property
+    def has_lost_ranks(self) -> bool:
+        """Whether the group of the ranks that share a sample was destroyed."""
+        return self.ranks is not None and self.ranks.is_destroyed
 
     def session(self) -> Session:
         """The session of the present thread, or of the `session(key)` that it is in."""

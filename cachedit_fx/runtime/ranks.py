@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from cachedit_fx.config.rules import OptionError
-from cachedit_fx.runtime.presence import Presence, introduce
+from cachedit_fx.runtime.presence import Presence, RankMissing, introduce
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -32,6 +32,27 @@ class Ranks:
     name: str
     size: int
     group: dist.ProcessGroup = field(repr=False, compare=False)
+
+    @property
+    def is_destroyed(self) -> bool:
+        """Whether the program has destroyed the group, even if it has made another one of that name."""
+        try:
+            return _resolve_process_group(self.name) is not self.group  # type: ignore[arg-type]
+        except RuntimeError:
+            return True
+
+    def check(self) -> None:
+        """Raise if the group was destroyed.
+
+        Raises:
+            RankMissing: if so.
+        """
+        if self.is_destroyed:
+            raise RankMissing(
+                f"ulysses_size={self.size}: the process group of these ranks was destroyed after the cache was enabled. "
+                "Call torch.distributed.init_process_group(), and then enable_cache or torch.compile again; or "
+                "disable_cache, and each process computes alone"
+            )
 
     @cached_property
     def presence(self) -> Presence:
@@ -115,7 +136,12 @@ def is_mesh(value: Any) -> bool:
         return False
     from torch.distributed.device_mesh import DeviceMesh
 
-    return isinstance(value, (DeviceMesh, dist.ProcessGroup))
+    return isinstance(value, (DeviceMesh, dist.ProcessGroup)) or _is_of_others(value)
+
+
+def _is_of_others(value: Any) -> bool:
+    """Whether the value is what torch.distributed hands to a process in place of a group that it is not in."""
+    return isinstance(value, int) and value == dist.GroupMember.NON_GROUP_MEMBER
 
 
 def size_of(mesh: Mesh) -> int:
@@ -124,6 +150,11 @@ def size_of(mesh: Mesh) -> int:
     Raises:
         OptionError: if the mesh has several dimensions, or this process is none of its ranks.
     """
+    if _is_of_others(mesh):
+        raise OptionError(
+            "ulysses_mesh: this process is not in that group, so torch.distributed gave it a number in place of the "
+            "group. Pass a group only on its own ranks; each of the others needs the group that it is in"
+        )
     if isinstance(mesh, dist.ProcessGroup):
         return mesh.size()
     names = mesh.mesh_dim_names

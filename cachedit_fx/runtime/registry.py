@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -85,7 +86,8 @@ def state_of_anchors(block: torch.Tensor, last: torch.Tensor, options: Options) 
     with _lock:
         by_last: WeakTensorKeyDictionary = _by_anchors.setdefault(block, WeakTensorKeyDictionary())
         states: dict[Options, ModelState] = by_last.setdefault(last, {})
-        if options not in states:
+        is_lost = options in states and states[options].has_lost_ranks and dist.is_initialized()
+        if options not in states or is_lost:
             states[options] = ModelState(options)
         return states[options]
 

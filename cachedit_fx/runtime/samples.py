@@ -17,7 +17,7 @@ SAMPLES = 64
 def samples_of(tensors: Iterable[Any], count: int = SAMPLES) -> list[torch.Tensor]:
     """At most `count` elements of each tensor, spread over it: a vector for each dtype and device."""
     samples: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = defaultdict(list)
-    for part in (part for tensor in tensors for part in _parts_of(tensor)):
+    for part in (part for tensor in tensors for part in parts_of(tensor)):
         if part.numel():
             samples[part.dtype, part.device].append(_sample(part, count))
     return [torch.cat(vectors).detach() for vectors in samples.values()]
@@ -33,11 +33,11 @@ def differ(before: Sequence[torch.Tensor], now: Sequence[torch.Tensor]) -> torch
     return torch.stack([flag.to(home or flag.device) for flag in flags]).any() if flags else torch.tensor(False)
 
 
-def _parts_of(tensor: Any) -> Iterator[torch.Tensor]:
+def parts_of(tensor: Any) -> Iterator[torch.Tensor]:
     """The tensor, or all parts of a tensor of tensors."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from _parts_of(getattr(tensor, name))
+            yield from parts_of(getattr(tensor, name))
     elif isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided:
         yield tensor
 

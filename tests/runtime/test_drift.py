@@ -207,11 +207,11 @@ def compared(rank):
     halved = [each.to(torch.bfloat16) for each in (values(0, "the same"), values(rank, "rounding"))]
     drift.send(halved, session)
     found.append(drift.differing())
-    kept = len(drift._sketches)
+    kept = len(drift.sketches)
     del inputs, halved
     gc.collect()
     drift.send([], session)
-    return [*found, drift.differing()], kept > 0 and not len(drift._sketches)
+    return [*found, drift.differing()], kept > 0 and not len(drift.sketches)
 
 
 def test_differences_beyond_rounding_are_told_once():

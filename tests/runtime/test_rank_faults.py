@@ -296,6 +296,44 @@ def test_a_rank_that_ends_is_named_at_once(place):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Groups that are destroyed
+
+
+def regrouped(rank, folder):
+    """Errors and results of two models whose group is destroyed and made anew."""
+    modules = {"enable_cache": Flagged().requires_grad_(False), "torch.compile": Flagged().requires_grad_(False)}
+    expected = {name: module(**arguments()) for name, module in modules.items()}
+    options = OPTIONS | {"inner_backend": "eager"}
+
+    def enabled():
+        module = cachedit_fx.enable_cache(modules["enable_cache"], **options)
+        return [module, torch.compile(modules["torch.compile"], backend="cachedit", options=options)]
+
+    def results(calls):
+        with torch.no_grad():
+            return [close(call(**arguments()), value) for call, value in zip(calls, expected.values(), strict=True)]
+
+    calls = enabled()
+    found: list[Any] = [results(calls)]
+    dist.barrier()
+    dist.destroy_process_group()
+    with torch.no_grad():
+        found += [error_of(call, **arguments())[0] for call in calls]
+    dist.init_process_group("gloo", rank=rank, world_size=2, store=dist.FileStore(f"{folder}/store", 2))
+    with torch.no_grad():
+        found.append(error_of(calls[0], **arguments())[0])
+    found.append(results(enabled()))
+    return found
+
+
+def test_a_call_after_the_group_was_destroyed_says_so_and_a_new_group_is_taken(tmp_path):
+    for first, *errors, last in on_ranks(functools.partial(regrouped, folder=tmp_path), seconds=30):
+        assert first == last == [True, True]
+        for error in errors:
+            assert "ulysses_size=2: the process group of these ranks was destroyed" in error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Gradients
 
 

@@ -306,6 +306,7 @@ def test_a_mesh_says_which_ranks_share():
     def messages(rank):
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "ulysses"))
         rows, pair, whole = mesh["ulysses"], DeviceMesh("cpu", [0, 1]), dist.group.WORLD
+        others = [dist.new_group(members) for members in ([0, 1], [2, 3])]
         for each, size in ((rows, 2), (rows.get_group(), 2), (whole, 4)):
             options = parse_options({"ulysses_mesh": each})
             assert options.ulysses_size == size and parse_options({"ulysses_mesh": each}) == options
@@ -317,6 +318,8 @@ def test_a_mesh_says_which_ranks_share():
             "without names": {"ulysses_mesh": DeviceMesh("cpu", [[0, 1], [2, 3]])},
             "both": {"ulysses_mesh": rows, "ulysses_size": 4},
             "outside": {"ulysses_mesh": pair} if rank > 1 else {"ulysses_mesh": "ulysses"},
+            "no group": {"ulysses_mesh": others[rank < 2]},
+            "no group of this size": {"ulysses_mesh": others[rank < 2], "ulysses_size": 2},
         }
         errors = {}
         for name, settings in wrong.items():
@@ -335,6 +338,9 @@ def test_a_mesh_says_which_ranks_share():
     assert first["both"] == "ulysses_size=4, and ulysses_mesh has 2 ranks: leave out one of them"
     assert "a DeviceMesh of one dimension, or a ProcessGroup" in first["outside"]
     assert "has the ranks 0, 1, and this process is rank 3" in last["outside"]
+    for each in (first, last):
+        assert each["no group"] == each["no group of this size"]
+        assert "ulysses_mesh: this process is not in that group" in each["no group"]
 
 
 def test_without_a_process_group_nothing_is_compiled(monkeypatch):
