@@ -49,8 +49,8 @@ class Ranks:
         """
         if self.is_destroyed:
             raise RankMissing(
-                f"ulysses_size={self.size}: the process group of these ranks was destroyed after the cache was enabled. "
-                "Call torch.distributed.init_process_group(), and then enable_cache or torch.compile again; or "
+                f"ulysses_size={self.size}: the process group of these ranks was destroyed after enable_cache. "
+                "Call init_process_group of torch.distributed, and enable_cache or torch.compile once more; or "
                 "disable_cache, and each process computes alone"
             )
 

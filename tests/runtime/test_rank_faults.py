@@ -301,7 +301,7 @@ def test_a_rank_that_ends_is_named_at_once(place):
 
 def regrouped(rank, folder):
     """Errors and results of two models whose group is destroyed and made anew."""
-    modules = {"enable_cache": Flagged().requires_grad_(False), "torch.compile": Flagged().requires_grad_(False)}
+    modules = {name: toys.make(blocks=2).requires_grad_(False) for name in ("enable_cache", "torch.compile")}
     expected = {name: module(**arguments()) for name, module in modules.items()}
     options = OPTIONS | {"inner_backend": "eager"}
 
