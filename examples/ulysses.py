@@ -140,7 +140,7 @@ def draw(pipe: Any, call: Callable[[], torch.Tensor]) -> Drawing:
 
 def table(drawings: Drawings, steps: int) -> Table:
     """A line for each configuration and number of ranks."""
-    title = f"{steps} steps; times are of a step; of two figures each is a rank's; PSNR in dB; stored residuals in KiB"
+    title = f"{steps} steps; times are of a step; two figures are two ranks'; PSNR in dB; stored residuals in KiB"
     result = Table(title=title, box=SIMPLE_HEAD)
     for heading in ("", "ranks", "ms", "CPU ms", "differs", "PSNR", "cached", "stored"):
         result.add_column(heading, justify="right" if heading else "left", no_wrap=True)
@@ -153,14 +153,21 @@ def table(drawings: Drawings, steps: int) -> Table:
             name if ranks == 1 else "",
             str(ranks),
             f"{1e3 * max(each.seconds for each in of_ranks) / steps:.1f}",
-            ", ".join(f"{1e3 * each.cpu_seconds / steps:.1f}" for each in of_ranks),
+            by_rank([f"{1e3 * each.cpu_seconds / steps:.1f}" for each in of_ranks]),
             f"{(first.pictures - alone.pictures).abs().max().item():.1g}" if ranks > 1 else "",
             f"{decibels:.1f}" if first is not reference else "",
-            ", ".join(str(len(each.cached)) for each in of_ranks),
-            ", ".join(f"{each.held / 2**10:.0f}" for each in of_ranks),
+            by_rank([str(len(each.cached)) for each in of_ranks]),
+            by_rank([f"{each.held / 2**10:.0f}" for each in of_ranks]),
             end_section=ranks > 1,
         )
     return result
+
+
+def by_rank(figures: list[str]) -> str:
+    """The figures of one or two ranks, or the least and the largest of more."""
+    if len(figures) <= 2 or len(set(figures)) == 1:
+        return ", ".join(figures[:2])
+    return f"{min(figures, key=float)} to {max(figures, key=float)}"
 
 
 def notes(drawings: Drawings) -> str:

@@ -227,10 +227,10 @@ class Options:
     """The ranks that share the work on one sample, if they are not consecutive: a dimension of a DeviceMesh,
     `mesh["ulysses"]`, or a process group. None = consecutive ranks, `ulysses_size` of them."""
     ulysses_inputs: UlyssesInputs = setting("equal", choice(*get_args(UlyssesInputs)))
-    """Which inputs the ranks that share a sample take. "equal" = their own, which must be equal: they are compared
-    where a generation begins. "first_rank" = at every call the tensors of the group's first rank, so that all ranks
-    return its result. Each call then sends all its tensors; other inputs must be equal. It has no effect with
-    ulysses_size=1."""
+    """Which inputs the ranks that share a sample take. "equal" = their own, which must be equal: they are compared to
+    the bit where a generation begins, and up to rounding at every other call. "first_rank" = at every call the tensors
+    of the group's first rank, so that all ranks return its result. Each call then sends all its tensors; other inputs
+    must be equal. It has no effect with ulysses_size=1."""
     verify: Verify | None = setting(None, optional(choice(*get_args(Verify))))
     """"first" = compare the first computed call of each compiled graph with the plain module. If the results differ,
     `VerificationError` names the first piece that differs. Results must be equal to the bit with inner_backend="eager",

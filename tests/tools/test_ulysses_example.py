@@ -35,6 +35,12 @@ def test_ranks_that_differ_show():
     assert "the same on every rank. The ranks' pictures are equal" in ulysses.notes({("no cache", 2): [one, one]})
 
 
+def test_figures_of_many_ranks_fit_the_table():
+    assert ulysses.by_rank(["94.7", "88.4", "104.1"]) == "88.4 to 104.1"
+    assert ulysses.by_rank(["0", "0", "0"]) == ulysses.by_rank(["0", "0"]) == "0, 0"
+    assert ulysses.by_rank(["7"]) == "7"
+
+
 @pytest.mark.full("parallel")
 @pytest.mark.budget(150, "two processes import everything, and capture the bundled model twice")
 def test_two_ranks_draw_what_one_draws():
