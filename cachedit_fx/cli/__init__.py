@@ -19,6 +19,7 @@ from cachedit_fx.cli.metrics import metrics
 from cachedit_fx.cli.motion import motion
 from cachedit_fx.cli.overhead import overhead
 from cachedit_fx.cli.quantized import quantized
+from cachedit_fx.cli.sensitivity import sensitivity
 from cachedit_fx.cli.ulysses import ulysses
 from cachedit_fx.report.files import versions
 
@@ -78,6 +79,6 @@ benches = typer.Typer(
 benches.callback(help=_unwrapped(bench))(bench)
 _add(benches, overhead=overhead, cold=cold, motion=motion, quantized=quantized, ulysses=ulysses)
 app.add_typer(benches)
-_add(app, coverage=coverage, metrics=metrics)
+_add(app, coverage=coverage, metrics=metrics, sensitivity=sensitivity)
 _add(kernels, verify=verify, bench=bandwidth)
 app.add_typer(kernels)

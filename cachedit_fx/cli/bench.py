@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from cachedit_fx.cli.options import InnerBackend, check_compiler, check_out, grouped
+from cachedit_fx.cli.options import InnerBackend, PipelineEntry, check_compiler, check_out, grouped
 from cachedit_fx.cli.terminal import command_line, console, errors, progress, quiet, reported, show
 from cachedit_fx.config.rules import nearest
 from cachedit_fx.report.files import machine, versions
@@ -110,16 +110,7 @@ class Rows:
 class Pictures:
     """On which pictures"""
 
-    pipeline: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODULE:FUNCTION",
-            help="A pipeline of yours in place of the bundled model: a function without arguments, in the current "
-            "folder or installed. It returns a diffusers pipeline that takes prompts, or an object "
-            "with [b]pipe[/b] and [b]generate(pipe, prompts, steps, seed)[/b]. That returns float pictures "
-            "\\[B, 3, H, W] in 0..1, picture i from the noise of seed + i, and may pass embeddings.",
-        ),
-    ] = None
+    pipeline: PipelineEntry = None
     clip: Annotated[
         str | None,
         typer.Option(

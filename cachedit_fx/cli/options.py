@@ -77,6 +77,18 @@ DEPTHS = [18, 57]
 """The default of `--blocks`."""
 
 
+PipelineEntry = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODULE:FUNCTION",
+        help="A pipeline of yours in place of the bundled model: a function without arguments, in the current "
+        "folder or installed. It returns a diffusers pipeline that takes prompts, or an object "
+        "with [b]pipe[/b] and [b]generate(pipe, prompts, steps, seed)[/b]. That returns float pictures "
+        "\\[B, 3, H, W] in 0..1, picture i from the noise of seed + i, and may pass embeddings.",
+    ),
+]
+
+
 OnlyModels = Annotated[
     list[str] | None,
     typer.Option("--only", "-k", metavar="TEXT", help="Only models with TEXT in their names; may be repeated."),

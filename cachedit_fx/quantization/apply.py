@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -23,13 +24,15 @@ from cachedit_fx.runtime.registry import states_of, unwrapped
 from cachedit_fx.runtime.warning import warn
 
 Model = TypeVar("Model")
+COMPONENTS = ("transformer",)
+"""Of a pipeline, that are quantized by default."""
 
 
 def quantize(
     pipe_or_module: Any,
     quant_type: Any,
     *,
-    components: Sequence[str] = ("transformer",),
+    components: Sequence[str] = COMPONENTS,
     exclude: str | Sequence[str] = (),
     include: str | Sequence[str] = (),
     per_layer: Mapping[str, Any] | None = None,
@@ -68,7 +71,7 @@ def quantize(
         return joined([_apply(title, modules[title], selection) for title, selection in selections.items()])
 
 
-def dequantize(pipe_or_module: Model, *, components: Sequence[str] = ("transformer",)) -> Model:
+def dequantize(pipe_or_module: Model, *, components: Sequence[str] = COMPONENTS) -> Model:
     """Give layers that torchao quantized plain weights again, and return the argument.
 
     The weights have the rounding of their quantization, and `requires_grad=False`. Other layers stay as they are.
@@ -81,11 +84,35 @@ def dequantize(pipe_or_module: Model, *, components: Sequence[str] = ("transform
         layers = [layer for layer in linear_layers(module).values() if is_of_torchao(layer)]
         with torch.no_grad():
             for layer in layers:
-                layer.weight = nn.Parameter(_plain(layer.weight), requires_grad=False)
-                vars(layer).pop("extra_repr", None)  # torchao's, with the kind
+                _give(layer, nn.Parameter(_plain(layer.weight), requires_grad=False))
         if layers:
             start_anew(module)
     return pipe_or_module
+
+
+@contextmanager
+def quantized(pipe_or_module: Any, per_layer: Mapping[str, Any]) -> Iterator[QuantizationReport]:
+    """Quantize the layers in `per_layer` until the block ends, which gives them their own weights back.
+
+    Args:
+        pipe_or_module, per_layer: as for `quantize`.
+    """
+    modules = modules_of(pipe_or_module, COMPONENTS).values()
+    layers = [layer for module in modules for layer in linear_layers(module).values()]
+    weights = [getattr(layer, "weight", None) for layer in layers]
+    try:
+        yield quantize(pipe_or_module, None, per_layer=per_layer)
+    finally:
+        for layer, weight in zip(layers, weights, strict=True):
+            if getattr(layer, "weight", None) is not weight:
+                _give(layer, weight)
+        for module in modules:
+            start_anew(module)
+
+
+def _give(layer: Any, weight: Any) -> None:
+    layer.weight = weight
+    vars(layer).pop("extra_repr", None)  # torchao's, with the kind
 
 
 def modules_of(pipe_or_module: Any, components: Sequence[str]) -> dict[str, nn.Module]:

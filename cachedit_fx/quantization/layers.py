@@ -9,9 +9,10 @@ No model is named. Blocks are found by structure, as numbered members of a conta
 
 from __future__ import annotations
 
+import os.path
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -152,6 +153,26 @@ def blocks_of(module: nn.Module) -> tuple[str, ...]:
     Blocks within blocks are not listed. A member counts if one of the next two has its class.
     """
     return tuple(_blocks_below(module, ""))
+
+
+def groups_of(module: nn.Module, names: Iterable[str]) -> dict[tuple[str, str], tuple[str, ...]]:
+    """Layers in blocks by (block, part), such as ("blocks.0", "attn") or ("blocks.0", "ff").
+
+    A part is what the block itself is made of: the first part of a name below the block that not all its layers share.
+
+    Args:
+        module: has the blocks.
+        names: of the layers; those outside the blocks are left out.
+    """
+    names = list(names)
+    groups: dict[tuple[str, str], tuple[str, ...]] = {}
+    for block in blocks_of(module):
+        inside = {name: name.removeprefix(f"{block}.").split(".") for name in names if name.startswith(f"{block}.")}
+        depth = len(os.path.commonprefix([*inside.values()])) + 1
+        for name, parts in inside.items():
+            group = block, ".".join(parts[:depth])
+            groups[group] = (*groups.get(group, ()), name)
+    return groups
 
 
 def _blocks_below(module: nn.Module, prefix: str) -> Iterator[str]:

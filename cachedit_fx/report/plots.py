@@ -4,6 +4,7 @@ save_quality       `bench.png`: quality over work, a look for each system, and t
 save_grid          `grid.png`: pictures, a strip for each configuration
 save_differences   `differences.png`: why each step was cached or computed
 save_bandwidth     `bandwidth.png`: the kernels' bandwidth over a copy's
+save_sensitivity   `sensitivity.png`: the error of each group of layers, and the plan
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from cachedit_fx.bench.kernels_bandwidth import Timed
     from cachedit_fx.bench.measure import Measured
+    from cachedit_fx.bench.sensitivity import Measurement
     from cachedit_fx.runtime.stats import CacheStats
 
 # Okabe and Ito's colours, with a shape each: told apart in grey and by the colour-blind.
@@ -286,4 +288,43 @@ def save_bandwidth(rows: Sequence[Timed], title: str, path: Path) -> None:
         line[0].set_ylim(len(names) - 0.5, -0.5)
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(shapes), fontsize=8, frameon=False)
+    figure.savefig(path)
+
+
+_PARTS = ((BLUE, "o"), (VERMILION, "s"), (GREEN, "^"), (SKY, "D"), ("#CC79A7", "v"), ("#E69F00", "P"), (GREY, "X"))
+"""A look for each part of a block; after the last one they begin again."""
+
+
+def save_sensitivity(groups: Sequence[Measurement], chosen: Collection[tuple[str, str]], path: Path) -> None:
+    """The output over its error by block: a panel for each kind, a look for each part of a block.
+
+    Args:
+        groups: of layers, in the model's order.
+        chosen: (group, kind) of those that a plan quantizes, which are filled.
+        path: the file.
+    """
+    kinds, blocks, parts = (
+        list(dict.fromkeys(getattr(group, key) for group in groups)) for key in ("kind", "block", "part")
+    )
+    figure = _figure(max(7, 2 + 0.3 * len(blocks)), 1.6 + 2.6 * len(kinds))
+    rows = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, kind in zip(rows, kinds, strict=True):
+        for number, part in enumerate(parts):
+            colour, marker = _PARTS[number % len(_PARTS)]
+            own = [group for group in groups if (group.kind, group.part) == (kind, part) and group.error]
+            places = [blocks.index(group.block) for group in own]
+            values = [-10 * math.log10(group.error) for group in own]
+            faces = [colour if (group.group, kind) in chosen else "white" for group in own]
+            axes.scatter(places, values, s=34, marker=marker, c=faces, edgecolors=colour, linewidths=1.2, zorder=3)
+        axes.set_ylabel("output over error, dB", fontsize=9)
+        axes.set_title(kind, loc="left", fontsize=9.5)
+        axes.grid(color=SHADE, linewidth=0.6)
+        axes.set_axisbelow(True)
+        _tidy(axes)
+    rows[-1].set_xticks(range(len(blocks)), blocks, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
+    handles = [_marker(_PARTS[at % len(_PARTS)][1], _PARTS[at % len(_PARTS)][0], "white", part)
+               for at, part in enumerate(parts)]  # fmt: skip
+    if chosen:
+        handles.append(_marker("o", GREY, GREY, "filled: quantized by the plan"))
+    figure.legend(handles=handles, loc="outside upper center", ncols=6, frameon=False, fontsize=8)
     figure.savefig(path)

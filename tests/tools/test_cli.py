@@ -38,6 +38,7 @@ COMMANDS = (
     ["bench", "ulysses"],
     ["coverage"],
     ["metrics"],
+    ["sensitivity"],
     ["kernels"],
     ["kernels", "verify"],
     ["kernels", "bench"],
