@@ -123,6 +123,8 @@ class Measured:
     """Of the transformer's calls for one picture, the mean; None if they were not counted."""
     bytes_held: int | None = None
     """Of stored values, the most; None: the system does not tell."""
+    weight_bytes: int | None = None
+    """Of the transformers' weights; None: the system does not tell."""
     cached_by_call: list[list[int] | None] = field(default_factory=list)
     """Numbers of the cached steps of each call, as the system tells them."""
     seconds: list[float] = field(default_factory=list)
@@ -279,6 +281,7 @@ class Bench:
             accuracy=self._accuracy(pictures),
             flops=sum(sum(drawing.flops) for drawing in drawings) / len(pictures) or None,
             bytes_held=max(held, default=None),
+            weight_bytes=drawings[-1].weight_bytes,
             cached_by_call=[drawing.cached_steps for drawing in drawings],
             pictures=pictures if self._keeps else None,
             stats=drawings[-1].stats if self._keeps else None,

@@ -13,15 +13,20 @@ from cachedit_fx.report.files import whole_files
 from cachedit_fx.report.tables import Heading, Part, Table, page
 
 HEADINGS = ("row", "steps", "cached", "work", "wall", "PSNR dB", "SSIM", "right", "MiB held")
+WEIGHTS = "weights MiB"
+"""A column of runs with quantized rows."""
 
 
 def table(record: Record) -> Table:
     """A line for each row, from much work to little; those on the Pareto front stand out."""
-    result = Table(HEADINGS)
+    is_quantized = len({row.weight_bytes for row in record.rows if row.weight_bytes is not None}) > 1
+    result = Table((*HEADINGS, *([WEIGHTS] if is_quantized else [])))
     front = {row.name for row in record.pareto()}
     for row in record.by_work():
         is_front = row.name in front
-        result.add(*_cells(row), stands_out=is_front, style="dim" if row.system == UNCACHED else "")
+        weights = "" if row.weight_bytes is None else f"{row.weight_bytes / 2**20:.1f}"
+        cells = (*_cells(row), *([weights] if is_quantized else []))
+        result.add(*cells, stands_out=is_front, style="dim" if row.system == UNCACHED else "")
     return result
 
 

@@ -40,6 +40,7 @@ class Row:
 def read_rows(path: Path, steps: int) -> list[Row]:
     """The rows of a TOML file: each table is one, its name the row's, its keys keyword arguments of `enable_cache`.
 
+    `quantize = "int8"` quantizes first, and a table in its place has the arguments of `cachedit_fx.quantize`.
     A table without keys may have a name that says them, see `named_arguments`. `presets = true` above the tables adds a
     row for each of `cachedit_fx.presets(steps)`. A table with `system = "cache-dit"` or `"diffusers"` holds that
     system's arguments instead.

@@ -25,6 +25,8 @@ import cachedit_fx
 from cachedit_fx.bench.errors import RequestError
 from cachedit_fx.bench.rows import CACHE_DIT, DIFFUSERS, OURS, UNCACHED
 from cachedit_fx.metrics.flops import FlopCounter
+from cachedit_fx.quantization.apply import bytes_of
+from cachedit_fx.quantization.kinds import kind_of
 from cachedit_fx.runtime.stats import CacheStats
 
 Generate = Callable[[Any, Sequence[str], int, int], torch.Tensor]
@@ -81,6 +83,8 @@ class Drawing:
     """As the system itself tells them; None if it does not."""
     bytes_held: int | None = None
     """Of stored values, as the system itself tells it; None if it does not."""
+    weight_bytes: int | None = None
+    """Of the transformers' weights; None for others than ours and the uncached ones."""
     stats: CacheStats | None = None
     """Ours, of the generation; None for others, and from a process of its own."""
 
@@ -88,18 +92,20 @@ class Drawing:
 class System:
     """The pipeline of a `Setup`, ready to draw.
 
-    The arguments of `cachedit_fx` are those of `cachedit_fx.enable_cache`, and `mask_policy`, for `steps_mask`. Those
-    of `cache-dit` are the fields of its `DBCacheConfig`; `mask_policy` too; and `calibrator`, a name or a mapping of a
-    name and the fields of that calibrator's config. Those of `diffusers` are `config`, the name of a class such as
-    `FirstBlockCacheConfig`, and its fields.
+    The arguments of `cachedit_fx` are those of `cachedit_fx.enable_cache`; `mask_policy`, for `steps_mask`; and
+    `quantize`, a kind or a mapping of the arguments of `cachedit_fx.quantize`. Those of `cache-dit` are the fields of
+    its `DBCacheConfig`; `mask_policy` too; and `calibrator`, a name or a mapping of a name and the fields of that
+    calibrator's config. Those of `diffusers` are `config`, the name of a class such as `FirstBlockCacheConfig`, and its
+    fields.
     """
 
     def __init__(self, setup: Setup) -> None:
         torch.set_num_threads(setup.threads)
         self.setup = setup
         self.pipe, self._generate = load_entry(setup.entry, setup.guidance)
+        self._quantization: dict[str, Any] = {}
         self._told: Callable[[], dict[str, Any]] = dict
-        """The last three fields of a `Drawing`."""
+        """The last fields of a `Drawing`."""
         self.enable(setup.arguments)
 
     def enable(self, arguments: Mapping[str, Any]) -> None:
@@ -132,7 +138,19 @@ class System:
             else:
                 for module in _transformers(self.pipe):
                     module.compile(backend=self.setup.inner_backend, dynamic=False)
-        self._told = lambda: {"cached_steps": [], "bytes_held": 0}
+        self._told = lambda: {"cached_steps": [], "bytes_held": 0, "weight_bytes": self._weight_bytes()}
+
+    def _weight_bytes(self) -> int:
+        return sum(bytes_of([*each.parameters(), *each.buffers()]) for each in _transformers(self.pipe))
+
+    def _quantize(self, wanted: dict[str, Any]) -> None:
+        """Quantize a pipeline that is loaded anew: quantized layers have lost their weights."""
+        if wanted == self._quantization:
+            return
+        self.pipe, self._generate = load_entry(self.setup.entry, self.setup.guidance)
+        if wanted:
+            cachedit_fx.quantize(self.pipe, **wanted)
+        self._quantization = wanted
 
     def _own_options(self) -> dict[str, Any]:
         return {
@@ -142,13 +160,15 @@ class System:
         }
 
     def _enable_cachedit_fx(self, arguments: dict[str, Any]) -> None:
+        self._quantize(_quantization_in(arguments))
         cachedit_fx.enable_cache(self.pipe, **(self._own_options() | _with_mask(arguments, self.setup.steps)))
 
         def told() -> dict[str, Any]:
             regions = cachedit_fx.summary(self.pipe)
             stats = regions[0] if regions else None
             held = sum(region.bytes_held for region in regions)
-            return {"cached_steps": stats.cached_steps if stats else [], "bytes_held": held, "stats": stats}
+            cached = stats.cached_steps if stats else []
+            return {"cached_steps": cached, "bytes_held": held, "weight_bytes": self._weight_bytes(), "stats": stats}
 
         self._told = told
 
@@ -213,8 +233,12 @@ def check_arguments(arguments: Mapping[str, Any], steps: int) -> None:
     """Check a row of ours without a pipeline.
 
     Raises:
-        cachedit_fx.OptionError: as `enable_cache` does. What depends on the model is not checked.
+        cachedit_fx.OptionError: as `enable_cache` and `quantize` do. What depends on the model is not checked.
     """
+    arguments = dict(arguments)
+    kind = _quantization_in(arguments).get("quant_type")
+    if kind is not None:
+        kind_of(kind)
     cachedit_fx.enable_cache(_AnyModel(), **({"inner_backend": "eager"} | _with_mask(arguments, steps)))
 
 
@@ -223,6 +247,14 @@ class _AnyModel(torch.nn.Module):
 
     def forward(self, **inputs: Any) -> None:
         """Is never called."""
+
+
+def _quantization_in(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Take the arguments of `cachedit_fx.quantize` out of a row's; empty if nothing is quantized."""
+    wanted = arguments.pop("quantize", {})
+    if not isinstance(wanted, Mapping):
+        return {"quant_type": wanted}
+    return {"quant_type": None, **wanted} if wanted else {}
 
 
 def _with_mask(arguments: Mapping[str, Any], steps: int) -> dict[str, Any]:

@@ -227,6 +227,7 @@ def bench(
             help="The configurations. A table is a row, its name the row's, its keys keyword arguments of "
             '[b]cachedit_fx.enable_cache[/b]:  [i]\\["F1 R0.2"]  Fn_compute_blocks = 1  residual_diff_threshold = 0.2  '
             'calibrator = "taylorseer"[/i].  [b]presets = true[/b], above the tables, adds all presets. '
+            '[b]quantize = "int8"[/b] quantizes first, as [b]cachedit_fx.quantize[/b] does. '
             '[i]system = "cache-dit"[/i] makes a row a peer\'s.  [dim]\\[default: DBCache at four thresholds, with '
             "and without TaylorSeer, and the presets][/dim]",
         ),

@@ -9,6 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+_FORMULAS = {**flop_registry, torch.ops.aten._int_mm: flop_registry[torch.ops.aten.mm]}
+"""Operator -> its FLOPs. A multiply-add of integers counts as one of floats, so that work compares."""
+
 
 class FlopCounter(TorchDispatchMode):
     """Sums, while entered, the FLOPs of matrix products, convolutions and attention; other operations count as none.
@@ -37,6 +40,6 @@ class FlopCounter(TorchDispatchMode):
         if not fake:
             self.kernels += 1
             packet = getattr(func, "_overloadpacket", func)  # a higher-order operator is its own
-            if packet in flop_registry:
-                self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
+            if packet in _FORMULAS:
+                self.flops += _FORMULAS[packet](*args, **(kwargs or {}), out_val=result)
         return result
