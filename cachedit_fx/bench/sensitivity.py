@@ -211,11 +211,14 @@ class Probe:
         """Measure every group in every kind, and all groups together, that `record` lacks; a step of the loop each."""
         record.bytes = self.bytes
         wholes = {kind: {(WHOLE, ""): sum(groups.values(), ())} for kind, groups in self.groups.items()}
-        todo = [
+        every = [
             (kind, *group, layers)
             for kind, groups in self.groups.items()
             for group, layers in {**groups, **wholes[kind]}.items()
-            if record.find(*group, kind) is None
+        ]
+        order = {(kind, block, part): place for place, (kind, block, part, _) in enumerate(every)}
+        todo = [
+            (kind, block, part, layers) for kind, block, part, layers in every if not record.find(block, part, kind)
         ]
         self._tell(more=len(todo))
         for kind, block, part, layers in todo:
@@ -223,6 +226,7 @@ class Probe:
             error, report = self.error(dict.fromkeys(layers, kind))
             before, after = sum(each.bytes_before for each in report.layers), _bytes_after(report)
             record.measurements.append(Measurement(block, part, kind, layers, error, before, after))
+            record.measurements.sort(key=lambda each: order[each.kind, each.block, each.part])
             self._tell(done=1)
             yield
 

@@ -12,7 +12,7 @@ from torch import nn
 import cachedit_fx
 from cachedit_fx import OptionError
 from cachedit_fx.quantization.kinds import KINDS
-from cachedit_fx.quantization.layers import OUTSIDE, Request, blocks_of, linear_layers, matches, select
+from cachedit_fx.quantization.layers import OUTSIDE, Request, blocks_of, groups_of, linear_layers, matches, select
 
 INT8 = KINDS["int8"]
 FEW_ROWS = {
@@ -66,6 +66,22 @@ def test_the_default_takes_layers_on_tokens_in_blocks_alone():
     kept = select(Net(), Request(INT8)).kept
     assert kept["proj_out"] == kept["x_embedder"] == kept["single.0.up"] == OUTSIDE
     assert "adaLN_modulation" in kept["blocks.3.adaLN_modulation.1"]
+
+
+def test_groups_are_the_parts_of_each_block():
+    net = Net()
+    net.deep = nn.ModuleList(nn.ModuleDict({"inner": Mlp()}) for _ in range(2))
+    groups = groups_of(net, [*chosen(net), "proj_out"])
+    assert groups["blocks.10", "up"] == ("blocks.10.up",) and groups["deep.1", "inner.up"] == ("deep.1.inner.up",)
+    assert {name for layers in groups.values() for name in layers} == chosen(net)
+    assert {*groups["nest.stages.0", "1"]} == {"nest.stages.0.1.up", "nest.stages.0.1.down"}
+    flux = ZOO["FluxTransformer2DModel"]()[0]
+    parts = {part: len(layers) for (_, part), layers in groups_of(flux, chosen(flux)).items()}
+    assert parts == {"attn": 3, "ff": 2, "ff_context": 2, "proj_mlp": 1, "proj_out": 1}
+    joint = groups_of(flux, chosen(flux))["transformer_blocks.0", "attn"]
+    assert len(joint) == 8 and {name.rpartition(".")[0] for name in joint} == {
+        "transformer_blocks.0.attn", "transformer_blocks.0.attn.to_out"
+    }  # fmt: skip
 
 
 def test_outside_the_blocks_first_and_last_layers_are_kept():

@@ -21,6 +21,7 @@ import cachedit_fx
 from cachedit_fx import CacheWarning, OptionError, dequantize, quantize
 from cachedit_fx.passes.graph_cost import bytes_of_tensors as bytes_of
 from cachedit_fx.quantization import kinds
+from cachedit_fx.quantization.apply import quantized
 from cachedit_fx.quantization.kinds import ALIASES, KINDS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gains no time", "ignore:.*is a stand-in", "ignore:.*lru_cache")
@@ -68,6 +69,18 @@ def test_a_configuration_of_torchao_is_a_kind():
     report = quantize(model, Int8WeightOnlyConfig(granularity=PerTensor(), set_inductor_config=False))
     assert report.kinds == {"Int8WeightOnlyConfig": LAYERS}
     assert model.blocks[0].up.weight.scale.numel() == 1
+
+
+def test_a_quantized_block_of_code_leaves_no_trace():
+    model, inputs = wide()
+    before, expected, shown = [*model.parameters()], model(*inputs), repr(model)
+    with quantized(model, {"up": "int8", "blocks.0.down": "int8_weight_only"}) as report:
+        assert report.kinds == {"int8": 6, "int8_weight_only": 1}
+        assert not torch.equal(model(*inputs), expected)
+    with pytest.raises(KeyboardInterrupt), quantized(model, {"up": "int8"}):
+        raise KeyboardInterrupt
+    assert all(now is weight for now, weight in zip(model.parameters(), before, strict=True)) and repr(model) == shown
+    assert torch.equal(model(*inputs), expected)
 
 
 def test_inductors_options_stay_as_they_are():
@@ -319,6 +332,9 @@ def test_the_blocks_share_their_pieces_by_kind():
     unquantized = pieces()
     assert pieces(quant_type="int8") == unquantized
     assert pieces(quant_type="int8", per_layer={"blocks.2": "int8_weight_only"}) == unquantized + 1
+    mixed = ("int8", None, "int8", "int8_weight_only")
+    plan = {f"blocks.{number}.down": kind for number, kind in enumerate(mixed)}
+    assert pieces(quant_type=None, per_layer=plan) == unquantized + 2
 
 
 def test_lora_is_never_quantized_and_may_come_before_or_after():

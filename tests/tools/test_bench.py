@@ -19,7 +19,7 @@ from cachedit_fx.bench.pages import markdown
 from cachedit_fx.bench.record import load_rows
 from cachedit_fx.bench.resume import ResumeError
 from cachedit_fx.bench.rows import UNCACHED, Row, read_rows
-from cachedit_fx.bench.systems import Setup
+from cachedit_fx.bench.systems import Setup, load_entry
 from cachedit_fx.report.plots import save_quality
 
 pytestmark = SHARES_SYSTEMS
@@ -137,6 +137,30 @@ def test_interrupt_keeps_what_is_measured(entry, options, tmp_path, monkeypatch)
     resumed = bench(*options, "--pipeline", entry, "--out", out, "--resume")
     assert resumed.exit_code == 0, resumed.output
     assert len(page_of(out)["rows"]) == 5 and (out / "bench.md").exists()
+
+
+def test_rows_can_be_quantized(entry, tmp_path):
+    rows = tmp_path / "rows.toml"
+    row = 'quantize = { quant_type = "int8", exclude = ["proj_out"] }\nFn_compute_blocks = 1\n'
+    rows.write_text(f'["some"]\n{row}residual_diff_threshold = 0\n')
+    out = tmp_path / "out"
+    result = bench(rows, "--pipeline", entry, "--prompts", 1, "--steps", 3, "--rounds", 0, "--out", out)
+    assert result.exit_code == 0, result.output
+    by_name = {row["name"]: row for row in page_of(out)["rows"]}
+    assert 20 < by_name["some"]["psnr"][0] < 90 and by_name["3 steps"]["psnr"] == [None]
+    pipe = load_entry(entry)[0]
+    report = cachedit_fx.quantize(pipe, "int8", exclude="proj_out")
+    assert by_name["some"]["weight_bytes"] == report.bytes_after
+    assert by_name["uncached"]["weight_bytes"] == by_name["3 steps"]["weight_bytes"] == report.bytes_before
+    assert by_name["some"]["work"] == pytest.approx(1, rel=0.02)  # products of integers count
+    assert "weights MiB" in (out / "bench.md").read_text()
+
+
+def test_an_unknown_kind_is_refused_before_anything_is_drawn(tmp_path):
+    rows = tmp_path / "rows.toml"
+    rows.write_text('["int9"]\nquantize = "int9"\n')
+    result = bench(rows, "--list")
+    assert result.exit_code == 2 and "row 'int9': quant_type='int9' is not allowed" in plain(result.output)
 
 
 def test_a_pipeline_of_the_users(entry, options, tmp_path):
