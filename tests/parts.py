@@ -47,6 +47,7 @@ PARTS = {
     "calls in its scripts with inductor",
     "parallel": "every transformer class of diffusers on two ranks of gloo, against one; ranks compiled by inductor; "
     "`examples/ulysses.py`",
+    "quality": "a plan of quantization on the bundled model against other choices of its size",
     "packaging": "every module imported from each place that Python may start in; the backend found by its name",
 }
 """Part -> what it runs. `tests/conftest.py` accepts no other name in a `full` marker."""

@@ -22,7 +22,7 @@ def summary(record: Record, plan: Plan | None, drawings: Sequence[Drawing]) -> l
     """What the plan is worth, and what the figures mean."""
     comparison: list[Part] = [comparison_table(record, drawings), *_verdict(drawings)] if drawings else []
     planned = [] if plan is None else [_plan_in_words(record, plan)]
-    return [*comparison, [*planned, *_additivity(record), *_explanations(record)]]
+    return [*comparison, [*planned, *_additivity(record), *_explanations(record, drawings)]]
 
 
 def groups_table(record: Record, plan: Plan | None) -> Table:
@@ -84,7 +84,9 @@ def _verdict(drawings: Sequence[Drawing]) -> list[str]:
     if plan is None or not others:
         return []
     best = max(others, key=lambda name: others[name])
-    return [f"The plan is {plan - others[best]:+.1f} dB from the best other choice of its size ({best})."]
+    gain = plan - others[best]
+    place = "above" if gain >= 0 else "below"
+    return [f"The plan is {abs(gain):.1f} dB {place} the best other choice of its size ({best})."]
 
 
 def _plan_in_words(record: Record, plan: Plan) -> str:
@@ -111,7 +113,7 @@ def _additivity(record: Record) -> list[str]:
     return sentences
 
 
-def _explanations(record: Record) -> list[str]:
+def _explanations(record: Record, drawings: Sequence[Drawing]) -> list[str]:
     """The columns and the conditions."""
     settings = record.settings
     model = "the bundled model" if settings.entry is None else settings.entry
@@ -120,8 +122,12 @@ def _explanations(record: Record) -> list[str]:
     return [
         "dB of a group: the model's output over its error if this group alone is quantized, in squares; higher is "
         "better. The same calls of the model on the unquantized model's own trajectory count for every group.",
-        "output dB: the same for all layers of a choice together; by the sum: as the errors of its groups add up. "
-        "PSNR: against the unquantized pictures from the same noise, the mean over held-out prompts.",
+        *(
+            f"output dB: the same for all layers of a choice together; by the sum: as the errors of its groups add up. "
+            f"PSNR: against the unquantized pictures from the same noise, the mean over {len(drawing.prompts)} prompts "
+            "that no error was measured on."
+            for drawing in drawings[:1]
+        ),
         *(
             f"{kind} is a stand-in. It rounds like {original}, and its MiB are those of {original}."
             for kind, original in stand_ins.items()

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from statistics import fmean
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_the_comparison_draws_other_prompts_with_as_many_bytes(ran):
     prompts = {prompt for row in drawings.values() for prompt in row["prompts"]}
     assert len(prompts) == 3 and not prompts & {*page["settings"]["prompts"]}
     text = (out / "sensitivity.md").read_text()
-    for told in ("**plan**", "random, mean of 5", "from the best other choice of its size", "add up to", "Made by `"):
+    for told in ("**plan**", "random, mean of 5", "the best other choice of its size", "add up to", "Made by `"):
         assert told in text and told.strip("*") in plain(result.output), told
     assert max(map(len, result.output.replace(str(out), "out").splitlines())) <= 80
     with Image.open(out / "sensitivity.png") as picture:
@@ -156,6 +157,18 @@ def test_an_interrupt_keeps_what_is_measured(entry, tmp_path, monkeypatch):
     assert result.exit_code == 130 and "interrupted after 3 groups" in plain(result.output)
     assert "--resume goes on" in plain(result.output) and not (out / "plan.json").exists()
     assert len(page_of(out)["rows"]) == 3
+
+
+@pytest.mark.full("quality")
+@pytest.mark.budget(400, "54 groups of the bundled model, and ten choices of layers drawn on eight prompts")
+def test_a_plan_is_better_than_other_choices_of_its_size(tmp_path):
+    result = invoke("sensitivity", "--size", "70%", "--compare", 8, "--batch", 8, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    means = {row["name"]: fmean(row["psnr"]) for row in page_of(tmp_path)["rows"] if "name" in row}
+    random = fmean(value for name, value in means.items() if name.startswith("random "))
+    assert means["plan"] >= 3 + max(random, means["front to back"], means["back to front"])
+    ratio = re.search(r"add up to (\d\.\d+) of the error of all together", plain(result.output))
+    assert ratio is not None and 0.8 < float(ratio[1]) < 1.25
 
 
 @pytest.mark.parametrize(
