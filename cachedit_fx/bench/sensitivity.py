@@ -28,6 +28,7 @@ from cachedit_fx.bench.resume import kept_rows, save_page
 from cachedit_fx.bench.systems import Setup, System
 from cachedit_fx.config.rules import OptionError
 from cachedit_fx.metrics import mean_psnr, psnr
+from cachedit_fx.passes.graph_cost import bytes_of_tensors
 from cachedit_fx.quantization.apply import COMPONENTS, modules_of, quantized
 from cachedit_fx.quantization.kinds import KINDS, kind_of, kinds_for
 from cachedit_fx.quantization.layers import Request, groups_of, select
@@ -183,7 +184,9 @@ class Probe:
         setup = Setup(steps=settings.steps, entry=settings.entry, guidance=settings.guidance, threads=settings.threads)
         self._system = System(setup)
         self._modules = [*modules_of(self._system.pipe, COMPONENTS).values()]
-        self.bytes = bytes_of(tensor for each in self._modules for tensor in (*each.parameters(), *each.buffers()))
+        self.bytes = bytes_of_tensors(
+            tensor for each in self._modules for tensor in (*each.parameters(), *each.buffers())
+        )
         self.groups = {kind: self._groups_of(kind) for kind in settings.kinds}
         self._calls: list[tuple[Any, Any, Any]] = []
         self._outputs: list[torch.Tensor] = []

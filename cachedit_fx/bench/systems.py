@@ -25,7 +25,7 @@ import cachedit_fx
 from cachedit_fx.bench.errors import RequestError
 from cachedit_fx.bench.rows import CACHE_DIT, DIFFUSERS, OURS, UNCACHED
 from cachedit_fx.metrics.flops import FlopCounter
-from cachedit_fx.quantization.apply import bytes_of
+from cachedit_fx.passes.graph_cost import bytes_of_tensors
 from cachedit_fx.quantization.kinds import kind_of
 from cachedit_fx.runtime.stats import CacheStats
 
@@ -141,7 +141,7 @@ class System:
         self._told = lambda: {"cached_steps": [], "bytes_held": 0, "weight_bytes": self._weight_bytes()}
 
     def _weight_bytes(self) -> int:
-        return sum(bytes_of([*each.parameters(), *each.buffers()]) for each in _transformers(self.pipe))
+        return sum(bytes_of_tensors([*each.parameters(), *each.buffers()]) for each in _transformers(self.pipe))
 
     def _quantize(self, wanted: dict[str, Any]) -> None:
         """Quantize a pipeline that is loaded anew: quantized layers have lost their weights."""

@@ -122,7 +122,9 @@ def load_pipeline(dtype: torch.dtype = torch.float32, weights_dir: str | Path | 
             module.load_state_dict(part)
     except RuntimeError as error:
         raise ValueError(f"{folder / WEIGHTS_FILE} does not fit {folder / CONFIG_FILE}: {error}") from error
-    return make_pipeline(transformer.to(dtype), text_encoder)
+    if dtype != torch.float32:  # diffusers warns of every cast, of one that changes nothing too
+        transformer = transformer.to(dtype)
+    return make_pipeline(transformer, text_encoder)
 
 
 def save_weights(

@@ -15,7 +15,7 @@ from cachedit_fx.bench.errors import RequestError
 from cachedit_fx.bench.sensitivity import WHOLE, Measurement, Probe, Record, Settings, most_bytes, rivals
 from cachedit_fx.bench.systems import load_entry
 from cachedit_fx.metrics import psnr
-from cachedit_fx.quantization.apply import bytes_of
+from cachedit_fx.passes.graph_cost import bytes_of_tensors
 from cachedit_fx.quantization.plan import Candidate, Plan
 
 pytestmark = [
@@ -78,6 +78,7 @@ def test_the_plan_is_taken_as_it_is(ran, entry):
     plan = json.loads((out / "plan.json").read_text())
     drawings = {row["name"]: row for row in page_of(out)["rows"] if "name" in row}
     assert set(plan.values()) <= {None, *KINDS.split(",")} and None in plan.values()
+    assert cachedit_fx.PrecisionConfig(None, per_layer=plan).per_layer == plan
     for kind in (None, "int8"):  # what it keeps is kept under any kind
         pipe, _ = load_entry(entry)
         report = cachedit_fx.quantize(pipe, kind, per_layer=plan)
@@ -85,7 +86,7 @@ def test_the_plan_is_taken_as_it_is(ran, entry):
         assert {layer.name.removeprefix("transformer."): layer.kind for layer in report.layers} == {
             name: kind for name, kind in plan.items() if kind
         }
-        size = bytes_of([*transformer.parameters(), *transformer.buffers()])
+        size = bytes_of_tensors([*transformer.parameters(), *transformer.buffers()])
         assert size == drawings["plan"]["bytes"] <= 0.91 * page_of(out)["bytes"]
 
 
