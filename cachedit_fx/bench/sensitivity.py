@@ -368,18 +368,25 @@ PLAN, EVERYWHERE = "plan", "everywhere"
 def rivals(candidates: Sequence[Candidate], plan: Plan) -> dict[str, Plan]:
     """The bytes of a plan spent otherwise: groups front to back, back to front, and in five random orders.
 
-    Each group is in the kind of the plan that saves the most. A rival saves no more than the plan.
+    If the plan mixes kinds, the groups get the kind that saves least first, and then, in the same order, the next one.
+    A rival saves no more than the plan.
     """
-    kinds = {candidate.kind for candidate in plan.candidates}
-    best: dict[str, Candidate] = {}
+    options = {(candidate.group, candidate.kind): candidate for candidate in candidates}
+    saved = {candidate.kind: 0 for candidate in plan.candidates}
     for candidate in candidates:
-        if candidate.kind in kinds and (candidate.group not in best or candidate.saved > best[candidate.group].saved):
-            best[candidate.group] = candidate
-    forwards = [*best.values()]
-    orders = {"front to back": forwards, "back to front": forwards[::-1]}
+        if candidate.kind in saved:
+            saved[candidate.kind] += candidate.saved
+    kinds = sorted(saved, key=lambda kind: saved[kind])
+    groups = list(dict.fromkeys(candidate.group for candidate in candidates))
+    orders = {"front to back": groups, "back to front": groups[::-1]}
     for seed in range(1, RANDOM_ORDERS + 1):
-        orders[f"random {seed}"] = random.Random(seed).sample(forwards, len(forwards))
-    return {name: plan_in_order(order, plan.saved) for name, order in orders.items()}
+        orders[f"random {seed}"] = random.Random(seed).sample(groups, len(groups))
+    return {
+        name: plan_in_order(
+            (options[group, kind] for kind in kinds for group in order if (group, kind) in options), plan.saved
+        )
+        for name, order in orders.items()
+    }
 
 
 def compare(probe: Probe, record: Record, plan: Plan, prompts: tuple[str, ...]) -> Iterator[Drawing]:

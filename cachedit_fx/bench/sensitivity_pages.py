@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from cachedit_fx.bench.sensitivity import EVERYWHERE, PLAN, WHOLE, Drawing, Measurement, Record
@@ -28,22 +28,26 @@ def summary(record: Record, plan: Plan | None, drawings: Sequence[Drawing]) -> l
 def groups_table(record: Record, plan: Plan | None) -> Table:
     """A line for each group of layers, in the model's order."""
     kinds = record.settings.kinds
-    chosen = {} if plan is None else {candidate.group: candidate.kind for candidate in plan.candidates}
-    table = Table(("block", "layers", "MiB", *(f"{kind} dB" for kind in kinds), *(["plan"] if plan else [])), (0, 1))
+    chosen = set() if plan is None else {(candidate.group, candidate.kind) for candidate in plan.candidates}
+    headings = [f"{kind.replace('_', ' ')} dB" for kind in kinds]  # a heading breaks between words alone
+    table = Table(("block", "layers", "MiB", *headings), (0, 1))
     groups = list(dict.fromkeys((each.block, each.part) for each in record.groups))
     for index, (block, part) in enumerate(groups):
         rows = [record.find(block, part, kind) for kind in kinds]
         before = max(row.before for row in rows if row is not None)
-        errors = ["" if row is None else decibels(row.error) for row in rows]
+        errors = ["" if row is None else _marked(row, chosen) for row in rows]
         is_last = index + 1 < len(groups) and groups[index + 1][0] != block
-        plans = [chosen.get(f"{block}.{part}", "-")] if plan else []
-        table.add(block, part, f"{before / MIB:.3g}", *errors, *plans, ends_group=is_last)
+        table.add(block, part, f"{before / MIB:.3g}", *errors, ends_group=is_last)
     return table
+
+
+def _marked(row: Measurement, chosen: Collection[tuple[str, str]]) -> str:
+    return ("* " if (row.group, row.kind) in chosen else "") + decibels(row.error)
 
 
 def comparison_table(record: Record, drawings: Sequence[Drawing]) -> Table:
     """A line for each choice of layers; the random ones as one."""
-    table = Table(("choice", "weights MiB", "of before", "output dB", "by the sum dB", "PSNR dB"))
+    table = Table(("choice", "MiB", "size", "output dB", "summed dB", "PSNR dB"))
     for name, rows in _lines(drawings).items():
         sizes = statistics.fmean(row.bytes for row in rows)
         table.add(
@@ -92,10 +96,17 @@ def _verdict(drawings: Sequence[Drawing]) -> list[str]:
 def _plan_in_words(record: Record, plan: Plan) -> str:
     after = record.bytes - plan.saved
     groups = len({candidate.group for candidate in record.candidates})
+    drawn = next((each for each in record.drawings if each.kinds == plan.kinds and _is_own(record, each)), None)
+    quality = f" Its PSNR is {_mean_psnr([drawn])} dB on the prompts that errors were measured on." if drawn else ""
     return (
         f"The plan quantizes {len(plan.candidates)} of {groups} groups: all weights {record.bytes / MIB:.2f} MiB "
-        f"before, {after / MIB:.2f} MiB after ({after / record.bytes:.1%})."
+        f"before, {after / MIB:.2f} MiB after ({after / record.bytes:.1%}).{quality}"
     )
+
+
+def _is_own(record: Record, drawing: Drawing) -> bool:
+    """Whether a drawing is of the prompts that errors were measured on."""
+    return drawing.prompts == record.settings.prompts
 
 
 def _additivity(record: Record) -> list[str]:
@@ -121,10 +132,12 @@ def _explanations(record: Record, drawings: Sequence[Drawing]) -> list[str]:
     stand_ins = {kind: KINDS[kind].stands_in_for for kind in settings.kinds if KINDS[kind].stands_in_for}
     return [
         "dB of a group: the model's output over its error if this group alone is quantized, in squares; higher is "
-        "better. The same calls of the model on the unquantized model's own trajectory count for every group.",
+        "better. The same calls of the model on the unquantized model's own trajectory count for every group. * in the "
+        "plan.",
         *(
-            f"output dB: the same for all layers of a choice together; by the sum: as the errors of its groups add up. "
-            f"PSNR: against the unquantized pictures from the same noise, the mean over {len(drawing.prompts)} prompts "
+            "size: of all weights, over the unquantized ones. output dB: as for a group, for all layers of a choice "
+            "together; summed: as the errors of its groups add up. PSNR: against the unquantized pictures from the "
+            f"same noise, the mean over {len(drawing.prompts)} prompts "
             "that no error was measured on."
             for drawing in drawings[:1]
         ),

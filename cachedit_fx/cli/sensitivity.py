@@ -159,7 +159,7 @@ def sensitivity(wanted: Wanted, pictures: Pictures, running: Running) -> None:
                 plan, drawings, is_finished = _measure(probe, record, wanted, others, running.out)
         _show(record, plan, drawings, running.out)
     if not is_finished:
-        kept = f"{running.out} has the others, --resume goes on" if record.measurements else "nothing was measured"
+        kept = f"{running.out} has them, --resume goes on" if record.measurements else "nothing was measured"
         errors.print(f"interrupted after {len(record.groups)} groups; {kept}")
         raise typer.Exit(130)
 

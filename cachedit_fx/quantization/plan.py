@@ -92,9 +92,13 @@ def _steps(options: Sequence[Candidate]) -> list[tuple[float, Candidate]]:
 
 
 def plan_in_order(candidates: Iterable[Candidate], most_saved: int) -> Plan:
-    """The first candidates, without those that would save more than `most_saved` bytes in all."""
+    """The candidates in this order, without those that would bring the saved bytes above `most_saved`.
+
+    A later candidate of a group takes the place of an earlier one.
+    """
     plan = Plan()
     for candidate in candidates:
-        if plan.saved + candidate.saved <= most_saved:
-            plan = plan.replaced(candidate)
+        larger = plan.replaced(candidate)
+        if larger.saved <= most_saved:
+            plan = larger
     return plan

@@ -76,3 +76,4 @@ def test_a_choice_in_a_given_order_saves_no_more_than_asked():
     assert plan_in_order(order, 160).candidates == (order[0], order[2])
     assert plan_in_order(order, 99).candidates == (order[2],)
     assert plan_in_order(order, 450).saved == 450
+    assert plan_in_order([*order, candidate("a", 2.0, 150, "int4")], 200).saved == 200
