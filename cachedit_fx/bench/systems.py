@@ -27,6 +27,7 @@ from cachedit_fx.bench.rows import CACHE_DIT, DIFFUSERS, OURS, UNCACHED
 from cachedit_fx.metrics.flops import FlopCounter
 from cachedit_fx.passes.graph_cost import bytes_of_tensors
 from cachedit_fx.quantization.kinds import kind_of
+from cachedit_fx.runtime.registry import states_of
 from cachedit_fx.runtime.stats import CacheStats
 
 Generate = Callable[[Any, Sequence[str], int, int], torch.Tensor]
@@ -84,7 +85,7 @@ class Drawing:
     bytes_held: int | None = None
     """Of stored values, as the system itself tells it; None if it does not."""
     weight_bytes: int | None = None
-    """Of the transformers' weights; None for others than ours and the uncached ones."""
+    """Of the transformers' weights and their quantized copies; None for others than ours and the uncached ones."""
     stats: CacheStats | None = None
     """Ours, of the generation; None for others, and from a process of its own."""
 
@@ -141,7 +142,10 @@ class System:
         self._told = lambda: {"cached_steps": [], "bytes_held": 0, "weight_bytes": self._weight_bytes()}
 
     def _weight_bytes(self) -> int:
-        return sum(bytes_of_tensors([*each.parameters(), *each.buffers()]) for each in _transformers(self.pipe))
+        modules = _transformers(self.pipe)
+        copies = [state.copies for module in modules for state in states_of(module) if state.copies is not None]
+        weights = sum(bytes_of_tensors([*module.parameters(), *module.buffers()]) for module in modules)
+        return weights + sum(each.bytes_held for each in copies)
 
     def _quantize(self, wanted: dict[str, Any]) -> None:
         """Quantize a pipeline that is loaded anew: quantized layers have lost their weights."""

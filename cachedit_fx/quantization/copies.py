@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from cachedit_fx.config.rules import OptionError
+from cachedit_fx.passes.graph_cost import bytes_of_tensors
 from cachedit_fx.passes.graph_values import value_of
 from cachedit_fx.passes.insert_low_precision import COPY
 from cachedit_fx.quantization.kinds import Kind, warnings_about
@@ -65,6 +66,11 @@ class WeightCopies:
         self._checked: weakref.WeakKeyDictionary[Session, int] = weakref.WeakKeyDictionary()
         """Session -> the generation in which samples of the weights were compared last."""
         self._lock = threading.RLock()
+
+    @property
+    def bytes_held(self) -> int:
+        """Size of the present copies, in bytes."""
+        return bytes_of_tensors([kept.tensor for kept in self._copies.values()])
 
     def mark(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
         """Let the passes see the copies of a captured graph's weights, as fake tensors.
