@@ -24,6 +24,7 @@ import torch
 import cachedit_fx
 from cachedit_fx.bench.errors import RequestError
 from cachedit_fx.bench.rows import CACHE_DIT, DIFFUSERS, OURS, UNCACHED
+from cachedit_fx.config.precision import as_precision
 from cachedit_fx.metrics.flops import FlopCounter
 from cachedit_fx.passes.graph_cost import bytes_of_tensors
 from cachedit_fx.quantization.kinds import kind_of
@@ -243,6 +244,7 @@ def check_arguments(arguments: Mapping[str, Any], steps: int) -> None:
     kind = _quantization_in(arguments).get("quant_type")
     if kind is not None:
         kind_of(kind)
+    as_precision(arguments.pop("precision", None))  # its layers are the model's
     cachedit_fx.enable_cache(_AnyModel(), **({"inner_backend": "eager"} | _with_mask(arguments, steps)))
 
 

@@ -142,7 +142,9 @@ def test_interrupt_keeps_what_is_measured(entry, options, tmp_path, monkeypatch)
 def test_rows_can_be_quantized(entry, tmp_path):
     rows = tmp_path / "rows.toml"
     row = 'quantize = { quant_type = "int8", exclude = ["proj_out"] }\nFn_compute_blocks = 1\n'
-    rows.write_text(f'["some"]\n{row}residual_diff_threshold = 0\n')
+    by_step = "precision = { full_first_steps = 2 }\nFn_compute_blocks = 1\n"
+    never = "residual_diff_threshold = 0\n"
+    rows.write_text(f'["some"]\n{row}{never}["by step"]\n{by_step}{never}')
     out = tmp_path / "out"
     result = bench(rows, "--pipeline", entry, "--prompts", 1, "--steps", 3, "--rounds", 0, "--out", out)
     assert result.exit_code == 0, result.output
@@ -153,6 +155,8 @@ def test_rows_can_be_quantized(entry, tmp_path):
     assert by_name["some"]["weight_bytes"] == report.bytes_after
     assert by_name["uncached"]["weight_bytes"] == by_name["3 steps"]["weight_bytes"] == report.bytes_before
     assert by_name["some"]["work"] == pytest.approx(1, rel=0.02)  # products of integers count
+    assert by_name["by step"]["psnr"][0] > by_name["some"]["psnr"][0]
+    assert by_name["by step"]["weight_bytes"] > report.bytes_before  # copies count
     assert "weights MiB" in (out / "bench.md").read_text()
 
 
