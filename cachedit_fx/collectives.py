@@ -1,13 +1,16 @@
 """Moves parts of tensors between the ranks of a process group: all communication of rewritten graphs goes through here.
 
     cut_sequence      whole tensor    ──► this rank's part          no communication
-    gather_sequence   parts           ──► whole tensor              all-gather; all-to-all if parts differ in length
+    gather_sequence   parts           ──► whole tensor              all-gather
     exchange          cut along one   ──► cut along another axis    all-to-all
     sum_over_ranks    partial sums    ──► their sum                 all-reduce
 
 Segments are pairs (count, unit), as in `passes.layouts`: of each segment a rank holds consecutive units, the first
-ranks one more if the ranks do not divide them. Lengths follow from the whole lengths, so nothing is padded, and ranks
-never tell each other lengths. All functions are traceable: inductor sees functional collectives of torch.distributed.
+ranks one more if the ranks do not divide them. Lengths follow from the whole lengths, so ranks never tell each other
+lengths. Only an all-gather pads a part, by the units that the first rank has more.
+
+All functions are traceable: inductor sees functional collectives of torch.distributed. Which collective runs does not
+depend on whether a length is a number or a symbol, since that may differ between ranks.
 """
 
 from __future__ import annotations
@@ -36,16 +39,15 @@ def cut_sequence(x: torch.Tensor, axis: int, segments: Segments, group: str) -> 
 
 def gather_sequence(x: torch.Tensor, axis: int, segments: Segments, group: str) -> torch.Tensor:
     """The whole tensor, from all ranks' parts."""
-    _, ranks = _place(group)
-    lengths = [_length(segments, rank, ranks) for rank in range(ranks)]
+    rank, ranks = _place(group)
+    lengths = [_length(segments, each, ranks) for each in range(ranks)]
     flat = x.movedim(axis, 0).contiguous()
-    if _are_equal(lengths):
-        whole = _sent(flat, lambda real: torch.ops._c10d_functional.all_gather_into_tensor(real, ranks, group))
-    else:
-        sent = flat.repeat(ranks, *[1] * (flat.dim() - 1))
-        whole = _all_to_all(sent, lengths, [flat.shape[0]] * ranks, group)
-    if len(segments) > 1:
-        parts = [part.split(_lengths(segments, rank, ranks)) for rank, part in enumerate(whole.split(lengths))]
+    if isinstance(missing := lengths[0] - lengths[rank], torch.SymInt) or missing:
+        flat = torch.cat([flat, flat.new_zeros(missing, *flat.shape[1:])])
+    whole = _sent(flat, lambda real: torch.ops._c10d_functional.all_gather_into_tensor(real, ranks, group))
+    if len(segments) > 1 or not _are_equal(lengths):
+        sent = whole.split([size for length in lengths for size in (length, lengths[0] - length)])[::2]
+        parts = [part.split(_lengths(segments, each, ranks)) for each, part in enumerate(sent)]
         whole = torch.cat([part[index] for index in range(len(segments)) for part in parts])
     return whole.movedim(0, axis).contiguous()
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lib.ranks import on_ranks
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from cachedit_fx import collectives
 
@@ -26,6 +27,11 @@ def group():
     world = dist.group.WORLD
     assert world is not None
     return world.group_name
+
+
+def cut_and_gathered(x):
+    segments = ((x.shape[1], 1),)
+    return collectives.gather_sequence(collectives.cut_sequence(x, 1, segments, group()), 1, segments, group())
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +59,11 @@ def found():
             x = whole(SEGMENTS["two"], dtype)
             part = collectives.cut_sequence(x, 1, SEGMENTS["two"], group())
             checks[str(dtype)] = torch.equal(collectives.gather_sequence(part, 1, SEGMENTS["two"], group()), x)
+        for length in (6, 7):
+            x = whole(((length, 1),))
+            mode = "fake" if rank else "symbolic"
+            mixed = make_fx(cut_and_gathered, tracing_mode=mode)(x)  # on rank 0 the length is a symbol
+            checks[f"a symbol among numbers, {length}"] = torch.equal(mixed(x), x)
         checks["sum"] = collectives.sum_over_ranks(torch.tensor([rank + 1.0]), group()).item() == 6
         return checks
 
