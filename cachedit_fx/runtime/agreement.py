@@ -8,7 +8,8 @@ their calls where a generation begins, at the first call of each further branch,
 than before. First they make sure that all of them have come (`runtime.presence`). Then one small all-gather and one
 read-back compare the calls.
 
-All other calls are compared a call late, and up to rounding (`runtime.drift`).
+All other calls are compared a call late, and up to rounding (`runtime.drift`). What ranks compute may be rounded in
+other ways, so a comparison within a generation forgives that in samples too.
 
 With ulysses_inputs="first_rank" the values of tensors are not compared: at every call all ranks take those of the
 group's first rank.
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 SLOTS = 64
 """Numbers that each rank tells. Inputs beyond them share the last one."""
-OPTIONS, FORMS, GRAPH, WEIGHTS, FIRST_INPUT = range(5)
+IS_LATER, OPTIONS, FORMS, GRAPH, WEIGHTS, FIRST_INPUT = range(6)
 """What the first numbers stand for. Each of the others stands for the values of one input."""
 
 
@@ -130,7 +131,7 @@ class Agreement:
         """The graph is called. Compares the call if its form is new, or if it begins a generation for certain.
 
         Returns:
-            Whether it was compared.
+            Whether it was compared to the bit.
 
         Raises:
             RanksDisagree: on all ranks, if the calls differ, or those before it did.
@@ -139,12 +140,16 @@ class Agreement:
         self._check_drift()
         arguments = (inputs[index] for index in self.captured.arguments)
         forms = tuple((x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else type(x) for x in arguments)
-        begins = call is not None and (call.begins_by_clock or call.begins_afresh)
-        if forms == self._forms and not begins:
+        if call is None:  # nothing tells generations
+            is_first = all(agreement._forms is None for agreement in state.agreements)
+        else:
+            call.forms = forms
+            is_first = call.begins_by_clock or call.begins_afresh
+        if forms == self._forms and not is_first:
             return False
-        self._compare(inputs, state)
+        self._compare(inputs, state, is_later=not is_first)
         self._forms = forms
-        return True
+        return is_first
 
     def end(self, session: Session) -> None:
         """A pipeline has ended, which made the session's calls. Tells the outcome of the last one's comparison.
@@ -182,7 +187,7 @@ class Agreement:
         """The call's timestep is known now, before the graph runs. Compares the call if the timestep turns back.
 
         Returns:
-            Whether it was compared.
+            Whether it was compared to the bit.
 
         Raises:
             RanksDisagree: on all ranks, if the calls differ.
@@ -194,7 +199,7 @@ class Agreement:
         return True
 
     def locate(self, inputs: Sequence[Any], call: Call, is_compared: bool) -> None:
-        """The call's position is known now. Compares the first call of each branch, unless the call was compared.
+        """The call's position is known now. Compares the first call of each branch, unless `is_compared` to the bit.
 
         Raises:
             RanksDisagree: on all ranks, if the calls differ.
@@ -207,7 +212,7 @@ class Agreement:
             self.follow(inputs, session, is_compared)
             return
         if not is_compared:
-            self._compare(inputs, session.state)
+            self._compare(inputs, session.state, is_later=call.position is not None and call.position.step > 0)
         self._branches[session] = session.generation, compared | {branch}
 
     def follow(self, inputs: Sequence[Any], session: Session, is_compared: bool) -> None:
@@ -219,7 +224,8 @@ class Agreement:
         if not is_compared and self._shared_inputs is None:
             self._drift.send([inputs[index] for index in self.captured.arguments], session)
 
-    def _compare(self, inputs: Sequence[Any], state: ModelState) -> None:
+    def _compare(self, inputs: Sequence[Any], state: ModelState, is_later: bool = False) -> None:
+        """Compare a call: to the bit, or with `is_later` on all ranks up to rounding of what ranks compute."""
         arguments = {name: inputs[index] for index, name in self.captured.arguments.items()}
         settings = {each.name: _text(getattr(state.options, each.name)) for each in fields(state.options)}
         forms = {name: _form_of(value) for name, value in arguments.items()}
@@ -227,20 +233,36 @@ class Agreement:
         operations = dict(enumerate(self.captured.operations))
         values = [self._number_of(value) for value in arguments.values()]
         self._drift.restart()
-        row = _in_slots([_hash(settings), _hash(forms), _hash(operations), _number_of_weights(weights, state), *values])
+        texts = map(_hash, (settings, forms, operations))
+        row = _in_slots([int(is_later), *texts, _number_of_weights(weights, state), *values])
         with self.ranks.presence.meeting(self.model):
             state.is_apart = False
             rows = self.ranks.tables(row)
-            slot = next((slot for slot in range(SLOTS) if len({row[slot] for row in rows}) > 1), None)
-            if slot is not None:
-                texts: dict[int, tuple[str, Mapping[Any, Hashable]]] = {
+            slots = [slot for slot in range(OPTIONS, SLOTS) if len({row[slot] for row in rows}) > 1]
+            if all(row[IS_LATER] for row in rows):
+                slots = self._beyond_rounding(slots, arguments, state)
+            if slots:
+                kinds: dict[int, tuple[str, Mapping[Any, Hashable]]] = {
                     OPTIONS: ("option", settings),
                     FORMS: ("input", forms),
                     GRAPH: ("operation", operations),
                 }
-                what = self._difference(*texts[slot]) if slot in texts else _other_values(slot, list(arguments))
+                slot = slots[0]
+                what = self._difference(*kinds[slot]) if slot in kinds else _other_values(slot, list(arguments))
                 ranks = f"{self.ranks.presence.heading}{self._places(rows, slot)}"
                 raise RanksDisagree(f"{ranks} differ in their calls: {what}")
+
+    def _beyond_rounding(self, slots: list[int], arguments: Mapping[str, Any], state: ModelState) -> list[int]:
+        """Those slots in which calls differ by more than rounding. All ranks must call it together."""
+        names = list(arguments)
+        inputs = {slot: _names_in(slot, names) for slot in slots if slot >= FIRST_INPUT}
+        rounded = {slot for slot, each in inputs.items() if all(_may_be_rounded(arguments[name]) for name in each)}
+        if not slots or rounded != set(slots):
+            return [slot for slot in slots if slot not in rounded]
+        self._drift.send(list(arguments.values()), state.session())
+        differing = self._drift.differing()
+        self._drift.restart()
+        return [slot for slot in slots if not set(differing).isdisjoint(inputs[slot])]
 
     def _number_of(self, value: Any) -> int | torch.Tensor:
         """One number for the values of an input; 0 for a tensor that is taken from the first rank."""
@@ -270,12 +292,20 @@ def _other_values(slot: int, names: Sequence[str]) -> str:
     """What it means that numbers of weights, or of inputs of these names, differ."""
     if slot == WEIGHTS:
         return "the weights have other values. Load the same ones, and the same adapters, on every rank"
-    differing = names[slot - FIRST_INPUT : None if slot == SLOTS - 1 else slot - FIRST_INPUT + 1]
     return (
-        f"{' or '.join(differing)} has other values. Draw the noise with one seed on every rank (torch.Generator), "
-        "encode one prompt, and give all ranks equal inputs; or pass ulysses_inputs='first_rank', and all ranks take "
-        "those of the first one"
+        f"{' or '.join(_names_in(slot, names))} has other values. Draw the noise with one seed on every rank "
+        "(torch.Generator), encode one prompt, and give all ranks equal inputs; or pass ulysses_inputs='first_rank', "
+        "and all ranks take those of the first one"
     )
+
+
+def _names_in(slot: int, names: Sequence[str]) -> Sequence[str]:
+    """Names of the inputs that a slot stands for."""
+    return names[slot - FIRST_INPUT : None if slot == SLOTS - 1 else slot - FIRST_INPUT + 1]
+
+
+def _may_be_rounded(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _form_of(value: Any) -> Hashable:

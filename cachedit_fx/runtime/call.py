@@ -115,6 +115,7 @@ class Call:
         position: generation, step and branch; None for a call after the last step of the pipeline's schedule, and until
             `is_located`.
         is_shared: whether a graph was reached that ranks share.
+        forms: shapes and dtypes of the inputs of that graph, equal on all ranks; None for a graph that they do not share.
         route: the call's way to its graphs, if shortcuts are learned.
     """
 
@@ -131,6 +132,7 @@ class Call:
         self.position: Position | None = None
         self.route: Route | None = None
         self.is_shared = False
+        self.forms: Hashable = None
         self._passed_by: Uncached | None = None
         self._changes: list[Callable[[], None]] = []
         self._restorations: list[Callable[[], None]] = []

@@ -164,3 +164,48 @@ def test_the_first_call_of_each_branch_is_compared():
     for first, second in on_ranks(with_guidance):
         assert first == [""] * 4
         assert second[0] == "" and CASES["prompt"] in second[1]
+
+
+SCHEDULES = {
+    "lengths that change at each call": [[0, 1], [0, 1], [0, 1]],
+    "a branch that begins late": [[0], [0, 2], [0, 2]],
+    "another length from a step on": [[0], [1], [1]],
+}
+"""Step -> the prompt of each of its calls: the second one is shorter than the others."""
+
+
+def within_generations(rank):
+    """For each schedule, errors if the samples of later steps differ by rounding; then if they differ by more."""
+    shared, arguments = captured()
+    text, found = arguments["encoder_hidden_states"], {}
+    prompts = [text, text[:, 1:], text * 0.5]
+    for name, options in {"cached": OPTIONS, "uncached": {"cache": None, "ulysses_size": 2}}.items():
+        for schedule, steps in SCHEDULES.items():
+            for factor in (1 + 1e-6, 1.1):
+                shared.compile_anew(**options)
+                errors = []
+                for step, indices in enumerate(steps):
+                    moved = {
+                        "hidden_states": arguments["hidden_states"] * (factor if rank and step else 1),
+                        "timestep": arguments["timestep"] * (1 - 0.1 * step),
+                    }
+                    for index in indices:
+                        errors.append(called(shared, arguments | moved | {"encoder_hidden_states": prompts[index]}))
+                found[name, schedule, factor > 1.01] = errors
+    return found
+
+
+@functools.cache
+def found_within():
+    captured()
+    return on_ranks(within_generations, seconds=20)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("setting", ["cached", "uncached"])
+def test_samples_may_differ_by_rounding_within_a_generation(setting, schedule):
+    for found in found_within():
+        assert not any(found[setting, schedule, False])
+        errors = found[setting, schedule, True]
+        first = next(error for error in errors if error)
+        assert not errors[0] and "hidden_states ha" in first
