@@ -115,7 +115,7 @@ class Call:
         position: generation, step and branch; None for a call after the last step of the pipeline's schedule, and until
             `is_located`.
         is_shared: whether a graph was reached that ranks share.
-        forms: shapes and dtypes of the inputs of that graph, equal on all ranks; None for a graph that they do not share.
+        forms: shapes and dtypes of that graph's inputs, equal on all ranks; None if ranks share no graph.
         route: the call's way to its graphs, if shortcuts are learned.
     """
 

@@ -1,6 +1,7 @@
 """Ranks that share a sample and call the model in other ways: an error on all of them, which names the cause."""
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -179,7 +180,8 @@ def within_generations(rank):
     shared, arguments = captured()
     text, found = arguments["encoder_hidden_states"], {}
     prompts = [text, text[:, 1:], text * 0.5]
-    for name, options in {"cached": OPTIONS, "uncached": {"cache": None, "ulysses_size": 2}}.items():
+    settings: dict[str, dict[str, Any]] = {"cached": OPTIONS, "uncached": {"cache": None, "ulysses_size": 2}}
+    for name, options in settings.items():
         for schedule, steps in SCHEDULES.items():
             for factor in (1 + 1e-6, 1.1):
                 shared.compile_anew(**options)

@@ -61,8 +61,8 @@ def found():
             checks[str(dtype)] = torch.equal(collectives.gather_sequence(part, 1, SEGMENTS["two"], group()), x)
         for length in (6, 7):
             x = whole(((length, 1),))
-            mode = "fake" if rank else "symbolic"
-            mixed = make_fx(cut_and_gathered, tracing_mode=mode)(x)  # on rank 0 the length is a symbol
+            traced = make_fx(cut_and_gathered, tracing_mode="fake" if rank else "symbolic")
+            mixed = traced(x)  # on rank 0 the length is a symbol
             checks[f"a symbol among numbers, {length}"] = torch.equal(mixed(x), x)
         checks["sum"] = collectives.sum_over_ranks(torch.tensor([rank + 1.0]), group()).item() == 6
         return checks
