@@ -210,6 +210,10 @@ def _obstacle(module: nn.Module, name: str, layer: Any) -> str | None:
         return f"quantized already ({quantization})"
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "torch.nn.MultiheadAttention reads its weight"
+    if "weight" not in layer._parameters:
+        return "its weight is no parameter, but a buffer or a hook's result"
+    if layer.weight.dim() != 2:
+        return f"its weight is no matrix, but has {layer.weight.dim()} dimensions"
     if layer.weight.is_meta:
         return "its weight is on the device 'meta': quantize before offloading"
     return None
@@ -222,7 +226,7 @@ def _left_out(name: str, blocks: Sequence[str], request: Request) -> str | None:
         return f"excluded by {excluding!r}"
     planned = _planned(name, request)
     if planned is not None and request.per_layer[planned] is None:
-        return f"kept by {planned!r} in per_layer"
+        return f"kept by {'its name' if planned == name else repr(planned)} in per_layer"
     if planned == name or any(matches(name, pattern) for pattern in request.include):
         return None
     is_inside = any(name.startswith(f"{block}.") for block in blocks)

@@ -5,6 +5,7 @@ quant_type, exclude, include, per_layer ──► Request ──► layers.selec
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,7 +44,7 @@ def request_of(
 
 
 def selections_of(modules: Sequence[nn.Module], request: Request) -> list[Selection]:
-    """The layers of each module. Every shape was tried on a copy of one layer.
+    """The layers of each module. Every class and shape was tried on a copy of one layer.
 
     Raises:
         OptionError: on a pattern that matches no layer, a kind that this device does not run, or if there is no layer
@@ -101,14 +102,14 @@ def _check_device(module: nn.Module, kinds: Iterable[Kind]) -> None:
 
 
 def _checked(module: nn.Module, request: Request) -> Selection:
-    """The layers of a module, after a trial of each shape. Shapes that torchao does not take are among those kept."""
+    """The layers of a module, after a trial of each class and shape. Those that torchao does not take are kept."""
     selection = select(module, request)
     layers = linear_layers(module)
     obstacles: dict[Any, str | None] = {}
     refused: dict[str, str] = {}
     for name, kind in selection.kinds.items():
         weight = layers[name].weight
-        case = kind, weight.shape, weight.dtype, weight.device
+        case = kind, type(layers[name]), weight.shape, weight.dtype, weight.device
         if case not in obstacles:
             obstacles[case] = _try(layers[name], kind)
         reason = obstacles[case]
@@ -124,17 +125,24 @@ def _checked(module: nn.Module, request: Request) -> Selection:
 
 
 def _try(layer: Any, kind: Kind) -> str | None:
-    """Why torchao does not quantize and run a layer of this shape here; None if it does. A copy is tried."""
+    """Why torchao does not quantize and run a layer of this class and shape here; None if it does. A copy is tried."""
     weight = layer.weight
     rows = 1 if weight.device.type == "cpu" else TRIAL_ROWS
+    trouble = "torchao does not take it here"
     try:
         with torch.no_grad():
-            copy = quantized_layer(weight, kind)
-            copy(torch.ones(rows, layer.in_features, dtype=weight.dtype, device=weight.device))
+            quantized = quantized_layer(weight, kind)
+            tokens = torch.ones(rows, layer.in_features, dtype=weight.dtype, device=weight.device)
+            quantized(tokens)
+            trouble = f"its class {type(layer).__name__} does not run with a quantized weight"
+            twin = copy.copy(layer)
+            twin._parameters = {**layer._parameters, "weight": quantized.weight}
+            # The class's own code: the instance may hold a hook's, which would run on the layer itself.
+            type(layer).forward(twin, tokens)
     except Exception as error:  # whatever a kernel raises on hardware that it is not made for
         words = str(error).strip().splitlines() or [type(error).__name__]
-        return f"torchao does not take it here: {words[0]}"
-    return None if quantization_of(copy) else "torchao leaves a layer of this shape as it is"
+        return f"{trouble}: {words[0]}"
+    return None if quantization_of(quantized) else "torchao leaves a layer of this shape as it is"
 
 
 def quantized_layer(weight: torch.Tensor, kind: Kind) -> nn.Linear:
@@ -168,8 +176,8 @@ def _check_any(modules: Sequence[nn.Module], selections: Sequence[Selection]) ->
     counts = Counter(reason for selection in selections for reason in selection.kept.values())
     reasons = "; ".join(f"{count} x {reason}" for reason, count in counts.items()) or "it has no linear layer"
     raise OptionError(
-        f"{titles}: nothing to quantize: {reasons}. Name layers by include, or pass regional=False for layers outside "
-        "repeated blocks"
+        f"{titles}: nothing to quantize: {reasons}. Name layers by include; quantize also takes regional=False, for "
+        "layers outside repeated blocks"
     )
 
 

@@ -205,6 +205,42 @@ def test_layers_that_others_read_and_those_without_data_are_kept():
     }
 
 
+class Transposes(nn.Linear):
+    """Multiplies in a way that no quantized weight takes."""
+
+    def forward(self, hidden):
+        return hidden @ self.weight.T + self.bias
+
+
+class Experts(nn.Module):
+    """A matrix for each expert."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = inputs, outputs
+        self.weight = nn.Parameter(torch.zeros(2, inputs, outputs))
+
+
+def test_layers_that_would_not_run_quantized_are_kept_with_the_reason():
+    net: Any = Net()
+    net.blocks[0].up, net.blocks[1].up = Transposes(16, 32), Experts(16, 32)
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        nn.utils.weight_norm(net.blocks[2].up)
+    report = cachedit_fx.quantize(net, "int8_weight_only")
+    reasons = {layer.name: layer.reason for layer in report.kept}
+    assert reasons["blocks.0.up"].startswith("its class Transposes does not run with a quantized weight: ")
+    assert reasons["blocks.1.up"] == "its weight is no matrix, but has 3 dimensions"
+    assert reasons["blocks.2.up"] == "its weight is no parameter, but a buffer or a hook's result"
+    for number in (0, 2, 3):
+        assert net.blocks[number].up(torch.ones(1, 16)).shape == (1, 32)
+
+
+def test_layers_that_a_plan_keeps_have_one_reason():
+    plan = {name: None for name in chosen(Net()) if name.startswith("blocks.0")}
+    report = cachedit_fx.quantize(Net(), "int8_weight_only", per_layer=plan)
+    assert report.reasons["kept by its name in per_layer"] == len(plan) > 1
+
+
 @pytest.mark.parametrize("title", ["exclude", "include", "per_layer"])
 def test_a_pattern_without_a_layer_is_an_error_with_the_nearest(title):
     patterns: Any = {"dwn": "int8"} if title == "per_layer" else "dwn"
