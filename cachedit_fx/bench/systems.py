@@ -297,7 +297,7 @@ def load_entry(entry: str | None, guidance: float = 1.0) -> tuple[Any, Generate]
         if not callable(function):
             raise ValueError(f"{name} is a {type(function).__name__}")
         made = function()
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise _no_pipeline(entry, error) from error
     if hasattr(made, "pipe") and callable(getattr(made, "generate", None)):
         return made.pipe, made.generate

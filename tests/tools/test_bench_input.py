@@ -23,6 +23,7 @@ pytestmark = SHARES_SYSTEMS
         ("no_such_module:make", "MODULE:FUNCTION"),
         ("toy_entry:missing", "has no attribute 'missing'"),
         ("toy_entry:nothing", "returned a int"),
+        ("toy_entry:hungry", "missing 1 required positional argument"),
         ("toy_entry:__name__", "__name__ is a str"),
         ("toy_entry", "MODULE:FUNCTION"),
     ],
