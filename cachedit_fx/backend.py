@@ -25,6 +25,7 @@ from cachedit_fx.passes.base import NOTHING_KNOWN, Facts, Traced
 from cachedit_fx.passes.find_timestep import FindTimestep
 from cachedit_fx.passes.graph_aliases import writes_to_inputs
 from cachedit_fx.passes.graph_values import is_of_module
+from cachedit_fx.passes.insert_low_precision import LowPrecision
 from cachedit_fx.passes.insert_ulysses import ContextParallel
 from cachedit_fx.passes.manager import Outcome
 from cachedit_fx.runtime.agreement import Captured
@@ -80,6 +81,9 @@ def compile_graph(
     if state is not None and state.copies is not None:
         state.copies.mark(gm, example_inputs)
     outcome = rewrite(gm, options, traced)
+    if state is not None and state.copies is not None:
+        low = outcome.facts.get(LowPrecision)
+        state.copies.keep(example_inputs, low.inputs if low is not None else ())
     claim_pieces(outcome, example_inputs)
     if state is not None and state.observe is not None:
         state.observe(outcome.facts)

@@ -151,6 +151,8 @@ def explain(pipe_or_module: Any, *args: Any, verify: Verify | None = None, **kwa
         if states and states[0].copies is not None:
             states[0].copies.mark(gm, example_inputs)
         outcomes.append(rewrite(gm, options, traced))
+        if states and states[0].copies is not None:
+            states[0].copies.keep(example_inputs, ())
         return stop if _has_chain(outcomes[-1]) and not ends_at_break(gm) else gm.forward
 
     place = None

@@ -121,6 +121,11 @@ class DBCacheConfig:
         """Whether the mask alone decides and no difference is ever measured."""
         return self.steps_computation_mask is not None and self.steps_computation_policy == "static"
 
+    @property
+    def expected_steps(self) -> int | None:
+        """Steps in a generation, as the config tells them; None if it does not."""
+        return self.num_inference_steps
+
     def reset(self, **changes: Any) -> Self:
         """A copy with some fields changed; this config stays as it is.
 

@@ -25,7 +25,7 @@ class StepFacts(NamedTuple):
     step: int
     """Its number in the generation, from 0."""
     steps: int | None = None
-    """Number of steps of the generation; None if no scheduler tells it."""
+    """Number of steps of the generation; None if neither the cache's config nor a scheduler tells it."""
     computed: int = 0
     """Steps of the generation that were computed before this one."""
     reuses: int | None = None
@@ -51,7 +51,8 @@ class PrecisionConfig:
     full_first_steps: int = 0
     """Steps at the start of a generation that run in full precision."""
     full_last_steps: int = 0
-    """Steps at the end that run in full precision. It has no effect if no scheduler tells the number of steps."""
+    """Steps at the end that run in full precision. It has no effect if their number is not known,
+    from `num_inference_steps`, a preset's `steps` or a pipeline's scheduler."""
     full_steps_mask: Sequence[int] | None = None
     """One digit for each step: 1 = full precision. Steps beyond the mask have the precision of its last digit."""
     exclude: str | Sequence[str] = ()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +20,7 @@ from cachedit_fx.passes.graph_cost import bytes_of_tensors
 from cachedit_fx.passes.graph_values import value_of
 from cachedit_fx.passes.insert_low_precision import COPY
 from cachedit_fx.quantization.kinds import Kind, warnings_about
-from cachedit_fx.quantization.layers import Request, linear_layers
+from cachedit_fx.quantization.layers import Request, linear_layers, quantization_of
 from cachedit_fx.quantization.selection import check_torchao, quantized_layer, selections_of
 from cachedit_fx.runtime.samples import differ, samples_of
 from cachedit_fx.runtime.warning import warn
@@ -48,8 +49,34 @@ class WeightCopies:
     """
 
     def __init__(self, module: nn.Module, request: Request) -> None:
+        self._module, self._request = weakref.ref(module), request
+        self._layers: list[tuple[weakref.ref[Any], Kind]] = []
+        self._choose(module)
+        self._copies: dict[int, _Copy] = {}
+        """Identity of a weight -> its copy."""
+        self._taken: set[int] = set()
+        """Identities of the weights that a compiled graph takes a copy of."""
+        self._samples: list[torch.Tensor] = []
+        self._checked: weakref.WeakKeyDictionary[Session, int] = weakref.WeakKeyDictionary()
+        """Session -> the generation in which samples of the weights were compared last."""
+        self._lock = threading.RLock()
+
+    def _choose_anew(self) -> None:
+        """Choose the layers anew if some of them are no longer the module's."""
+        module = self._module()
+        present = {*linear_layers(module).values()} if module is not None else set()
+        if module is None or all(reference() in present for reference, _ in self._layers):
+            return
+        try:
+            self._choose(module)
+        except OptionError as error:
+            self._layers = []
+            warn(f"all steps run in full precision, since layers were replaced: {error}")
+
+    def _choose(self, module: nn.Module) -> None:
+        """Choose the layers. A weight that layers share has one copy, so all of them must want the same kind."""
         check_torchao()
-        (selection,) = selections_of([module], request)
+        (selection,) = selections_of([module], self._request)
         if not selection.kinds:
             raise OptionError(
                 f"precision: another library has quantized {type(module).__name__}, and no layer is left to copy"
@@ -59,13 +86,14 @@ class WeightCopies:
             weights = [layers[name].weight for name, each in selection.kinds.items() if each is kind]
             for note in warnings_about(kind, weights):
                 warn(f"{type(module).__name__}: {note}")
-        self._layers = [(weakref.ref(layers[name]), kind) for name, kind in selection.kinds.items()]
-        self._copies: dict[int, _Copy] = {}
-        """Identity of a weight -> its copy."""
-        self._samples: list[torch.Tensor] = []
-        self._checked: weakref.WeakKeyDictionary[Session, int] = weakref.WeakKeyDictionary()
-        """Session -> the generation in which samples of the weights were compared last."""
-        self._lock = threading.RLock()
+        wanted: dict[int, set[Kind | None]] = defaultdict(set)
+        for name, layer in layers.items():
+            wanted[id(getattr(layer, "weight", None))].add(selection.kinds.get(name))
+        self._layers = [
+            (weakref.ref(layers[name]), kind)
+            for name, kind in selection.kinds.items()
+            if len(wanted[id(layers[name].weight)]) == 1
+        ]
 
     @property
     def bytes_held(self) -> int:
@@ -86,8 +114,19 @@ class WeightCopies:
         with self._lock:
             self._samples = self._samples or samples_of(self._weights())
 
+    def keep(self, inputs: Sequence[Any], places: Sequence[int]) -> None:
+        """Free the copies that were made for `mark` alone: those that no compiled graph takes.
+
+        Args:
+            inputs: of a graph that was marked.
+            places: of the inputs that it takes a copy of, once it is compiled.
+        """
+        with self._lock:
+            self._taken |= {id(inputs[place]) for place in places}
+            self._copies = {key: kept for key, kept in self._copies.items() if key in self._taken}
+
     def of(self, inputs: Sequence[Any], places: Sequence[int] | None = None) -> dict[int, torch.Tensor]:
-        """Place -> the copy, for each of the inputs that is a weight with a copy.
+        """Place -> the copy, for each of the inputs that is a weight with a copy. Quantized weights have none.
 
         Args:
             inputs: of a graph.
@@ -104,9 +143,10 @@ class WeightCopies:
                 copies[place] = kept.tensor
         if missing:
             with self._lock:
+                self._choose_anew()
                 for reference, kind in self._layers:
                     layer = reference()
-                    if layer is not None and id(layer.weight) in missing:
+                    if layer is not None and id(layer.weight) in missing and quantization_of(layer) is None:
                         copies[missing[id(layer.weight)]] = self._make(layer.weight, kind)
         return copies
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from cachedit_fx.config.cache import DBCacheConfig
 from cachedit_fx.config.precision import StepFacts
+from cachedit_fx.runtime.policies.base import context_start
 from cachedit_fx.runtime.region import RegionKey
 
 if TYPE_CHECKING:
@@ -40,7 +42,8 @@ class CallPrecision:
             self._is_full = precision is None or precision.is_full(facts)
             if precision is not None and precision.full_last_steps and facts.steps is None:
                 self.call.session.state.warn_once(
-                    "full_last_steps has no effect here: no scheduler tells the number of steps; pass full_steps_mask"
+                    "full_last_steps has no effect here: no scheduler tells the number of steps; pass "
+                    "num_inference_steps, or full_steps_mask in place of full_last_steps"
                 )
         if self._is_full or self._low is None:
             return None
@@ -52,10 +55,9 @@ class CallPrecision:
         session, (_, step, branch) = self.call.session, self.call.position
         stats = session.stats.get(key.chain)
         computed = 0 if stats is None else stats.branch(branch).executed_steps - len(stats.branch(branch).cached_steps)
-        mask = config.steps_computation_mask if config.static else None
-        rest = [] if mask is None else list(mask[step + 1 :])
-        reuses = None if mask is None else rest.index(1) if 1 in rest else len(rest)
-        return StepFacts(step, session.facts(step, self.call.tick).steps, computed, reuses)
+        base = session.state.config
+        steps = (base.expected_steps if base is not None else None) or session.facts(step, self.call.tick).steps
+        return StepFacts(step, steps, computed, _reuses(config, step, steps))
 
     @cached_property
     def _low(self) -> list[Any] | None:
@@ -68,11 +70,26 @@ class CallPrecision:
         copies = weights.of(self.inputs, self.places)
         if len(copies) < len(self.places):
             session.state.warn_once(
-                "a step runs in full precision, since its weights are not those of the module's layers: call "
-                "enable_cache again after layers were replaced"
+                "a step runs in full precision, since its weights are not those of the layers that were chosen: call "
+                "disable_cache, then enable_cache, to choose layers anew"
             )
             return None
         low = list(self.inputs)
         for place, copy in copies.items():
             low[place] = copy
         return low
+
+
+def _reuses(config: DBCacheConfig, step: int, steps: int | None) -> int | None:
+    """Steps after `step` that a static mask reuses, up to the next computed one; None without such a mask.
+
+    After a forced refresh the mask counts from 0 again, and its first step computes.
+    """
+    mask = config.steps_computation_mask if config.static else None
+    if mask is None:
+        return None
+    for later in itertools.count(step + 1):
+        place = later - context_start(config, later)
+        if later == steps or place == 0 or place >= len(mask) or mask[place]:
+            break
+    return later - step - 1

@@ -1,66 +1,34 @@
-"""Precision by step: which steps take quantized copies, and that copies follow their weights."""
+"""Precision by step: which steps take quantized copies of which weights."""
 
 from __future__ import annotations
 
 import copy
-import gc
 import threading
-import weakref
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from lib.low_precision import ALTERNATE, NEVER, TEXT, TIMES, are_equal, enabled, quantized, steps, wide
 from lib.toy_pipeline import ToyPipeline
-from lib.toys import CountingBackend, Toy, denoise, make, noise
-from peft import LoraConfig, inject_adapter_in_model
+from lib.toys import CountingBackend, denoise, noise
 from torch import nn
 
 import cachedit_fx
 from cachedit_fx import (
     CacheWarning,
-    DBCacheConfig,
     DBPruneConfig,
     OptionError,
     PrecisionConfig,
     StepFacts,
-    enable_cache,
     explain,
     quantize,
     summary,
 )
 from cachedit_fx.config.options import parse_options
-from cachedit_fx.runtime.registry import states_of
+from cachedit_fx.runtime.policies.preset import PresetConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gains no time", "ignore:.*is a stand-in", "ignore:.*lru_cache")
-NEVER = DBCacheConfig(Fn_compute_blocks=1, residual_diff_threshold=0)
-TIMES = (900.0, 700.0, 500.0, 300.0)
-TEXT = noise(1, 3, width=32, seed=2)
-ALTERNATE = PrecisionConfig("int8", full_steps_mask=(1, 0, 1, 0))
-
-
-def wide(kind: type[nn.Module] = Toy, blocks: int = 3) -> Any:
-    return make(kind, width=32, blocks=blocks).requires_grad_(False)
-
-
-def enabled(model: Any, precision: Any = ALTERNATE, cache: Any = NEVER, **options: Any) -> Any:
-    return enable_cache(model, cache, precision=precision, **{"inner_backend": "eager"} | options)
-
-
-@torch.no_grad()
-def steps(model: Any, text: torch.Tensor = TEXT) -> list[torch.Tensor]:
-    """The results of a generation on one sample."""
-    return [model(noise(width=32), torch.tensor([time]), text) for time in TIMES]
-
-
-def are_equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> list[bool]:
-    return [torch.equal(one, other) for one, other in zip(left, right, strict=True)]
-
-
-def quantized(model: Any, **arguments: Any) -> Any:
-    """A copy whose blocks but the first are quantized in place."""
-    twin = copy.deepcopy(model)
-    quantize(twin, arguments.pop("quant_type", "int8"), exclude=["blocks.0"], **arguments)
-    return twin
 
 
 def test_full_steps_are_the_plain_module_and_others_the_quantized_one_to_the_bit():
@@ -136,6 +104,35 @@ def test_the_last_steps_are_those_of_the_scheduler():
     assert summary(model)[0].low_steps == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("cache", [NEVER.reset(num_inference_steps=4), PresetConfig(preset="balanced", steps=4)])
+def test_the_last_steps_are_those_of_the_config(cache):
+    model = enabled(wide(), PrecisionConfig("int8", full_last_steps=2), cache)
+    steps(model)
+    assert summary(model)[0].low_steps == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("mask", "refresh", "reuses"),
+    [
+        ("100", "repeat", {0: 2, 3: 2, 6: 1}),
+        ("1000000", "repeat", {0: 2, 3: 2, 6: 1}),
+        ("1100", "once", {0: 0, 1: 1, 3: 0, 4: 2, 7: 0}),
+        ("1001", None, {0: 2, 3: 0, 4: 0, 5: 0, 6: 0, 7: 0}),
+    ],
+)
+def test_reuses_are_counted_up_to_a_refresh_and_to_the_end(mask, refresh, reuses):
+    FACTS.clear()
+    cache = NEVER.reset(steps_computation_mask=mask, steps_computation_policy="static")
+    if refresh is not None:
+        cache = cache.reset(force_refresh_step_hint=3, force_refresh_step_policy=refresh)
+    model = enabled(wide(), Noted("int8"), cache)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="steps_computation_mask has")
+        ToyPipeline(model, texts=[TEXT])(noise(width=32), steps=8)
+    assert {facts.step: facts.reuses for facts in FACTS} == reuses
+    assert len(summary(model)[0].cached_steps) == sum(reuses.values())
+
+
 class Noted(PrecisionConfig):
     """A rule of its own: the computed steps that more than one later step reuses."""
 
@@ -179,110 +176,6 @@ def test_inductor_compiles_both_forms():
     for step, (one, other) in enumerate(zip(full, low, strict=True)):
         near, far = (one, other) if step in (0, 2) else (other, one)
         assert (results[step] - near).abs().max() < 0.1 * (results[step] - far).abs().max()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# copies follow the weights
-
-
-def _in_place(model: Any) -> None:
-    model.blocks[1].up.weight.mul_(1.5)
-
-
-def _through_data(model: Any) -> None:
-    model.blocks[1].up.weight.data.mul_(1.5)
-
-
-def _new_parameter(model: Any) -> None:
-    model.blocks[1].up.weight = nn.Parameter(model.blocks[1].up.weight * 1.5, requires_grad=False)
-
-
-def _loaded(model: Any) -> None:
-    model.load_state_dict({name: 1.1 * value for name, value in model.state_dict().items()})
-
-
-def _assigned(model: Any) -> None:
-    model.load_state_dict({name: 1.1 * value for name, value in model.state_dict().items()}, assign=True)
-    model.requires_grad_(False)
-
-
-def _adapter(model: Any) -> None:
-    torch.manual_seed(1)
-    inject_adapter_in_model(LoraConfig(target_modules=["up"], r=2, init_lora_weights=False), model)
-    model.eval().requires_grad_(False)
-
-
-@pytest.mark.parametrize("change", [_in_place, _through_data, _new_parameter, _loaded, _assigned, _adapter])
-def test_a_changed_weight_gets_a_new_copy(change):
-    model = wide()
-    enabled(model)
-    steps(model)
-    change(model)
-    cachedit_fx.refresh_context(model)
-    plain = copy.deepcopy(model)
-    results, full, low = steps(model), steps(plain), steps(quantized(plain))
-    assert are_equal(results, full) == [True, False, True, False]
-    assert are_equal(results, low) == [False, True, False, True]
-
-
-@torch.no_grad()
-def test_a_weight_that_is_written_to_within_a_generation_gets_a_new_copy():
-    model = enabled(wide())
-    for time in TIMES[:2]:
-        model(noise(width=32), torch.tensor([time]), TEXT)
-    _in_place(model)
-    twin = quantized(copy.deepcopy(model))
-    results = [model(noise(width=32), torch.tensor([time]), TEXT) for time in TIMES[2:]]
-    assert torch.equal(results[1], steps(twin)[3]) and summary(model)[0].low_steps == [1, 3]
-
-
-def test_a_weight_that_is_written_through_data_before_the_first_check_gets_a_new_copy():
-    model = enabled(wide())
-    with torch.no_grad():
-        model(noise(width=32), torch.tensor([900.0]), TEXT)  # a full step: copies were made for the capture alone
-    _through_data(model)
-    cachedit_fx.refresh_context(model)
-    assert are_equal(steps(model), steps(quantized(copy.deepcopy(model)))) == [False, True, False, True]
-
-
-def test_a_cast_model_gets_new_copies():
-    model = enabled(wide())
-    steps(model)
-    model.to(torch.bfloat16)
-    twin = quantized(copy.deepcopy(model))
-    inputs = [noise(width=32).bfloat16(), torch.tensor([TIMES[1]]), TEXT.bfloat16()]
-    enabled(model, PrecisionConfig("int8"))
-    with torch.no_grad():
-        assert torch.equal(model(*inputs), twin(*inputs))
-
-
-def test_copies_die_with_the_model():
-    model = enabled(wide())
-    steps(model)
-    (state,) = states_of(model)
-    assert state.copies is not None
-    held: list[Any] = [weakref.ref(state.copies), weakref.ref(state.copies.of([model.blocks[1].up.weight])[0])]
-    del model, state
-    for _ in range(2):  # the first makes the model's call let go of its state
-        gc.collect()
-    assert [reference() for reference in held] == [None, None]
-
-
-class Tied(Toy):
-    """Reads a linear layer's weight in another way too."""
-
-    def forward(self, hidden_states, timestep, encoder_hidden_states):
-        hidden: Any = super().forward(hidden_states, timestep, encoder_hidden_states)
-        layer: Any = self.get_submodule("blocks.1.up")
-        return hidden + layer.weight.sum()
-
-
-def test_a_weight_that_other_code_reads_is_taken_as_it_is():
-    model = wide(Tied)
-    twin = copy.deepcopy(model)
-    quantize(twin, "int8", exclude=["blocks.0", "blocks.1.up"])
-    enabled(model, PrecisionConfig("int8"))
-    assert are_equal(steps(model), steps(twin)) == [True] * 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------

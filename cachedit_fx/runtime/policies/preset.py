@@ -68,6 +68,10 @@ class PresetConfig(DBCacheConfig):
         super().__post_init__()
         refuse(name for name in DECIDED if getattr(self, name) != getattr(DBCacheConfig, name))
 
+    @property
+    def expected_steps(self) -> int | None:
+        return self.num_inference_steps or self.steps
+
     def reset(self, **changes: Any) -> Self:
         refuse(changes)
         return super().reset(**changes)
@@ -91,7 +95,7 @@ class Preset(DBCache):
 
     def choose(self, facts: GenerationFacts) -> tuple[DBCacheConfig, CalibratorConfig | None] | None:
         config = self.config
-        steps = config.num_inference_steps or config.steps or facts.steps
+        steps = config.expected_steps or facts.steps
         if steps is None:
             return None
         settings = preset(config.preset, steps, math.inf if facts.guidance is None else facts.guidance)
