@@ -335,13 +335,24 @@ def plan_for_psnr(plans: Sequence[Plan], wanted: float, probe: Probe, record: Re
     """The smallest plan whose pictures are at least so near, in dB, on the prompts that errors were measured on.
 
     Bisection, so a handful of plans are drawn.
+
+    Raises:
+        RequestError: if no plan reaches it.
     """
-    good, bad = 0, len(plans)
+    good, bad, nearest = 0, len(plans), math.inf
     while bad - good > 1:
         middle = (good + bad) // 2
         name = f"{len(plans[middle].candidates)} groups"
         drawing = probe.draw(record, name, plans[middle].kinds, record.settings.prompts)
-        good, bad = (middle, bad) if drawing.mean_psnr >= wanted else (good, middle)
+        if drawing.mean_psnr >= wanted:
+            good = middle
+        else:
+            bad, nearest = middle, drawing.mean_psnr
+    if not good:
+        raise RequestError(
+            f"--psnr: {plans[1].candidates[0].group} alone in {plans[1].candidates[0].kind} brings pictures to "
+            f"{nearest:.1f} dB already; ask for no more than that"
+        )
     return plans[good]
 
 

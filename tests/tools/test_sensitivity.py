@@ -142,6 +142,8 @@ def test_a_plan_for_a_quality_has_it(ran, entry):
     values = psnr(torch.cat(pictures), torch.cat(reference))
     assert wanted <= fmean(values) < math.inf
     assert f"Its PSNR is {fmean(values):.1f} dB on the prompts" in plain(result.output)
+    beyond = run(entry, out, "--resume", "--psnr", 400)
+    assert beyond.exit_code != 0 and "already; ask for no more than that" in plain(beyond.output)
 
 
 def test_an_interrupt_keeps_what_is_measured(entry, tmp_path, monkeypatch):
