@@ -385,11 +385,8 @@ class Options:
         # The bare options have no cache. Host weights and precision are refused without one, so they stand beside.
         copies = None if self.precision is None else self.precision.copies
         bare = replace(self, cache=None, calibrator=None, params_modifiers=(), time_weights="device", precision=None)
-        return (
-            (self.time_weights, copies, bare),
-            self.predicts_output,
-            tuple(policy.structure() for policy, _ in self.loop_settings),
-        )
+        cuts = tuple(policy.structure() for policy, _ in self.loop_settings)
+        return (self.time_weights, copies, bare), self.predicts_output, cuts
 
 
 Structure: TypeAlias = tuple[tuple[TimeWeights, PrecisionConfig | None, Options], bool, tuple[Cut, ...]]

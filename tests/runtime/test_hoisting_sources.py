@@ -92,7 +92,7 @@ def test_the_call_that_finds_changed_weights_is_counted_once(timed_model):
     assert (stats.executed_steps, stats.failed_calls) == (1, 0)
 
 
-@pytest.mark.parametrize("fails", ["samples_of", "_differ"])
+@pytest.mark.parametrize("fails", ["samples_of", "differ"])
 def test_a_generation_whose_comparison_failed_is_compared_at_the_retry(timed_model, monkeypatch, fails):
     prompt = conditions()
     generation(timed_model, prompt)
