@@ -168,6 +168,7 @@ def test_single_blocks_are_pruned_and_computed_in_low_precision():
     assert stats.pruned_steps and set(stats.low_steps) <= {2, 3}
 
 
+@pytest.mark.budget(60, "inductor compiles both forms")
 def test_inductor_compiles_both_forms():
     model = wide()
     full, low = steps(model), steps(quantized(model))
