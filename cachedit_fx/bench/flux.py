@@ -53,6 +53,14 @@ def make(size: Size) -> torch.nn.Module:
     ).eval()
 
 
+def inputs_in(dtype: torch.dtype, size: Size, step: int = 0) -> dict[str, Any]:
+    """Arguments of one call as `inputs` has them, all tensors but the timestep in this dtype."""
+    return {
+        name: value.to(dtype) if isinstance(value, torch.Tensor) and name != "timestep" else value
+        for name, value in inputs(size, step).items()
+    }
+
+
 def inputs(size: Size, step: int = 0) -> dict[str, Any]:
     """Arguments of one call: batch 1, `side` squared image tokens, `text` text tokens."""
     tokens = size.side**2

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import cachedit_fx
-from cachedit_fx.bench.flux import Size, inputs, make
+from cachedit_fx.bench.flux import Size, inputs_in, make
 from cachedit_fx.bench.progress import Tell, silent
 from cachedit_fx.report.tables import Table
 
@@ -88,7 +88,7 @@ def measure(size: Size, side: int, rounds: int, tell: Tell = silent) -> Timing:
     """
     torch.set_num_threads(1)
     module, shape = make(size).to(DTYPE), size._replace(side=side)
-    arguments = _arguments(shape)
+    arguments = inputs_in(DTYPE, shape)
     models = {name: copy.deepcopy(module) for name in (MOVED, PLAIN, WHOLE)}
     models[BY_HAND] = with_constants(module, arguments)
     models[WHOLE].compile(dynamic=False)
@@ -130,14 +130,6 @@ def measure(size: Size, side: int, rounds: int, tell: Tell = silent) -> Timing:
         ratio(MOVED, COMPUTED, WHOLE),
         len(seconds[MOVED, CACHED]),
     )
-
-
-def _arguments(size: Size) -> dict[str, Any]:
-    """Inputs of a generation, floating-point ones but the timestep in bfloat16."""
-    return {
-        name: value.to(DTYPE) if isinstance(value, torch.Tensor) and name != "timestep" else value
-        for name, value in inputs(size).items()
-    }
 
 
 def time_table(rows: Sequence[Timing]) -> Table:

@@ -7,12 +7,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
 
 import torch
 
 import cachedit_fx
-from cachedit_fx.bench.flux import Size, inputs, make
+from cachedit_fx.bench.flux import Size, inputs_in, make
 from cachedit_fx.bench.progress import Tell, silent
 from cachedit_fx.config.precision import PrecisionConfig
 from cachedit_fx.quantization.apply import quantize
@@ -99,7 +98,7 @@ def measure(width: int, dtype: torch.dtype, kind: str, rounds: int, tell: Tell =
         for step in range(steps):
             if step % KINDS == 0:
                 tell(f"width {width}, {kind}, round {step // KINDS + 1} of {rounds + WARMUP}")
-            arguments = _arguments(size, step, dtype)
+            arguments = inputs_in(dtype, size, step)
             names = list(models) if step % 8 < KINDS else list(reversed(models))
             for name in names:
                 begun = time.process_time()
@@ -125,14 +124,6 @@ def measure(width: int, dtype: torch.dtype, kind: str, rounds: int, tell: Tell =
         rounds,
         {name: ratio(name, EAGER, 0, 1, 2, 3) for name in (EAGER, EAGER_CACHED, PLAIN, CACHED, LOW)},
     )
-
-
-def _arguments(size: Size, step: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Inputs of a step, floating-point ones but the timestep in `dtype`."""
-    return {
-        name: value.to(dtype) if isinstance(value, torch.Tensor) and name != "timestep" else value
-        for name, value in inputs(size, step).items()
-    }
 
 
 def time_table(rows: Sequence[Timing]) -> Table:

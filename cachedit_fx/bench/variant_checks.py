@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import nn
 
-from cachedit_fx.bench.coverage import ALWAYS, Covered, Subject, Zoo, error_text, has_counted
+from cachedit_fx.bench.coverage import ALWAYS, Covered, Zoo, error_text, has_counted
 from cachedit_fx.bench.coverage_steps import FIRST, LATER, at_timestep, equal, tensors
+from cachedit_fx.bench.coverage_subject import Subject
 from cachedit_fx.bench.variants import (
     Change,
     Inputs,

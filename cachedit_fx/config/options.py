@@ -10,7 +10,7 @@ make up `Options.structure()`. All others are *read at each call*, and changing 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -302,12 +302,11 @@ class Options:
 
     def _check_host(self) -> None:
         """Raise on settings under which no weight can lie on the host."""
-        switched_off = [name for name, is_on in self.passes if not is_on and name in _HOISTING]
-        if self.cache is None or switched_off:
-            reason = f"passes={{{switched_off[0]!r}: False}}" if switched_off else "cache=None"
+        obstacle = self._obstacle(_HOISTING)
+        if obstacle is not None:
             raise OptionError(
-                f"time_weights='host' computes hoisted values on the host, and {reason} leaves nothing hoisted: leave "
-                "out one of them"
+                f"time_weights='host' computes hoisted values on the host, and {obstacle} leaves nothing hoisted: "
+                "leave out one of them"
             )
         if self.verify:
             raise OptionError(
@@ -317,17 +316,23 @@ class Options:
 
     def _check_precision(self) -> None:
         """Raise on settings under which no block can run in low precision."""
-        switched_off = [name for name, is_on in self.passes if not is_on and name in _COPYING]
-        if self.cache is None or switched_off:
-            reason = f"passes={{{switched_off[0]!r}: False}}" if switched_off else "cache=None"
+        obstacle = self._obstacle(_COPYING)
+        if obstacle is not None:
             raise OptionError(
-                f"precision chooses the weights of the middle blocks, and {reason} leaves no middle: leave out one of "
-                "them; DBCacheConfig(residual_diff_threshold=0) computes every step"
+                f"precision chooses the weights of the middle blocks, and {obstacle} leaves no middle: leave out one "
+                "of them; DBCacheConfig(residual_diff_threshold=0) computes every step"
             )
         if self.verify:
             raise OptionError(
                 "verify compares with the plain module, and precision rounds its weights: leave out one of them"
             )
+
+    def _obstacle(self, needed: Collection[str]) -> str | None:
+        """The setting that switches one of these passes, or the cache, off; None if there is none."""
+        off = next((name for name, is_on in self.passes if not is_on and name in needed), None)
+        if off is not None:
+            return f"passes={{{off!r}: False}}"
+        return "cache=None" if self.cache is None else None
 
     def _check_output_target(self, cut: Cut) -> None:
         if cut.unit == "block":
@@ -383,7 +388,7 @@ class Options:
     def structure(self) -> Structure:
         """A hashable key of the structural settings. Options of equal structure can share their compiled graphs."""
         # The bare options have no cache. Host weights and precision are refused without one, so they stand beside.
-        copies = None if self.precision is None else self.precision.copies
+        copies = None if self.precision is None else self.precision.structure()
         bare = replace(self, cache=None, calibrator=None, params_modifiers=(), time_weights="device", precision=None)
         cuts = tuple(policy.structure() for policy, _ in self.loop_settings)
         return (self.time_weights, copies, bare), self.predicts_output, cuts

@@ -51,8 +51,8 @@ class PrecisionConfig:
     full_first_steps: int = 0
     """Steps at the start of a generation that run in full precision."""
     full_last_steps: int = 0
-    """Steps at the end that run in full precision. It has no effect if their number is not known,
-    from `num_inference_steps`, a preset's `steps` or a pipeline's scheduler."""
+    """Steps at the end that run in full precision. It has no effect if nothing tells the number of steps:
+    `num_inference_steps`, a preset's `steps` or a pipeline's scheduler."""
     full_steps_mask: Sequence[int] | None = None
     """One digit for each step: 1 = full precision. Steps beyond the mask have the precision of its last digit."""
     exclude: str | Sequence[str] = ()
@@ -75,8 +75,7 @@ class PrecisionConfig:
         """The layers that get copies."""
         return request_of(self.quant_type, self.exclude, self.include, self.per_layer)
 
-    @property
-    def copies(self) -> PrecisionConfig:
+    def structure(self) -> PrecisionConfig:
         """The settings that shape the graph: the copies. The steps are read at each call."""
         return PrecisionConfig(self.quant_type, exclude=self.exclude, include=self.include, per_layer=self.per_layer)
 

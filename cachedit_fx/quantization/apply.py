@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from cachedit_fx.passes.graph_cost import bytes_of_tensors
-from cachedit_fx.quantization.kinds import warnings_about
 from cachedit_fx.quantization.layers import Selection, linear_layers
 from cachedit_fx.quantization.report import KeptLayer, QuantizationReport, QuantizedLayer, joined
 from cachedit_fx.quantization.selection import (
@@ -19,9 +18,9 @@ from cachedit_fx.quantization.selection import (
     patterns_of,
     request_of,
     selections_of,
+    warned_notes,
 )
 from cachedit_fx.runtime.registry import states_of, unwrapped
-from cachedit_fx.runtime.warning import warn
 
 Model = TypeVar("Model")
 COMPONENTS = ("transformer",)
@@ -153,16 +152,12 @@ def _apply(title: str, module: nn.Module, selection: Selection) -> QuantizationR
     from torchao.quantization import quantize_
 
     layers = linear_layers(module)
-    weights = {name: layers[name].weight for name in selection.kinds}
-    sizes = {name: bytes_of_layer(layers[name]) for name in weights}
+    sizes = {name: bytes_of_layer(layers[name]) for name in selection.kinds}
     total = bytes_of_tensors([*module.parameters(), *module.buffers()])
     names = {
         kind: [name for name, each in selection.kinds.items() if each is kind] for kind in selection.kinds.values()
     }
-    notes = [note for kind in names for note in warnings_about(kind, [weights[name] for name in names[kind]])]
-    for note in notes:
-        warn(f"{type(module).__name__}: {note}")
-    del weights  # each is freed when its layer gets another
+    notes = warned_notes(module, selection)
     for kind in names:
         quantize_(module, kind.config(), filter_fn=lambda _, name, chosen={*names[kind]}: name in chosen)
     if selection.kinds:

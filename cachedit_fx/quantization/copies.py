@@ -19,9 +19,9 @@ from cachedit_fx.config.rules import OptionError
 from cachedit_fx.passes.graph_cost import bytes_of_tensors
 from cachedit_fx.passes.graph_values import value_of
 from cachedit_fx.passes.insert_low_precision import COPY
-from cachedit_fx.quantization.kinds import Kind, warnings_about
+from cachedit_fx.quantization.kinds import Kind
 from cachedit_fx.quantization.layers import Request, linear_layers, quantization_of
-from cachedit_fx.quantization.selection import check_torchao, quantized_layer, selections_of
+from cachedit_fx.quantization.selection import check_torchao, quantized_layer, selections_of, warned_notes
 from cachedit_fx.runtime.samples import differ, samples_of
 from cachedit_fx.runtime.warning import warn
 
@@ -82,10 +82,7 @@ class WeightCopies:
                 f"precision: another library has quantized {type(module).__name__}, and no layer is left to copy"
             )
         layers = linear_layers(module)
-        for kind in dict.fromkeys(selection.kinds.values()):
-            weights = [layers[name].weight for name, each in selection.kinds.items() if each is kind]
-            for note in warnings_about(kind, weights):
-                warn(f"{type(module).__name__}: {note}")
+        warned_notes(module, selection)
         wanted: dict[int, set[Kind | None]] = defaultdict(set)
         for name, layer in layers.items():
             wanted[id(getattr(layer, "weight", None))].add(selection.kinds.get(name))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from cachedit_fx.config.rules import FLAG, OptionError, check
-from cachedit_fx.quantization.kinds import Kind, kind_of, kinds_for
+from cachedit_fx.quantization.kinds import Kind, kind_of, kinds_for, warnings_about
 from cachedit_fx.quantization.layers import Request, Selection, check_patterns, linear_layers, quantization_of, select
 from cachedit_fx.runtime.host_tensor import HostWeight
+from cachedit_fx.runtime.warning import warn
 
 TRIAL_ROWS = 32
 """Rows of the input that a layer is tried with on an accelerator, whose integer product takes no fewer than 17."""
@@ -154,6 +155,18 @@ def quantized_layer(weight: torch.Tensor, kind: Kind) -> nn.Linear:
     layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
     quantize_(nn.Sequential(layer), kind.config(), filter_fn=lambda module, _: module is layer)
     return layer
+
+
+def warned_notes(module: nn.Module, selection: Selection) -> list[str]:
+    """What the kinds cost the module's layers, a sentence each. The user is warned of each."""
+    layers = linear_layers(module)
+    weights: dict[Kind, list[torch.Tensor]] = defaultdict(list)
+    for name, kind in selection.kinds.items():
+        weights[kind].append(layers[name].weight)
+    notes = [note for kind, chosen in weights.items() for note in warnings_about(kind, chosen)]
+    for note in notes:
+        warn(f"{type(module).__name__}: {note}")
+    return notes
 
 
 def _check_any(modules: Sequence[nn.Module], selections: Sequence[Selection]) -> None:

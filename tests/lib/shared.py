@@ -12,8 +12,8 @@ import torch
 from torch import fx, nn
 
 from cachedit_fx.backend import cachedit, compile_graph
-from cachedit_fx.bench.coverage import Subject
 from cachedit_fx.bench.coverage_steps import tensors
+from cachedit_fx.bench.coverage_subject import Subject
 from cachedit_fx.capture import RECOMPILE_LIMIT, copy_of
 from cachedit_fx.config.cache import DBCacheConfig
 from cachedit_fx.config.options import Options, parse_options

@@ -35,7 +35,7 @@ def test_times_are_ratios_of_steps_of_one_kind(monkeypatch):
     names = iter((EAGER, EAGER_CACHED, PLAIN, CACHED, LOW, quantized_times.BY_STEP))
     monkeypatch.setattr(quantized_times, "make", lambda size: Model(1, 1))
     monkeypatch.setattr(quantized_times.copy, "deepcopy", lambda module: Named(module, next(names)))
-    monkeypatch.setattr(quantized_times, "_arguments", lambda size, step, dtype: {})
+    monkeypatch.setattr(quantized_times, "inputs_in", lambda dtype, size, step: {})
     monkeypatch.setattr(quantized_times, "quantize", lambda module, kind: None)
     monkeypatch.setattr(quantized_times.cachedit_fx, "compile", lambda module, **options: module)
     monkeypatch.setattr(quantized_times.time, "process_time", lambda: now)

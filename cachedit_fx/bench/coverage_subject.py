@@ -1,0 +1,63 @@
+"""A module as the checks of `cachedit coverage` use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from cachedit_fx import api
+from cachedit_fx.bench.coverage_steps import tensors
+from cachedit_fx.config.cache import DBCacheConfig
+from cachedit_fx.passes.base import Facts
+from cachedit_fx.passes.block_loops import Detection
+from cachedit_fx.passes.plan_regions import RegionReport
+from cachedit_fx.runtime.registry import state_of_module
+from cachedit_fx.runtime.stats import CacheStats
+
+
+class Subject:
+    """A module as `check` uses it: compiled under one cache config after another, called, asked what happened.
+
+    Attributes:
+        chain: name -> number of blocks, of the loops of the chain that was found.
+        middle: names of the blocks that the regions bypass.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.chain: dict[str, int] = {}
+        self.middle: set[str] = set()
+
+    def compile(self, cache: DBCacheConfig | None, **options: Any) -> None:
+        """As a user would. The next call captures the module, unless only the policy is another.
+
+        The first computed call is verified, unless `options` say otherwise.
+        """
+        api.compile(self.module, **{"inner_backend": "eager", "cache": cache, "verify": "first"} | options)
+        state = state_of_module(self.module)
+        assert state is not None
+        state.observe = self.note
+
+    def note(self, facts: Facts) -> None:
+        """Take down the facts of one graph. Every compilation of the module finds the same."""
+        detection, report = facts.get(Detection), facts.get(RegionReport)
+        if detection is not None:
+            self.chain |= {loop.name: loop.num_blocks for loop in detection.chain_loops}
+        if report is not None:
+            self.middle |= {block.name for region in report.regions for block in region.middle}
+
+    def __call__(self, arguments: Mapping[str, Any]) -> list[torch.Tensor]:
+        """The tensors that the module, as compiled, returns for these keyword arguments."""
+        return tensors(self.module(**arguments))
+
+    def summary(self) -> list[CacheStats]:
+        """Statistics of the latest generation."""
+        return api.summary(self.module)
+
+    def close(self) -> None:
+        """Give the module back plain."""
+        api.disable_cache(self.module)
+        torch.compiler.reset()
