@@ -16,6 +16,7 @@ from cachedit_fx.quantization.selection import (
     check_torchao,
     is_of_torchao,
     patterns_of,
+    quantize_layers,
     request_of,
     selections_of,
     warned_notes,
@@ -149,8 +150,6 @@ def bytes_of_layer(layer: Any) -> int:
 
 def _apply(title: str, module: nn.Module, selection: Selection) -> QuantizationReport:
     """Quantize the layers of a module; `title` comes before their names in the report."""
-    from torchao.quantization import quantize_
-
     layers = linear_layers(module)
     sizes = {name: bytes_of_layer(layers[name]) for name in selection.kinds}
     total = bytes_of_tensors([*module.parameters(), *module.buffers()])
@@ -159,7 +158,7 @@ def _apply(title: str, module: nn.Module, selection: Selection) -> QuantizationR
     }
     notes = warned_notes(module, selection)
     for kind in names:
-        quantize_(module, kind.config(), filter_fn=lambda _, name, chosen={*names[kind]}: name in chosen)
+        quantize_layers(module, {name: layers[name] for name in names[kind]}, kind)
     if selection.kinds:
         start_anew(module)
     return QuantizationReport(

@@ -140,8 +140,11 @@ def _flat(quantized: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor
     """The parts of quantized tensors by name, and name -> what the parts mean, in torchao's own JSON."""
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
+    from cachedit_fx.quantization.int8_sums import without_sums
+
     try:
-        parts, meanings = flatten_tensor_state_dict({PREFIX + name: tensor for name, tensor in quantized.items()})
+        known = {PREFIX + name: without_sums(tensor) for name, tensor in quantized.items()}
+        parts, meanings = flatten_tensor_state_dict(known)
         meanings = {name: meanings[PREFIX + name] for name in quantized}
         parts = {name.removeprefix(PREFIX): part for name, part in parts.items()}
         _whole(parts, meanings)
@@ -157,6 +160,8 @@ def _whole(
     """The quantized tensors, from their parts, and the plain ones."""
     from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
 
+    from cachedit_fx.quantization.int8_sums import with_sums
+
     metadata = {PREFIX + name: meaning for name, meaning in meanings.items()}
     names = {"tensor_names": json.dumps([*metadata])}
     whole, rest = unflatten_tensor_state_dict(
@@ -166,7 +171,7 @@ def _whole(
     if missing:
         raise ValueError(f"parts of {_listed(missing)} are missing")
     quantized, plain = ({name.removeprefix(PREFIX): each for name, each in part.items()} for part in (whole, rest))
-    return quantized, plain
+    return {name: with_sums(each) for name, each in quantized.items()}, plain
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:

@@ -49,6 +49,7 @@ STEERING = frozenset(
 ENDS = frozenset(["final", "head", "in", "input", "out", "output", "patch"])
 """Words in the names of the first and last layers, outside the blocks."""
 OUTSIDE = "outside the repeated blocks"
+PACKAGE = __name__.partition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,8 @@ def quantization_of(layer: nn.Module) -> str | None:
         return type(layer).__name__  # such as Nunchaku's, with a packed weight under another name
     for tensor in (weight, weight.data):
         if type(tensor) not in (nn.Parameter, torch.Tensor):
-            return type(tensor).__name__
+            classes = (base for base in type(tensor).__mro__ if not base.__module__.startswith(PACKAGE))
+            return next(classes).__name__  # torchao's, if ours is derived from it
     return None if weight.is_floating_point() else type(layer).__name__
 
 

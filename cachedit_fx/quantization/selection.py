@@ -148,13 +148,25 @@ def _try(layer: Any, kind: Kind) -> str | None:
 
 def quantized_layer(weight: torch.Tensor, kind: Kind) -> nn.Linear:
     """A linear layer without bias, whose weight is a quantized copy of one of shape [output, input features]."""
-    from torchao.quantization import quantize_
-
     outputs, inputs = weight.shape
     layer = nn.Linear(inputs, outputs, bias=False, device="meta")
     layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    quantize_(nn.Sequential(layer), kind.config(), filter_fn=lambda module, _: module is layer)
+    quantize_layers(nn.Sequential(layer), {"0": layer}, kind)
     return layer
+
+
+def quantize_layers(module: nn.Module, layers: Mapping[str, Any], kind: Kind) -> None:
+    """Give layers of a module, by their names, quantized weights in place."""
+    from torchao.quantization import quantize_
+
+    from cachedit_fx.quantization.int8_sums import with_sums
+
+    quantize_(module, kind.config(), filter_fn=lambda _, name: name in layers)
+    for layer in layers.values():
+        weight = layer.weight.data
+        summed = with_sums(weight)
+        if summed is not weight:
+            layer.weight = nn.Parameter(summed, requires_grad=False)
 
 
 def warned_notes(module: nn.Module, selection: Selection) -> list[str]:
@@ -196,7 +208,7 @@ def _check_any(modules: Sequence[nn.Module], selections: Sequence[Selection]) ->
 
 def is_tensor_of_torchao(tensor: Any) -> bool:
     """Whether a tensor is one that torchao quantized."""
-    return type(tensor).__module__.startswith("torchao.")
+    return any(base.__module__.startswith("torchao.") for base in type(tensor).__mro__)
 
 
 def is_of_torchao(layer: nn.Module) -> bool:

@@ -1,0 +1,124 @@
+"""An int8 weight of torchao that keeps the sums of its rows, which some CPUs need at every product.
+
+    x @ w^T  =  (x + 128) @ w^T - 128 * (sum of each row of w)
+
+A CPU with VNNI multiplies unsigned numbers by signed ones, so torchao shifts activations by 128, and takes the shift
+off the product. The sums depend on the weight alone. torchao 0.18 adds them up at each call (`torchao.kernel.intmm`),
+which reads the whole weight a second time. This module imports torchao.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torchao.quantization import Int8Tensor
+from torchao.quantization.quant_primitives import MappingType
+from torchao.utils import _cpu_is_amx_tile_supported, _cpu_is_vnni_supported
+
+SHIFT = 128
+"""Makes an int8 number an unsigned one."""
+
+
+class SummedInt8Tensor(Int8Tensor):
+    """A weight of shape [output features, input features], for activations that are quantized when they come.
+
+    Results equal torchao's to the bit. On another device than a CPU the sums are left aside. Write to the whole weight,
+    by `copy_`: a write to `qdata` alone leaves the sums as they were.
+
+    Attributes:
+        sums: int32 [output features, 1], the sums of the rows, times 128.
+    """
+
+    tensor_data_names = ["qdata", "scale", "sums"]  # noqa: RUF012 - torchao copies the list
+
+    def __new__(cls, qdata: torch.Tensor, scale: torch.Tensor, sums: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        return super().__new__(cls, qdata, scale, *rest, **options)
+
+    def __init__(
+        self, qdata: torch.Tensor, scale: torch.Tensor, sums: torch.Tensor, *rest: Any, **options: Any
+    ) -> None:
+        super().__init__(qdata, scale, *rest, **options)
+        self.sums = sums
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A file of a state dict holds torchao's class, which is read without this package."""
+        return without_sums(self).__reduce_ex__(protocol)
+
+
+def with_sums(weight: Any) -> Any:
+    """The weight with its sums, if it needs them on this CPU. Any other weight is returned as it is."""
+    activations = weight.act_quant_kwargs if type(weight) is Int8Tensor else None
+    needs_sums = (
+        activations is not None
+        and weight.device.type == "cpu"
+        and weight.dim() == 2
+        and weight.act_pre_scale is weight.act_quant_scale is None
+        and activations.mapping_type is MappingType.SYMMETRIC
+        and _cpu_is_vnni_supported()
+        and not _cpu_is_amx_tile_supported()
+    )
+    return _summed(weight) if needs_sums else weight
+
+
+def without_sums(weight: Any) -> Any:
+    """The weight as torchao's own class, which other programs know."""
+    return _unflattened(Int8Tensor, weight) if type(weight) is SummedInt8Tensor else weight
+
+
+def _summed(weight: Any) -> Any:
+    sums = weight.qdata.sum(dim=-1, keepdim=True, dtype=torch.int32) * SHIFT
+    return _unflattened(SummedInt8Tensor, weight, {"sums": sums})
+
+
+def _unflattened(kind: Any, weight: Any, further: Mapping[str, torch.Tensor] | None = None) -> Any:
+    names, settings = weight.__tensor_flatten__()
+    tensors = {name: getattr(weight, name) for name in names} | dict(further or {})
+    return kind.__tensor_unflatten__(tensors, settings, weight.shape, weight.stride())
+
+
+def _of_torchao(func: Any, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What torchao's class makes of an operation."""
+    return Int8Tensor._ATEN_OP_TABLE[Int8Tensor][func](func, types, args, kwargs)
+
+
+@SummedInt8Tensor.implements([torch.ops.aten.slice.Tensor, torch.ops.aten.select.int])
+def _part(func: Any, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    weight, *place = args
+    part = _summed(_of_torchao(func, types, (without_sums(weight), *place), kwargs))
+    return return_and_correct_aliasing(func, args, kwargs, part)
+
+
+@SummedInt8Tensor.implements(torch.ops.aten.copy_.default)
+def _copy(func: Any, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Takes weights of both classes, such as those of a state dict that torchao wrote."""
+    target, source = args[:2]
+    if type(source) is Int8Tensor:
+        source = with_sums(source.to(target.device))
+    return _of_torchao(func, types, (target, source), kwargs)
+
+
+@SummedInt8Tensor.implements(torch.ops.aten.linear.default)
+@SummedInt8Tensor.implements_torch_function(linear)
+def _linear(func: Any, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    return _product(*args, **kwargs)
+
+
+def _product(input: torch.Tensor, weight: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """torchao's product with quantized activations, in its order of operations, with the sums at hand."""
+    if input.device.type != "cpu":
+        return linear(input, without_sums(weight), bias)
+    settings = weight.act_quant_kwargs
+    activations = Int8Tensor.from_hp(
+        input, settings.granularity, settings.mapping_type, reduce_range=settings.reduce_range
+    )
+    rows = activations.qdata.reshape(-1, input.shape[-1])
+    scale = activations.scale.reshape(-1, 1)
+    scale = scale.float() if scale.dtype is torch.float16 else scale
+    product = torch._int_mm((rows.to(torch.int32) + SHIFT).to(torch.uint8), weight.qdata.contiguous().t())
+    scaled = ((product - weight.sums.flatten()).to(scale.dtype) * scale).to(input.dtype)
+    result = (scaled * weight.scale.flatten()).reshape(*input.shape[:-1], -1)
+    return (result if bias is None else result + bias).to(input.dtype)

@@ -1,0 +1,119 @@
+"""`SummedInt8Tensor`: torchao's results to the bit, and no sum of a weight at a call."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from lib.toys import make, noise
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Tensor, PerRow, PerTensor, quantize_
+from torchao.quantization.quant_primitives import MappingType
+from torchao.utils import _cpu_is_amx_tile_supported, _cpu_is_vnni_supported
+
+import cachedit_fx
+from cachedit_fx.quantization.int8_sums import SummedInt8Tensor, with_sums, without_sums
+
+NEEDS_SUMS = _cpu_is_vnni_supported() and not _cpu_is_amx_tile_supported()
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gains no time"),
+    pytest.mark.skipif(not NEEDS_SUMS, reason="this CPU has no VNNI, or has AMX: torchao multiplies without sums"),
+]
+
+
+class Sums(TorchDispatchMode):
+    """Counts the sums over int8 tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.sum.dim_IntList and args[0].dtype is torch.int8
+        return func(*args, **kwargs or {})
+
+
+def layer(granularity=None, bias=True, dtype=torch.float32, **settings) -> Any:
+    """A layer that torchao quantized."""
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 40, bias=bias, dtype=dtype).requires_grad_(False)
+    granularity = granularity or PerRow()
+    config = Int8DynamicActivationInt8WeightConfig(granularity=granularity, set_inductor_config=False, **settings)
+    quantize_(linear, config)
+    return linear
+
+
+def summed(linear: nn.Linear) -> Any:
+    twin = copy.deepcopy(linear)
+    twin.weight = nn.Parameter(with_sums(linear.weight.data), requires_grad=False)
+    return twin
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("granularity", [PerRow(), PerTensor()], ids=["row", "tensor"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_results_are_those_of_torchao(dtype, granularity, bias):
+    plain = layer(granularity, bias, dtype)
+    twin = summed(plain)
+    assert type(twin.weight.data) is SummedInt8Tensor
+    for shape in ((96,), (1, 96), (2, 17, 96)):
+        x = 50 * torch.randn(shape, dtype=dtype)
+        assert torch.equal(twin(x), plain(x))
+
+
+def test_compiled_results_are_those_of_torchao():
+    plain, x = layer(), torch.randn(2, 17, 96)
+    assert torch.equal(torch.compile(summed(plain), backend="aot_eager")(x), plain(x))
+
+
+def test_no_weight_is_summed_at_a_call():
+    plain = layer()
+    twin = summed(plain)
+    for linear, count in ((plain, 1), (twin, 0)):
+        with Sums() as sums:
+            linear(torch.ones(3, 96))
+        assert sums.count == count
+
+
+def test_quantize_makes_them_and_other_kinds_stay():
+    model = make(width=32)
+    cachedit_fx.quantize(model, "int8", per_layer={"blocks.1": "int8_weight_only"})
+    classes = {type(block.up.weight.data) for block in model.blocks}
+    assert classes == {SummedInt8Tensor, Int8Tensor}
+    arguments = [noise(width=32), torch.tensor([500.0]), noise(1, 3, width=32)]
+    expected = model(*arguments)
+    for child in model.modules():
+        if isinstance(child, nn.Linear):
+            child.weight = nn.Parameter(without_sums(child.weight.data), requires_grad=False)
+    assert torch.equal(model(*arguments), expected)
+
+
+@pytest.mark.parametrize("settings", [{"act_mapping_type": MappingType.ASYMMETRIC}], ids=["asymmetric activations"])
+def test_weights_that_the_product_does_not_fit_stay_as_they_are(settings):
+    weight = layer(**settings).weight.data
+    assert with_sums(weight) is weight
+
+
+def test_copies_and_parts_keep_their_results():
+    plain, x = layer(), torch.randn(5, 96)
+    twin = summed(plain)
+    for other in (copy.deepcopy(twin), twin.to(torch.device("cpu"))):
+        assert type(other.weight.data) is SummedInt8Tensor
+        assert torch.equal(other(x), plain(x))
+    rows = twin.weight.data[:8]
+    assert torch.equal(nn.functional.linear(x, rows), nn.functional.linear(x, plain.weight)[:, :8])
+
+
+def test_state_dicts_are_exchanged_with_torchao():
+    plain, x = layer(), torch.randn(5, 96)
+    twin = summed(plain)
+    for value, target in ((plain, summed(layer(bias=True))), (twin, layer())):
+        with torch.no_grad():
+            target.weight.qdata.zero_()
+        file = io.BytesIO()
+        torch.save(value.state_dict(), file)
+        file.seek(0)
+        target.load_state_dict(torch.load(file, weights_only=True))
+        assert torch.equal(target(x), plain(x))
