@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import return_and_correct_aliasing
-from torchao.quantization import Int8Tensor
+from torchao.quantization import Int8Tensor, PerRow, PerTensor
 from torchao.quantization.quant_primitives import MappingType
 from torchao.utils import _cpu_is_amx_tile_supported, _cpu_is_vnni_supported
 
@@ -49,19 +49,23 @@ class SummedInt8Tensor(Int8Tensor):
         return without_sums(self).__reduce_ex__(protocol)
 
 
+def _multiplies_unsigned() -> bool:
+    """Whether torchao shifts activations on this CPU."""
+    return _cpu_is_vnni_supported() and not _cpu_is_amx_tile_supported()
+
+
 def with_sums(weight: Any) -> Any:
-    """The weight with its sums, if it needs them on this CPU. Any other weight is returned as it is."""
+    """The weight with its sums, if it is on a CPU and its activations are symmetric. Any other one as it is."""
     activations = weight.act_quant_kwargs if type(weight) is Int8Tensor else None
-    needs_sums = (
+    has_sums = (
         activations is not None
         and weight.device.type == "cpu"
         and weight.dim() == 2
         and weight.act_pre_scale is weight.act_quant_scale is None
         and activations.mapping_type is MappingType.SYMMETRIC
-        and _cpu_is_vnni_supported()
-        and not _cpu_is_amx_tile_supported()
+        and activations.granularity in (PerRow(), PerTensor())
     )
-    return _summed(weight) if needs_sums else weight
+    return _summed(weight) if has_sums else weight
 
 
 def without_sums(weight: Any) -> Any:
@@ -108,17 +112,27 @@ def _linear(func: Any, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any
 
 
 def _product(input: torch.Tensor, weight: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """torchao's product with quantized activations, in its order of operations, with the sums at hand."""
+    """torchao's product with quantized activations, in its order of operations, with the sums at hand.
+
+    torchao compares the number of rows with one, so dynamo cannot trace it on a length that depends on data.
+    """
     if input.device.type != "cpu":
         return linear(input, without_sums(weight), bias)
-    settings = weight.act_quant_kwargs
-    activations = Int8Tensor.from_hp(
-        input, settings.granularity, settings.mapping_type, reduce_range=settings.reduce_range
-    )
-    rows = activations.qdata.reshape(-1, input.shape[-1])
-    scale = activations.scale.reshape(-1, 1)
-    scale = scale.float() if scale.dtype is torch.float16 else scale
-    product = torch._int_mm((rows.to(torch.int32) + SHIFT).to(torch.uint8), weight.qdata.contiguous().t())
-    scaled = ((product - weight.sums.flatten()).to(scale.dtype) * scale).to(input.dtype)
-    result = (scaled * weight.scale.flatten()).reshape(*input.shape[:-1], -1)
+    values, scale = _quantized(input, weight.act_quant_kwargs)
+    values, scale = values.reshape(-1, input.shape[-1]), scale.reshape(-1, 1)
+    rows = weight.qdata.contiguous().t()
+    if _multiplies_unsigned():
+        product = torch._int_mm((values + SHIFT).to(torch.uint8), rows) - weight.sums.flatten()
+    else:
+        product = torch._int_mm(values.to(torch.int8), rows)
+    scaled = (product.to(scale.dtype) * scale).to(input.dtype)
+    result = (scaled * weight.scale.flatten()).reshape(*input.shape[:-1], rows.shape[1])
     return (result if bias is None else result + bias).to(input.dtype)
+
+
+def _quantized(x: torch.Tensor, settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whole numbers from -128 to 127, as floats, and their float32 scale: one per row, or one in all."""
+    levels = 128 >> bool(settings.reduce_range)
+    axes = tuple(range(x.dim())) if settings.granularity == PerTensor() else -1
+    scale = (x.abs().amax(axes, keepdim=True) / (levels - 0.5)).clamp(min=torch.finfo(torch.float32).eps).float()
+    return (x * (1.0 / scale)).round().clamp(-levels, levels - 1), scale

@@ -81,10 +81,6 @@ RESIZED = {
 }
 """Classes of distinct shape, whose whole check is made by default. Pipelines of others are in test_families.py."""
 
-UNCACHED_IN_INT8 = {"HunyuanVideo15Transformer3DModel", "HunyuanVideoFramepackTransformer3DModel"}
-"""Classes with lengths that come from data, which dynamo does not capture through a weight of torchao. Quantized in
-place they run uncached, with right results and a warning. By step they are cached."""
-
 AS_A_USER = ["PixArtTransformer2DModel"]
 """Classes that are captured anew for each setting by default."""
 
@@ -123,8 +119,7 @@ def test_class_by_one_capture(name):
 @pytest.mark.filterwarnings("ignore:.*gains no time", "ignore:.*no caching")
 @pytest.mark.parametrize("name", only_in("zoo", CAPTURED))
 def test_class_in_int8(name):
-    expected = (False, "the chain has other blocks") if name in UNCACHED_IN_INT8 else (True, "")
-    assert check_quantized(zoo.ZOO[name]) == expected
+    assert check_quantized(zoo.ZOO[name]) == (True, "")
 
 
 @pytest.mark.budget(120, "several captures, of large graphs too")

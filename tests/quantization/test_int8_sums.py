@@ -13,16 +13,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Tensor, PerRow, PerTensor, quantize_
 from torchao.quantization.quant_primitives import MappingType
-from torchao.utils import _cpu_is_amx_tile_supported, _cpu_is_vnni_supported
 
 import cachedit_fx
-from cachedit_fx.quantization.int8_sums import SummedInt8Tensor, with_sums, without_sums
+from cachedit_fx.quantization.int8_sums import SummedInt8Tensor, _multiplies_unsigned, with_sums, without_sums
 
-NEEDS_SUMS = _cpu_is_vnni_supported() and not _cpu_is_amx_tile_supported()
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*gains no time"),
-    pytest.mark.skipif(not NEEDS_SUMS, reason="this CPU has no VNNI, or has AMX: torchao multiplies without sums"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*gains no time")
 
 
 class Sums(TorchDispatchMode):
@@ -52,7 +47,7 @@ def summed(linear: nn.Linear) -> Any:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("granularity", [PerRow(), PerTensor()], ids=["row", "tensor"])
+@pytest.mark.parametrize("granularity", [PerRow(), PerTensor(), [PerTensor(), PerRow()]], ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_results_are_those_of_torchao(dtype, granularity, bias):
     plain = layer(granularity, bias, dtype)
@@ -71,10 +66,24 @@ def test_compiled_results_are_those_of_torchao():
 def test_no_weight_is_summed_at_a_call():
     plain = layer()
     twin = summed(plain)
-    for linear, count in ((plain, 1), (twin, 0)):
+    for linear, count in ((plain, int(_multiplies_unsigned())), (twin, 0)):
         with Sums() as sums:
             linear(torch.ones(3, 96))
         assert sums.count == count
+
+
+def test_signed_numbers_give_the_same_product(monkeypatch):
+    twin, x = summed(layer()), torch.randn(5, 96)
+    expected, is_unsigned = twin(x), _multiplies_unsigned()
+    monkeypatch.setattr("cachedit_fx.quantization.int8_sums._multiplies_unsigned", lambda: not is_unsigned)
+    assert torch.equal(twin(x), expected)
+
+
+def test_dynamo_traces_a_length_that_depends_on_data():
+    twin, x, mask = summed(layer()), torch.randn(9, 96), torch.arange(9) < 5
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(lambda x, mask: twin(x[mask][None]), backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x, mask), twin(x[mask][None]))
 
 
 def test_quantize_makes_them_and_other_kinds_stay():
