@@ -2,7 +2,7 @@
 
   python examples/gpu_check.py                  # on the GPU; writes runs/gpu_check
   python examples/gpu_check.py --list           # the parts, their time, and which are done
-  python examples/gpu_check.py --only l1_sums   # that part; may be repeated
+  python examples/gpu_check.py --only l1_sums   # that part, or a group such as ladder; may be repeated
   python examples/gpu_check.py --kernels-only   # parts that need torch 2.11 and Triton 3.6, and nothing else
   python examples/gpu_check.py --cpu-rehearsal  # the same code at tiny sizes on a CPU, which says nothing about a GPU
 
@@ -100,6 +100,13 @@ def whole_model(settings: Settings, how: str) -> Findings:
     return Findings(found.checks, steps=found.steps, about=[found.about])
 
 
+def rung_of_ladder(settings: Settings, name: str) -> Findings:
+    from cachedit_fx.bench.flux_ladder import climb
+
+    found = climb(settings.device, settings.steps, settings.inner_backend, name)
+    return Findings(found.checks, steps=found.steps, about=[found.about])
+
+
 def numerics(settings: Settings, kernel: str) -> Findings:
     shapes = SHAPES if settings.is_rehearsal else (*SHAPES, *LARGE)
     launchers = Launchers(on_triton=not settings.is_rehearsal)
@@ -132,6 +139,7 @@ def bandwidth(settings: Settings, shape: str) -> Findings:
 
 
 WHOLE = ("diffusers",)
+IN_INT8 = (*WHOLE, "torchao")
 PIECES: Mapping[str, Piece] = {
     "model": Piece(
         "a FLUX-sized model with the cache", partial(whole_model, how="cached"), seconds=180, rehearsal=15, needs=WHOLE
@@ -146,6 +154,13 @@ PIECES: Mapping[str, Piece] = {
     "bandwidth_Wan": Piece("bandwidth at Wan's shapes", partial(bandwidth, shape="Wan"), seconds=40),
     "compile": Piece(
         "the same model eager, and by plain torch.compile", partial(whole_model, how="compiled"), 240, 15, WHOLE
+    ),
+    "ladder_eager": Piece("ladder: the model, eager", partial(rung_of_ladder, name="eager"), 30, 2, WHOLE),
+    "ladder_cache": Piece("ladder: cache", partial(rung_of_ladder, name="cache"), 40, 10, WHOLE),
+    "ladder_compile": Piece("ladder: cache + compile", partial(rung_of_ladder, name="compile"), 90, 60, WHOLE),
+    "ladder_int8": Piece("ladder: cache + compile + int8", partial(rung_of_ladder, name="int8"), 120, 70, IN_INT8),
+    "ladder_attention": Piece(
+        "ladder: cache + compile + int8 + attention", partial(rung_of_ladder, name="attention"), 120, 70, IN_INT8
     ),
 }
 """The parts, in order."""
@@ -243,10 +258,14 @@ def report(records: Sequence[Record], settings: Settings) -> str:
     if timed:
         parts += [Heading("Bandwidth", 2), kernels_bandwidth.table(timed)]
     if steps:
-        from cachedit_fx.bench.flux_steps import table
+        from cachedit_fx.bench import flux_ladder, flux_steps
 
-        parts += [Heading("A whole model", 2), [text for record in records for text in record.findings.about]]
-        parts += [table(steps)]
+        rungs = [times for times in steps if flux_ladder.is_rung(times)]
+        others = [times for times in steps if not flux_ladder.is_rung(times)]
+        models = dict.fromkeys(text for record in records for text in record.findings.about)
+        parts += [Heading("A whole model", 2), [*models]]
+        parts += [flux_steps.table(others)] if others else []
+        parts += [Heading("Ladder", 2), flux_ladder.table(rungs, settings.is_rehearsal)] if rungs else []
     what = "Rehearsal on a CPU: nothing here was run on a GPU" if settings.is_rehearsal else "Checked on a GPU"
     made_by = f"`{shlex.join(['python', *sys.argv])}`, on {settings.conditions['hardware']}."
     taken = f"Parts: {', '.join(f'{record.part} {record.seconds:.0f} s' for record in records)}."
@@ -264,11 +283,21 @@ def problems(records: Sequence[Record]) -> list[str]:
     ]
 
 
+def _parts_of(word: str) -> list[str]:
+    """The parts of a name, or of a group: `ladder` stands for all that begin with `ladder_`."""
+    parts = [name for name in PIECES if name == word or name.startswith(f"{word}_")]
+    if not parts:
+        raise argparse.ArgumentTypeError(f"there is no part {word!r}; choose from {', '.join(PIECES)}")
+    return parts
+
+
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    result.add_argument("--only", action="append", choices=PIECES, metavar="PART", help="that part; may be repeated")
+    result.add_argument(
+        "--only", action="append", type=_parts_of, metavar="PART", help="that part, or group; may be repeated"
+    )
     result.add_argument("--kernels-only", action="store_true", help="leave out the parts that need diffusers")
     result.add_argument("--list", action="store_true", help="show the parts and their time, and exit")
     result.add_argument("--again", action="store_true", help="repeat parts that are done")
@@ -302,7 +331,7 @@ def main(words: Sequence[str] | None = None) -> int:
     pieces = {
         name: piece
         for name, piece in PIECES.items()
-        if (not asked.only or name in asked.only)
+        if (not asked.only or any(name in group for group in asked.only))
         and not (asked.kernels_only and piece.needs)
         and (settings.is_rehearsal or not piece.only_rehearsed)
     }

@@ -140,7 +140,7 @@ def _wait(device: torch.device) -> None:
 def cached(device: torch.device, steps: int, inner_backend: str) -> Found:
     """Compile the model by `cachedit_fx.compile` in three ways in turn, and run a generation each."""
     options: dict[str, Any] = {"dynamic": False, "inner_backend": inner_backend}
-    with _built(device, steps, f"inner backend {inner_backend}") as model:
+    with built(device, steps, f"inner backend {inner_backend}") as model:
         zero, masked = Check("threshold 0 against no cache, to the bit"), Check("cached steps by a static mask")
 
         cachedit_fx.compile(model.module, cache=None, **options)
@@ -165,7 +165,7 @@ def cached(device: torch.device, steps: int, inner_backend: str) -> Found:
 
 def compiled(device: torch.device, steps: int, inner_backend: str) -> Found:
     """Run the model eagerly, then compile it by plain `torch.compile`."""
-    with _built(device, steps, f"torch.compile with {inner_backend}") as model:
+    with built(device, steps, f"torch.compile with {inner_backend}") as model:
         model.generation([EAGER] * steps)
         model.module.compile(backend=inner_backend, dynamic=False)
         outputs = model.generation([PLAIN] * steps)
@@ -175,7 +175,7 @@ def compiled(device: torch.device, steps: int, inner_backend: str) -> Found:
 
 
 @contextmanager
-def _built(device: torch.device, steps: int, how: str) -> Iterator[_Model]:
+def built(device: torch.device, steps: int, how: str) -> Iterator[_Model]:
     size, dtype = size_for(device), torch.float32 if device.type == "cpu" else torch.bfloat16
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

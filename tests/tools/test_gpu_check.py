@@ -12,7 +12,7 @@ import pytest
 import torch
 from gpu_check import Findings, Piece, Settings
 
-from cachedit_fx.bench import flux_steps, kernels_numerics
+from cachedit_fx.bench import flux_ladder, flux_steps, kernels_numerics
 from cachedit_fx.bench.kernels_bandwidth import Timed
 from cachedit_fx.bench.kernels_numerics import Check, Launchers
 from cachedit_fx.kernels.layout import HAS_TRITON
@@ -146,6 +146,22 @@ def test_the_whole_model(monkeypatch):
     cached, uncached = found.steps[-1], found.steps[0]
     assert cached.device[0] < uncached.device[0] and len(uncached.device) == 2
     assert "1 + 2 blocks" in found.about
+
+
+@pytest.mark.filterwarnings("ignore:.*gains no time")
+def test_the_ladder():
+    found = [flux_ladder.climb(CPU, 4, "eager", name) for name in ("eager", "int8")]
+    assert not [problem for each in found for check in each.checks for problem in check.problems]
+    steps = [times for each in found for times in each.steps]
+    assert all(map(flux_ladder.is_rung, steps)) and len(steps) == 3
+    lines = [line.cells for line in flux_ladder.table(steps, is_cpu=True).lines]
+    assert [line[0] for line in lines] == ["eager", "cache + compile + int8", lines[-1][0]]
+    assert lines[0][4] == "1.00" and lines[-1][5] == "1.00" and lines[-1][1:4] == lines[-2][1:4]
+
+
+def test_a_group_of_parts():
+    (rungs,) = gpu_check.parser().parse_args(["--only", "ladder"]).only
+    assert rungs == [f"ladder_{name}" for name in flux_ladder.RUNGS]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
