@@ -6,6 +6,7 @@ from cachedit_fx.config.options import Options
 from cachedit_fx.passes.base import NOTHING_KNOWN, Pass, Traced
 from cachedit_fx.passes.detect_block_loops import DetectBlockLoops
 from cachedit_fx.passes.find_timestep import FindTimestep
+from cachedit_fx.passes.fuse_rotary import FuseRotary
 from cachedit_fx.passes.gather_inputs import GatherInputs
 from cachedit_fx.passes.hoist_invariants import HoistInvariants
 from cachedit_fx.passes.infer_dependence import InferDependence
@@ -29,6 +30,7 @@ def pass_manager(options: Options, traced: Traced = NOTHING_KNOWN) -> PassManage
     """
     off: list[type[Pass]] = [PlanRegions, InsertCacheBranch] if options.cache is None else []
     off += [InsertLowPrecision] if options.precision is None else []
+    off += [FuseRotary] if options.inner_backend == "eager" else []
     off += [InferSequenceAxes, InsertUlysses] if options.ulysses_size == 1 else []
     return PassManager(pipeline(options, traced), dict(options.passes) | {pass_.name: False for pass_ in off})
 
@@ -39,6 +41,7 @@ def pipeline(options: Options, traced: Traced) -> list[Pass]:
     cuts = [settings.policy.structure() for settings in options.loop_settings]
     return [
         Normalize(),
+        FuseRotary(),
         FindTimestep(options.timestep, traced.numbers),
         InferDependence(traced.sample),
         DetectBlockLoops(options.loops, traced=traced),

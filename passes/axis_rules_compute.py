@@ -164,10 +164,10 @@ def norm_of_samples(call: Call) -> Step | None:
 
 
 @rule("softmax", "log_softmax", "softmin", "normalize", "glu", "cumsum", "cumprod", "flip", "roll", "sort", "argsort",
-      "topk", "index_select")  # fmt: skip
+      "topk", "index_select", "turned_pairs")  # fmt: skip
 def along(call: Call) -> Step | None:
     """Work along other axes."""
-    axes = _axes(call, default=-1 if call.name in ("glu", "sort", "argsort", "topk") else None)
+    axes = _axes(call, default=-1 if call.name in ("glu", "sort", "argsort", "topk", "turned_pairs") else None)
     if call.source is None or not axes:
         return None
     value, cut, sizes = call.source
