@@ -262,6 +262,7 @@ def test_names_are_checked():
 def test_the_order_of_the_backend():
     assert names_of(pass_manager(parse_options({"Fn_compute_blocks": 1})).passes) == [
         "normalize",
+        "fuse_rotary",
         "find_timestep",
         "infer_dependence",
         "detect_block_loops",
