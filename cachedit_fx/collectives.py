@@ -2,7 +2,7 @@
 
     cut_sequence      whole tensor    ──► this rank's part          no communication
     gather_sequence   parts           ──► whole tensor              all-gather
-    exchange          cut along one   ──► cut along another axis    all-to-all
+    exchange          cut along one   ──► cut along another axis    all-to-all; in eight bits: exchange_float8
     sum_over_ranks    partial sums    ──► their sum                 all-reduce
 
 Segments are pairs (count, unit), as in `passes.layouts`: of each segment a rank holds consecutive units, the first
@@ -21,6 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
+
+import cachedit_fx.kernels.quant_fp8  # noqa: F401 - registers the operators
 
 Segments = Sequence[tuple[Any, Any]]
 """(count, unit) of each segment of an axis as a whole."""
@@ -78,6 +80,39 @@ def exchange(
     return joined.movedim((0, 1), (new_axis, axis))
 
 
+def exchange_float8(
+    x: torch.Tensor, axis: int, segments: Segments, new_axis: int, new_segments: Segments, group: str
+) -> torch.Tensor:
+    """As `exchange`, with rows of the last dimension sent in eight bits and a scale each (`kernels.quant_fp8`).
+
+    Args:
+        x: float16, bfloat16 or float32, with [..., head_dim] as the last dimension, which is whole.
+    """
+    packed = torch.ops.cachedit_fx.quant_fp8(x.unsqueeze(-2))
+    received = exchange(packed, axis, segments, new_axis, new_segments, group)
+    values: torch.Tensor = torch.ops.cachedit_fx.dequant_fp8(received, 1, x.dtype)
+    return values.squeeze(-2)
+
+
+def exchange_centred_float8(
+    x: torch.Tensor, axis: int, segments: Segments, new_axis: int, new_segments: Segments, group: str
+) -> torch.Tensor:
+    """As `exchange_float8`, less the mean of each rank's part along `axis`, which travels beside it.
+
+    Keys often share a large offset, which would take most of the codes.
+    """
+    rank, ranks = _place(group)
+    lengths = [_length(segments, each, ranks) for each in range(ranks)]
+    mean = x.sum(axis, keepdim=True) / max(lengths[rank], 1)
+    received = exchange_float8(x - mean, axis, segments, new_axis, new_segments, group)
+    means = exchange(mean, axis, ((ranks, 1),), new_axis, new_segments, group)
+    each = [
+        part.expand(*part.shape[:axis], length, *part.shape[axis + 1 :])
+        for part, length in zip(means.split(1, axis), lengths, strict=True)
+    ]
+    return received + torch.cat(each, axis)
+
+
 def sum_over_ranks(x: torch.Tensor, group: str) -> torch.Tensor:
     """The sum of all ranks' tensors."""
     return _sent(x.contiguous(), lambda real: torch.ops._c10d_functional.all_reduce(real, "sum", group))
@@ -124,7 +159,7 @@ def whole_size(x: torch.Tensor, axis: int, segments: Segments, asked: int | None
     return sizes if asked is None else sizes[asked]
 
 
-COMMUNICATING = frozenset({gather_sequence, exchange, sum_over_ranks})
+COMMUNICATING = frozenset({gather_sequence, exchange, exchange_float8, exchange_centred_float8, sum_over_ranks})
 """The functions that all ranks of a group must call together."""
 LOCAL = frozenset({cut_sequence, order_by_rank, take_segments, split_segments, write_segments_, whole_size})
 """The other ones that rewritten graphs call."""

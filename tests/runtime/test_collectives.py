@@ -7,6 +7,7 @@ from lib.ranks import on_ranks
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from cachedit_fx import collectives
+from cachedit_fx.kernels.quant_fp8 import quant_fp8
 
 SEGMENTS = {
     "even": ((6, 1),),
@@ -55,6 +56,16 @@ def found():
             last = collectives.cut_sequence(x[:, x.shape[1] - count * unit :], 1, segments[-1:], group())
             checks[f"take, {name}"] = torch.equal(taken, last)
             checks[f"size, {name}"] = collectives.whole_size(part, 1, segments, None, group()) == tuple(x.shape)
+            rows = torch.randn(2, x.shape[1], 4, 8, generator=torch.Generator().manual_seed(0))
+            part = collectives.cut_sequence(rows, 1, segments, group())
+            sent = collectives.exchange_float8(part, 1, segments, 2, ((4, 1),), group())
+            rounded = torch.ops.cachedit_fx.dequant_fp8(quant_fp8(rows[..., None, :]), 1, rows.dtype).squeeze(-2)
+            expected = collectives.order_by_rank(rounded, 1, segments, group())[:, :, own]
+            checks[f"float8, {name}"] = torch.equal(sent, expected)
+            offset = part + 100
+            centred = collectives.exchange_centred_float8(offset, 1, segments, 2, ((4, 1),), group())
+            error = (centred - 100 - collectives.order_by_rank(rows, 1, segments, group())[:, :, own]).abs()
+            checks[f"centred float8, {name}"] = not error.numel() or bool(error.max() < 0.2)
         for dtype in DTYPES:
             x = whole(SEGMENTS["two"], dtype)
             part = collectives.cut_sequence(x, 1, SEGMENTS["two"], group())
