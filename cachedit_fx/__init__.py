@@ -16,6 +16,7 @@ from cachedit_fx.lazy import lazy_names as _lazy_names
 
 if TYPE_CHECKING:
     from cachedit_fx.api import compile, disable_cache, enable_cache, end_session, refresh_context, summary
+    from cachedit_fx.config.attention import AttentionConfig
     from cachedit_fx.config.cache import DBCacheConfig
     from cachedit_fx.config.calibrators import (
         CalibratorConfig,
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
         TaylorSeerCalibratorConfig,
     )
     from cachedit_fx.config.options import Options, ParamsModifier
-    from cachedit_fx.config.precision import PrecisionConfig, StepFacts
+    from cachedit_fx.config.precision import PrecisionConfig
     from cachedit_fx.config.rules import OptionError
+    from cachedit_fx.config.steps import StepFacts
     from cachedit_fx.explanation import Explanation, explain
     from cachedit_fx.quantization.apply import dequantize, quantize
     from cachedit_fx.quantization.files import load_quantized, save_quantized
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "api": ("compile", "disable_cache", "enable_cache", "end_session", "refresh_context", "summary"),
+    "config.attention": ("AttentionConfig",),
     "config.cache": ("DBCacheConfig",),
     "config.calibrators": (
         "CalibratorConfig",
@@ -52,8 +55,9 @@ _MODULES = {
         "TaylorSeerCalibratorConfig",
     ),
     "config.options": ("Options", "ParamsModifier"),
-    "config.precision": ("PrecisionConfig", "StepFacts"),
+    "config.precision": ("PrecisionConfig",),
     "config.rules": ("OptionError",),
+    "config.steps": ("StepFacts",),
     "explanation": ("Explanation", "explain"),
     "quantization.apply": ("dequantize", "quantize"),
     "quantization.files": ("load_quantized", "save_quantized"),
@@ -72,6 +76,7 @@ _MODULES = {
 
 __all__ = [
     "Action",
+    "AttentionConfig",
     "BranchStats",
     "CacheStats",
     "CacheWarning",

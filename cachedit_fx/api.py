@@ -131,6 +131,8 @@ def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa
 def _check_against(module: torch.nn.Module, options: Options) -> None:
     """Raise on names that would otherwise fail, or have no effect, during compilation."""
     pass_manager(options)
+    if options.attention is not None:
+        options.attention.check([name for name, _ in module.named_modules()])
     parameters = inspect.signature(module.forward).parameters
     open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     if options.timestep is not None and options.timestep not in parameters and not open_ended:

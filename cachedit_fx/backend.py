@@ -1,8 +1,9 @@
 """The whole way on one screen: from dynamo's graph to a callable that reuses the results of earlier steps.
 
     graph ─► normalize ─► fuse_rotary ─► find_timestep ─► infer_dependence ─► detect_block_loops
-          ─► infer_sequence_axes ─► insert_ulysses ─► plan_regions ─► outline_blocks ─► hoist_invariants
-          ─► insert_cache_branch ─► gather_inputs ─► insert_low_precision ─► lower ─► CachedGraph
+          ─► infer_sequence_axes ─► insert_ulysses ─► replace_attention ─► plan_regions ─► outline_blocks
+          ─► hoist_invariants ─► insert_cache_branch ─► gather_inputs ─► insert_low_precision
+          ─► insert_attention_forms ─► lower ─► CachedGraph
 
 `torch.compile(model, backend="cachedit", options={...})` finds `cachedit` below through an entry point.
 `cachedit_fx.compile` binds `compile_graph` to one module's state.
@@ -28,6 +29,7 @@ from cachedit_fx.passes.graph_values import is_of_module
 from cachedit_fx.passes.insert_low_precision import LowPrecision
 from cachedit_fx.passes.insert_ulysses import ContextParallel
 from cachedit_fx.passes.manager import Outcome
+from cachedit_fx.passes.replace_attention import ReplacedAttention
 from cachedit_fx.runtime.agreement import Captured
 from cachedit_fx.runtime.graph import GRADIENTS, GRADIENTS_ON_RANKS, UncachedGraph, graph_of
 from cachedit_fx.runtime.host_pieces import claim_pieces, mark_weights, refuse_weights
@@ -56,6 +58,8 @@ def cachedit(
         raise OptionError(
             "precision keeps copies of a module's weights, and torch.compile hands a backend graphs: use enable_cache"
         )
+    if parsed.attention is not None:
+        parsed.attention.check(None)
     if parsed.ulysses_size == 1:
         leave(model_in_frame(), "compiled the model with ulysses_size=1")
     return compile_graph(gm, example_inputs, parsed)
@@ -92,6 +96,9 @@ def compile_graph(
         compared = None
     if parallel is not None and parallel.gathers:
         warn(parallel.note)
+    attention = outcome.facts.get(ReplacedAttention)
+    if attention is not None and attention.warning is not None:
+        warn(attention.warning)
     forward = lower(outcome, options) or compile_whole(gm, example_inputs, options)
     if verifier is not None:
         forward = verifier.watch(forward, captured, outcome, lambda: rewrite(copy_of(captured), options, traced))

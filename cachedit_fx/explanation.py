@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import operator
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ from cachedit_fx.passes.base import Traced
 from cachedit_fx.passes.block_loops import BlockLoop, Detection
 from cachedit_fx.passes.hoist_invariants import Hoisted, HoistedShare
 from cachedit_fx.passes.infer_dependence import Dependence, Level
+from cachedit_fx.passes.insert_attention_forms import AttentionByStep
 from cachedit_fx.passes.insert_low_precision import LowPrecision
 from cachedit_fx.passes.insert_ulysses import ContextParallel
 from cachedit_fx.passes.manager import Outcome
 from cachedit_fx.passes.plan_regions import RegionPlan, RegionReport
+from cachedit_fx.passes.replace_attention import ReplacedAttention
 from cachedit_fx.runtime.compiled_call import CompiledCall
 from cachedit_fx.runtime.graph import UncachedGraph
 from cachedit_fx.runtime.model_state import ModelState
@@ -47,6 +50,9 @@ class Explanation:
         host_bytes: size in bytes of the weights that leave the device with `time_weights="host"`.
         copies: number of weights that have a quantized copy for `precision`, size of the copies, and size of these
             weights, in bytes.
+        attention: name of a back end -> how many calls of attention it takes.
+        own_attention: why calls keep the model's own attention -> how many. Both are empty without the option
+            `attention`.
     """
 
     loops: tuple[BlockLoop, ...]
@@ -59,6 +65,8 @@ class Explanation:
     hoisted: dict[tuple[str, ...], HoistedShare]
     host_bytes: int
     copies: tuple[int, int, int] = (0, 0, 0)
+    attention: dict[str, int] = field(default_factory=dict)
+    own_attention: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = ["Block loops" if self.loops else "Block loops: none"]
@@ -97,6 +105,10 @@ class Explanation:
         count, size, full = self.copies
         if count:
             lines.append(f"Precision by step keeps copies of {count} weights: {_size(size)} beside their {_size(full)}")
+        if self.attention or self.own_attention:
+            shares = ", ".join(f"{name} {count}" for name, count in self.attention.items())
+            lines.append(f"Calls of attention that back ends take: {shares or 'none'}")
+        lines.extend(f"  {count} kept: {reason}" for reason, count in self.own_attention.items())
         lines.extend(f"Note: {note}" for note in self.notes)
         count = self.code.count("\n")
         return "\n".join([*lines, f"The rewritten graph has {count} lines of code: print(explanation.code)"])
@@ -247,6 +259,24 @@ def _copies(outcomes: Sequence[Outcome]) -> tuple[int, int, int]:
     return count, size, full
 
 
+OUTSIDE = "it is outside the middle blocks, and attention is chosen by step"
+
+
+def _attention(outcomes: Sequence[Outcome]) -> tuple[dict[str, int], dict[str, int]]:
+    """The calls of all graphs that back ends take, by their names, and those that do not, by their reasons."""
+    taken: Counter[str] = Counter()
+    kept: Counter[str] = Counter()
+    for outcome in outcomes:
+        replaced, by_step = outcome.facts.get(ReplacedAttention), outcome.facts.get(AttentionByStep)
+        if replaced is None:
+            continue
+        calls = replaced.calls if not replaced.is_by_step else by_step.calls if by_step is not None else {}
+        taken.update(calls)
+        kept.update(replaced.kept)
+        kept[OUTSIDE] += sum(replaced.calls.values()) - sum(calls.values())
+    return dict(taken), dict(+kept)
+
+
 def _explanation(outcomes: Sequence[Outcome], notes: tuple[str, ...]) -> Explanation:
     detections = [detection for outcome in outcomes if (detection := outcome.facts.get(Detection)) is not None]
     reports = [report for outcome in outcomes if (report := outcome.facts.get(RegionReport)) is not None]
@@ -257,6 +287,7 @@ def _explanation(outcomes: Sequence[Outcome], notes: tuple[str, ...]) -> Explana
     }
     remarks |= {refusal: None for report in reports for refusal in report.refusals}
     remarks |= {each.note: None for outcome in outcomes if (each := outcome.facts.get(ContextParallel)) is not None}
+    attention, own_attention = _attention(outcomes)
     return Explanation(
         loops=loops,
         chain=tuple(loop.name for detection in detections for loop in detection.chain_loops),
@@ -268,4 +299,6 @@ def _explanation(outcomes: Sequence[Outcome], notes: tuple[str, ...]) -> Explana
         hoisted=_hoisted(outcomes),
         host_bytes=_host_bytes(outcomes),
         copies=_copies(outcomes),
+        attention=attention,
+        own_attention=own_attention,
     )

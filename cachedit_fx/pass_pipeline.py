@@ -11,6 +11,7 @@ from cachedit_fx.passes.gather_inputs import GatherInputs
 from cachedit_fx.passes.hoist_invariants import HoistInvariants
 from cachedit_fx.passes.infer_dependence import InferDependence
 from cachedit_fx.passes.infer_sequence_axes import InferSequenceAxes
+from cachedit_fx.passes.insert_attention_forms import InsertAttentionForms
 from cachedit_fx.passes.insert_cache_branch import InsertCacheBranch
 from cachedit_fx.passes.insert_low_precision import InsertLowPrecision
 from cachedit_fx.passes.insert_ulysses import InsertUlysses
@@ -18,6 +19,7 @@ from cachedit_fx.passes.manager import PassManager
 from cachedit_fx.passes.normalize import Normalize
 from cachedit_fx.passes.outline_blocks import OutlineBlocks
 from cachedit_fx.passes.plan_regions import PlanRegions
+from cachedit_fx.passes.replace_attention import ReplaceAttention
 from cachedit_fx.runtime.ranks import ranks_of
 
 
@@ -31,6 +33,8 @@ def pass_manager(options: Options, traced: Traced = NOTHING_KNOWN) -> PassManage
     off: list[type[Pass]] = [PlanRegions, InsertCacheBranch] if options.cache is None else []
     off += [InsertLowPrecision] if options.precision is None else []
     off += [FuseRotary] if options.inner_backend == "eager" else []
+    off += [ReplaceAttention] if options.attention is None else []
+    off += [InsertAttentionForms] if options.attention is None or not options.attention.is_by_step else []
     off += [InferSequenceAxes, InsertUlysses] if options.ulysses_size == 1 else []
     return PassManager(pipeline(options, traced), dict(options.passes) | {pass_.name: False for pass_ in off})
 
@@ -47,10 +51,12 @@ def pipeline(options: Options, traced: Traced) -> list[Pass]:
         DetectBlockLoops(options.loops, traced=traced),
         InferSequenceAxes(options.ulysses_size),
         InsertUlysses(ranks.name if ranks is not None else ""),
+        ReplaceAttention(options.attention),
         PlanRegions(cuts, options.scope or "model", options.predicts_output, traced.kept),
         OutlineBlocks(options.granularity, canonical_layout=options.inner_backend != "eager"),
         HoistInvariants(options.compiles),
         InsertCacheBranch(),
         GatherInputs(),
         InsertLowPrecision(),
+        InsertAttentionForms(),
     ]

@@ -28,7 +28,7 @@ Label = frozenset[int] | None
 """The graph inputs that a value depends on, weights left out, by index; None if the value must be computed in place."""
 
 _PRODUCTS = frozenset({"linear", "addmm", "mm", "bmm", "matmul", "baddbmm"})
-_HEAVY = _PRODUCTS | {"conv1d", "conv2d", "conv3d", "scaled_dot_product_attention"}
+_HEAVY = _PRODUCTS | {"conv1d", "conv2d", "conv3d"}
 SMALL = 16
 """Inductor unfolds the product of a single row with a matrix of at most so many rows and columns, on a CPU."""
 _NORMS = frozenset({"rms_norm", "layer_norm", "group_norm", "batch_norm", "instance_norm"})
@@ -205,8 +205,12 @@ def _readers(node: fx.Node) -> set[fx.Node]:
 def _is_heavy(node: fx.Node) -> bool:
     """Whether the node multiplies matrices, convolves or attends, or runs a kernel that torch does not have."""
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.target.namespace not in ("aten", "prims") or target_name(node) in _HEAVY
-    return node.op in ("call_function", "call_method") and target_name(node) in _HEAVY
+        return node.target.namespace not in ("aten", "prims") or _has_heavy_name(node)
+    return node.op in ("call_function", "call_method") and _has_heavy_name(node)
+
+
+def _has_heavy_name(node: fx.Node) -> bool:
+    return target_name(node) in _HEAVY or target_name(node).endswith("_attention")
 
 
 def _is_in_memory(node: fx.Node) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
+from cachedit_fx.config.attention import AttentionConfig, as_attention
 from cachedit_fx.config.cache import CONFIGS, Cut, DBCacheConfig, known_fields
 from cachedit_fx.config.calibrators import CalibratorConfig
 from cachedit_fx.config.precision import PrecisionConfig, as_precision
@@ -41,11 +42,11 @@ _HOISTING = frozenset(
     | {"hoist_invariants"}
 )
 """Passes without which nothing is hoisted."""
-_COPYING = frozenset(
-    {"normalize", "detect_block_loops", "plan_regions", "outline_blocks", "insert_cache_branch", "gather_inputs"}
-    | {"insert_low_precision"}
-)
+_REGIONS = frozenset({"normalize", "detect_block_loops", "plan_regions", "outline_blocks", "insert_cache_branch"})
+_COPYING = _REGIONS | {"gather_inputs", "insert_low_precision"}
 """Passes without which no block runs in low precision."""
+_SWITCHING = _REGIONS | {"insert_attention_forms"}
+"""Passes without which no step runs in another attention than the next."""
 
 
 class LoopSettings(NamedTuple):
@@ -213,6 +214,18 @@ class Options:
     name such as "int8" stands for `PrecisionConfig("int8")`, with no step in full precision, and a mapping such as
     {"full_first_steps": 6} for a config of these settings. None = the module's own weights at all steps.
     `torch.compile(backend="cachedit")` does not take it."""
+    attention: AttentionConfig | None = setting(
+        None,
+        Rule(
+            lambda value: value is None or isinstance(value, AttentionConfig),
+            "an AttentionConfig, a mapping of its settings, the name of a back end, a function with the arguments of "
+            "scaled_dot_product_attention, or None",
+        ),
+    )
+    """The back end that computes attention. A name such as "sage", or a function, stands for `AttentionConfig("sage")`,
+    and a mapping such as {"backend": "int8", "own_first_steps": 4} for a config of these settings. A call that the back
+    end does not take keeps the model's own attention; `explain` says which and why. None = the model's own. A call that
+    wants gradients runs in the model's own attention too."""
     hoisted_mib: int = setting(256, integer(0, "MiB"))
     """The highest size of the hoisted values that a model keeps for each of its graphs, in MiB. Values beyond it are
     computed at every step."""
@@ -262,6 +275,7 @@ class Options:
             if isinstance(passes, Mapping)
             else passes,
             "precision": as_precision(values["precision"]),
+            "attention": as_attention(values["attention"]),
             "loops": tuple(loops) if isinstance(loops, list) else loops,
             "ulysses_size": (size_of(mesh) if is_mesh(mesh) else 1) if size is None else size,
         }
@@ -286,6 +300,8 @@ class Options:
             self._check_host()
         if self.precision is not None:
             self._check_precision()
+        if self.attention is not None:
+            self._check_attention(self.attention)
         if self.verify and self.ulysses_inputs == "first_rank":
             raise OptionError(
                 "verify compares with the plain module, which gets each rank's own inputs, not those of "
@@ -325,6 +341,24 @@ class Options:
         if self.verify:
             raise OptionError(
                 "verify compares with the plain module, and precision rounds its weights: leave out one of them"
+            )
+
+    def _check_attention(self, attention: AttentionConfig) -> None:
+        """Raise on settings under which no call is replaced, or all steps are the same."""
+        if ("replace_attention", False) in self.passes:
+            raise OptionError(
+                "attention chooses back ends, and passes={'replace_attention': False} leaves all calls as they are: "
+                "leave out one of them"
+            )
+        obstacle = self._obstacle(_SWITCHING) if attention.is_by_step else None
+        if obstacle is not None:
+            raise OptionError(
+                f"attention by step chooses the attention of the middle blocks, and {obstacle} leaves no middle: leave "
+                "out one of them; DBCacheConfig(residual_diff_threshold=0) computes every step"
+            )
+        if self.verify:
+            raise OptionError(
+                "verify compares with the plain module, and attention replaces its own: leave out one of them"
             )
 
     def _obstacle(self, needed: Collection[str]) -> str | None:
@@ -376,8 +410,9 @@ class Options:
 
     @property
     def is_exact(self) -> bool:
-        """Whether results without reuse equal the plain module's to the bit: nothing is fused, shared or rounded."""
-        return self.inner_backend == "eager" and self.ulysses_size == 1 and self.precision is None
+        """Whether results without reuse equal the plain module's to the bit: nothing is fused, shared or replaced."""
+        replaces = self.precision is not None or self.attention is not None
+        return self.inner_backend == "eager" and self.ulysses_size == 1 and not replaces
 
     def compiles(self, kind: str) -> bool:
         """Whether the inner backend compiles pieces of this kind."""
@@ -387,14 +422,25 @@ class Options:
 
     def structure(self) -> Structure:
         """A hashable key of the structural settings. Options of equal structure can share their compiled graphs."""
-        # The bare options have no cache. Host weights and precision are refused without one, so they stand beside.
+        # The bare options have no cache. What is refused without one stands beside them.
         copies = None if self.precision is None else self.precision.structure()
-        bare = replace(self, cache=None, calibrator=None, params_modifiers=(), time_weights="device", precision=None)
+        attention = None if self.attention is None else self.attention.structure()
+        bare = replace(
+            self,
+            cache=None,
+            calibrator=None,
+            params_modifiers=(),
+            time_weights="device",
+            precision=None,
+            attention=None,
+        )
         cuts = tuple(policy.structure() for policy, _ in self.loop_settings)
-        return (self.time_weights, copies, bare), self.predicts_output, cuts
+        return (self.time_weights, copies, attention, bare), self.predicts_output, cuts
 
 
-Structure: TypeAlias = tuple[tuple[TimeWeights, PrecisionConfig | None, Options], bool, tuple[Cut, ...]]
+Structure: TypeAlias = tuple[
+    tuple[TimeWeights, PrecisionConfig | None, AttentionConfig | None, Options], bool, tuple[Cut, ...]
+]
 
 
 def parse_options(options: Mapping[str, Any] | None, *, mode: str | None = None) -> Options:

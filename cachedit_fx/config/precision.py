@@ -9,27 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
-from cachedit_fx.config.rules import MASK, as_mask, check, integer, optional, reject_unknown
+from cachedit_fx.config.patterns import patterns_of
+from cachedit_fx.config.rules import reject_unknown
+from cachedit_fx.config.steps import ChosenSteps, StepFacts
 from cachedit_fx.quantization.layers import Request
-from cachedit_fx.quantization.selection import patterns_of, request_of
-
-_STEPS = integer(0, "a number of steps")
-_MASK = optional(MASK)
-
-
-class StepFacts(NamedTuple):
-    """What is known of a step of one CFG branch before it is computed."""
-
-    step: int
-    """Its number in the generation, from 0."""
-    steps: int | None = None
-    """Number of steps of the generation; None if neither the cache's config nor a scheduler tells it."""
-    computed: int = 0
-    """Steps of the generation that were computed before this one."""
-    reuses: int | None = None
-    """Steps after this one that a static mask reuses, up to the next computed one; None without such a mask."""
+from cachedit_fx.quantization.selection import request_of
 
 
 @dataclass(frozen=True)
@@ -63,12 +49,15 @@ class PrecisionConfig:
     """Pattern -> another kind; None = no copy."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "full_steps_mask", as_mask(self.full_steps_mask))
-        for name, rule in (("full_first_steps", _STEPS), ("full_last_steps", _STEPS), ("full_steps_mask", _MASK)):
-            check(name, getattr(self, name), rule)
+        self.full_steps  # noqa: B018 - raises on what is not allowed, as the request does
         for name in ("exclude", "include"):
             object.__setattr__(self, name, patterns_of(name, getattr(self, name)))
-        self.request  # noqa: B018 - raises on what is not allowed
+        self.request  # noqa: B018
+
+    @cached_property
+    def full_steps(self) -> ChosenSteps:
+        """The steps that run in full precision."""
+        return ChosenSteps.of(self, "full")
 
     @cached_property
     def request(self) -> Request:
@@ -81,12 +70,7 @@ class PrecisionConfig:
 
     def is_full(self, facts: StepFacts) -> bool:
         """Whether a step that computes the middle blocks runs them in full precision. Pure, called once for a step."""
-        mask, steps = self.full_steps_mask, facts.steps
-        return (
-            facts.step < self.full_first_steps
-            or (steps is not None and facts.step >= steps - self.full_last_steps)
-            or (mask is not None and bool(mask[min(facts.step, len(mask) - 1)]))
-        )
+        return self.full_steps.holds(facts)
 
 
 def as_precision(value: Any) -> Any:

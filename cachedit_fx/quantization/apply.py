@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from cachedit_fx.config.patterns import patterns_of
 from cachedit_fx.passes.graph_cost import bytes_of_tensors
 from cachedit_fx.quantization.layers import Selection, linear_layers
 from cachedit_fx.quantization.report import KeptLayer, QuantizationReport, QuantizedLayer, joined
 from cachedit_fx.quantization.selection import (
     check_torchao,
     is_of_torchao,
-    patterns_of,
     quantize_layers,
     request_of,
     selections_of,

@@ -12,15 +12,14 @@ from __future__ import annotations
 import os.path
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
 
-from cachedit_fx.config.rules import OptionError, nearest
+from cachedit_fx.config.patterns import first_match, matches
 from cachedit_fx.quantization.kinds import Kind
 
 STEERING = frozenset(
@@ -135,20 +134,6 @@ def quantization_of(layer: nn.Module) -> str | None:
     return None if weight.is_floating_point() else type(layer).__name__
 
 
-def matches(name: str, pattern: str) -> bool:
-    """Whether neighbouring parts of a dotted name match: `blocks.1` matches `blocks.1.up`, and not `blocks.10.up`."""
-    return fnmatchcase(f".{name}.", f"*.{pattern}.*")
-
-
-def check_patterns(request: Request, names: Collection[str]) -> None:
-    """Raise on a pattern that matches none of the layers."""
-    for pattern, title in request.patterns.items():
-        if pattern not in names and not any(matches(name, pattern) for name in names):
-            parts = {part for name in names for part in (name, *name.split(".")) if not part.isdecimal()}
-            guess = f"; did you mean {nearest(pattern, parts)!r}?" if parts else ""
-            raise OptionError(f"{title}: {pattern!r} matches none of the {len(names)} linear layers{guess}")
-
-
 def blocks_of(module: nn.Module) -> tuple[str, ...]:
     """The names of a module's repeated blocks: numbered members of a container, with two linear layers or more.
 
@@ -226,7 +211,7 @@ def _left_out(name: str, blocks: Sequence[str], request: Request) -> str | None:
     excluding = next((pattern for pattern in request.exclude if matches(name, pattern)), None)
     if excluding is not None:
         return f"excluded by {excluding!r}"
-    planned = _planned(name, request)
+    planned = first_match(name, request.per_layer)
     if planned is not None and request.per_layer[planned] is None:
         return f"kept by {'its name' if planned == name else repr(planned)} in per_layer"
     if planned == name or any(matches(name, pattern) for pattern in request.include):
@@ -247,13 +232,6 @@ def _words(part: str) -> set[str]:
     return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", part)}
 
 
-def _planned(name: str, request: Request) -> str | None:
-    """The pattern of `per_layer` that holds for a layer."""
-    if name in request.per_layer:
-        return name
-    return next((pattern for pattern in request.per_layer if matches(name, pattern)), None)
-
-
 def _kind_of(name: str, request: Request) -> Kind | None:
-    pattern = _planned(name, request)
+    pattern = first_match(name, request.per_layer)
     return request.kind if pattern is None else request.per_layer[pattern]

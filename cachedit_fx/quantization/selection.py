@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from cachedit_fx.config.patterns import check_patterns, patterns_of
 from cachedit_fx.config.rules import FLAG, OptionError, check
 from cachedit_fx.quantization.kinds import Kind, kind_of, kinds_for, warnings_about
-from cachedit_fx.quantization.layers import Request, Selection, check_patterns, linear_layers, quantization_of, select
+from cachedit_fx.quantization.layers import Request, Selection, linear_layers, quantization_of, select
 from cachedit_fx.runtime.host_tensor import HostWeight
 from cachedit_fx.runtime.warning import warn
 
@@ -53,7 +54,8 @@ def selections_of(modules: Sequence[nn.Module], request: Request) -> list[Select
     """
     for module in modules:
         _check_device(module, [each for each in (request.kind, *request.per_layer.values()) if each is not None])
-    check_patterns(request, {name for module in modules for name in linear_layers(module)})
+    names = {name for module in modules for name in linear_layers(module)}
+    check_patterns(request.patterns, names, "linear layers")
     selections = [_checked(module, request) for module in modules]
     _check_any(modules, selections)
     return selections
@@ -73,14 +75,6 @@ def _plan(per_layer: Any) -> Iterable[tuple[str, Any]]:
     if not isinstance(per_layer, Mapping) or not all(isinstance(pattern, str) for pattern in per_layer):
         raise OptionError(f"per_layer={per_layer!r} is not allowed: it must be a dict of patterns and kinds")
     return per_layer.items()
-
-
-def patterns_of(title: str, values: Any) -> tuple[str, ...]:
-    """A name, or a list of names, as a tuple."""
-    values = (values,) if isinstance(values, str) else values
-    if not isinstance(values, (list, tuple)) or not all(isinstance(value, str) for value in values):
-        raise OptionError(f"{title}={values!r} is not allowed: it must be a name or a list of names")
-    return tuple(values)
 
 
 def reject_host_weights(module: nn.Module) -> None:

@@ -96,8 +96,8 @@ def _step_table(name: str, index: int, branch: BranchStats) -> RichTable:
                 if None not in parts and decision.action is Action.REUSE:
                     pruned = sum(part.action is Action.REUSE for part in parts.values())
                     action = f"prune {pruned} of {len(parts)}"
-                if column[row] in branch.low_steps:
-                    action = f"{action} (low)"
+                form = [name for name, low in branch.form_steps.items() if column[row] in low]
+                action = f"{action} ({', '.join(form)})" if form else action
                 texts = (str(column[row]), action, decision.reason.value, difference)
                 cells += [Text(text, style=style) for text in texts]
         table.add_row(*cells)

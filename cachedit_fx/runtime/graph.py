@@ -15,16 +15,17 @@ from cachedit_fx.passes.find_timestep import TimestepSource, timestep_of
 from cachedit_fx.passes.gather_inputs import GatheredInputs
 from cachedit_fx.passes.graph_aliases import writes_to_inputs
 from cachedit_fx.passes.hoist_invariants import Hoisted
+from cachedit_fx.passes.insert_attention_forms import AttentionByStep
 from cachedit_fx.passes.insert_cache_branch import CacheBranch
 from cachedit_fx.passes.insert_low_precision import LowPrecision
 from cachedit_fx.passes.manager import Outcome
 from cachedit_fx.passes.plan_regions import RegionReport
 from cachedit_fx.runtime.agreement import Agreement, Captured
 from cachedit_fx.runtime.call import NO_LOOP, Call, Uncached, current_call
+from cachedit_fx.runtime.forms import CallForms
 from cachedit_fx.runtime.hoisted_memory import ComputedValues, HoistedCode, HoistedMemory
 from cachedit_fx.runtime.hoisting import HoistedValues, StaleValues
 from cachedit_fx.runtime.model_state import ModelState
-from cachedit_fx.runtime.precision import CallPrecision
 from cachedit_fx.runtime.region import RegionInfo, RegionKey
 from cachedit_fx.runtime.region_call import RegionCall
 from cachedit_fx.runtime.registry import StateFinder
@@ -111,6 +112,7 @@ class CachedGraph(RewrittenGraph):
         writes_to_inputs: whether the graph writes to its inputs in place.
         hoisted: the graph's hoisted pieces. `forward` then takes the hoisted values after the inputs, as a sequence.
         copied: places of the inputs that low precision replaces by quantized copies.
+        has_forms: whether regions have other forms beside the first.
     """
 
     def __init__(
@@ -123,10 +125,11 @@ class CachedGraph(RewrittenGraph):
         writes_to_inputs: bool = False,
         hoisted: HoistedCode | None = None,
         copied: Sequence[int] = (),
+        has_forms: bool = False,
     ) -> None:
         super().__init__()
         self.forward, self.finder, self.regions, self.timestep = forward, finder, regions, timestep
-        self.is_whole, self.hoisted, self.copied = is_whole, hoisted, copied
+        self.is_whole, self.hoisted, self.copied, self.has_forms = is_whole, hoisted, copied, has_forms
         self.values_last = is_whole and not writes_to_inputs
         self._memories: weakref.WeakKeyDictionary[ModelState, HoistedMemory] = weakref.WeakKeyDictionary()
 
@@ -187,8 +190,8 @@ class CachedGraph(RewrittenGraph):
         on_locate: Sequence[Callable[[], None]],
     ) -> Any:
         session, notices = call.session, list(on_locate)
-        precision = CallPrecision(call, inputs, self.copied) if self.copied else None
-        region_call = RegionCall(call, self.regions, keys, self.values_last, notices, precision)
+        forms = CallForms(call, inputs, self.copied) if self.has_forms else None
+        region_call = RegionCall(call, self.regions, keys, self.values_last, notices, forms)
         if self.hoisted is None:
             return self.forward(region_call, inputs)
         if session.is_stray:  # no generation begins with such a call, so changed weights would not be seen
@@ -239,7 +242,9 @@ def _graph_of(
     sequence_forward = forward if GatheredInputs in facts else _unpacking(forward, code)
     low = facts.get(LowPrecision)
     copied = () if low is None else low.inputs
-    return CachedGraph(sequence_forward, finder, regions, timestep, not ends_at_break(gm), has_writes, code, copied)
+    has_forms = low is not None or AttentionByStep in facts
+    is_whole = not ends_at_break(gm)
+    return CachedGraph(sequence_forward, finder, regions, timestep, is_whole, has_writes, code, copied, has_forms)
 
 
 def _unpacking(forward: Callable[..., Any], code: HoistedCode | None) -> Callable[..., Any]:

@@ -17,10 +17,10 @@ from cachedit_fx.config.options import LoopSettings
 from cachedit_fx.config.rules import ContractError
 from cachedit_fx.runtime.calibrators import Moment, calibrator_of, coefficients, values_kept
 from cachedit_fx.runtime.call import LATE, STRAY, Call
+from cachedit_fx.runtime.forms import CallForms, Forms
 from cachedit_fx.runtime.guard import Residual, read_differences
 from cachedit_fx.runtime.memory import BranchMemory, copy_of
 from cachedit_fx.runtime.policies.base import Action, Decision, Situation, context_start, decision_of
-from cachedit_fx.runtime.precision import CallPrecision
 from cachedit_fx.runtime.ranks import Ranks
 from cachedit_fx.runtime.region import RegionInfo, RegionKey
 from cachedit_fx.runtime.stopwatch import Stopwatch
@@ -50,7 +50,7 @@ class RegionCall:
         keys: the regions' keys in the session.
         values_last: whether nothing writes to the regions' values before the call ends. If not, they are copied.
         on_locate: called in turn as soon as the call's position is known.
-        precision: of the call; None if the regions have one form only.
+        forms: chooses the regions' forms; None if each has one only.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class RegionCall:
         keys: Sequence[RegionKey],
         values_last: bool = True,
         on_locate: Sequence[Callable[[], None]] = (),
-        precision: CallPrecision | None = None,
+        forms: CallForms | None = None,
     ) -> None:
         self.call, self.regions, self.keys, self.values_last = call, regions, keys, values_last
-        self.on_locate, self.precision = on_locate, precision
+        self.on_locate, self.forms = on_locate, forms
         self.session = call.session
         options = call.session.state.options
         self.settings = [options.settings_of(region.loop) for region in regions]
@@ -142,14 +142,14 @@ class RegionCall:
         inputs: Sequence[Any],
         bases: Callable[..., tuple[Any, ...]],
         base_inputs: Sequence[Any],
-        low: Callable[..., tuple[Any, ...]] | None = None,
+        forms: Forms = (),
     ) -> tuple[Any, ...]:
         """Carry out the decision.
 
         Args:
             compute: the region, from `inputs` to its results.
             bases: from `base_inputs` to the base of each result; None for a result without a base.
-            low: the region's form in low precision, if it has one.
+            forms: the region's other forms, if it has some.
 
         Returns:
             The region's results, computed and stored, or restored from stored values and bases.
@@ -159,13 +159,15 @@ class RegionCall:
         _, step, branch = self.call.position
         decision = entry.decision
         now = Moment(step, self.call.now() if entry.settings.calibrator else None, decision.action is Action.COMPUTE)
-        watch, is_low = Stopwatch(entry.device), False
+        watch = Stopwatch(entry.device)
+        names: tuple[str, ...] = ()
         if decision.action is Action.REUSE:
             results = _restored(entry, now, bases, base_inputs, self.session.state.ranks)
         else:
-            low_inputs = self._low_inputs(entry, inputs) if low is not None else None
-            results = compute(*inputs) if low is None or low_inputs is None else low(*low_inputs)
-            is_low = low_inputs is not None
+            if self.forms is not None and forms:
+                names, form = self.forms.choose(forms, entry.key, entry.settings.policy.config)
+                compute, inputs = form or compute, self.forms.inputs_of(names, inputs)
+            results = compute(*inputs)
         watch.stop()
         self._advance(entry, branch)
         stored, stored_bases = results, functools.partial(bases, *base_inputs)
@@ -187,17 +189,11 @@ class RegionCall:
             if spare is not None:
                 self.session.spares[entry.key] = spare
             stats = self.session.region_stats(entry.key, entry.info, entry.settings.policy.config)
-            stats.record(branch, step, decision, entry.key.block, is_low)
+            stats.record(branch, step, decision, entry.key.block, names)
             self.session.watches.append((stats, decision.action, watch))
 
         self.call.on_success(record)
         return results
-
-    def _low_inputs(self, entry: Entry, inputs: Sequence[Any]) -> list[Any] | None:
-        """The region's inputs in low precision; None if the step runs in full precision."""
-        if self.precision is None:
-            return None
-        return self.precision.low_inputs(inputs, entry.key, entry.settings.policy.config)
 
     def _advance(self, entry: Entry, branch: int) -> None:
         """Let the policy advance its history by its decision."""

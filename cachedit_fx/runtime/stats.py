@@ -13,7 +13,10 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 
 from cachedit_fx.config.cache import DBCacheConfig
+from cachedit_fx.passes.region_forms import ATTENTION, LOW
 from cachedit_fx.runtime.policies.base import Action, Decision, Reason
+
+_FORMS = {LOW: "low precision", ATTENTION: "replaced attention"}
 
 
 def step_decision(blocks: Collection[Decision]) -> Decision:
@@ -39,13 +42,24 @@ class BranchStats:
     parts: dict[int, dict[int | None, Decision]] = field(default_factory=dict)
     """Step -> block -> decision with DBPrune. Otherwise step -> None -> the decision about the middle as a whole."""
 
-    low_steps: list[int] = field(default_factory=list)
-    """Computed steps that took quantized copies of weights, in order; empty without the option `precision`."""
+    form_steps: dict[str, list[int]] = field(default_factory=dict)
+    """What a form of the middle differs in ("low", "attention") -> the computed steps that took such a form, in
+    order."""
 
     def copy(self) -> BranchStats:
         """The present state, which later calls do not change."""
         parts = {step: dict(decisions) for step, decisions in self.parts.items()}
-        return BranchStats(parts, list(self.low_steps))
+        return BranchStats(parts, {name: list(steps) for name, steps in self.form_steps.items()})
+
+    @property
+    def low_steps(self) -> list[int]:
+        """Computed steps that took quantized copies of weights; empty without the option `precision`."""
+        return self.form_steps.get(LOW, [])
+
+    @property
+    def attention_steps(self) -> list[int]:
+        """Computed steps that ran in replaced attention, if that is chosen by step; empty otherwise."""
+        return self.form_steps.get(ATTENTION, [])
 
     @property
     def decisions(self) -> dict[int, Decision]:
@@ -139,14 +153,16 @@ class CacheStats:
         )
 
     def record(
-        self, branch: int, step: int, decision: Decision, block: int | None = None, is_low: bool = False
+        self, branch: int, step: int, decision: Decision, block: int | None = None, form: Collection[str] = ()
     ) -> None:
-        """Record a decision about the middle, or about one block of it, and whether it ran in low precision."""
+        """Record a decision about the middle, or about one block of it, and what the form that ran differs in."""
         while len(self.branches) <= branch:
             self.branches.append(BranchStats())
         self.branches[branch].parts.setdefault(step, {})[block] = decision
-        if is_low and step not in self.branches[branch].low_steps[-1:]:
-            self.branches[branch].low_steps.append(step)
+        for name in form:
+            steps = self.branches[branch].form_steps.setdefault(name, [])
+            if step not in steps[-1:]:
+                steps.append(step)
 
     def record_seconds(self, action: Action, seconds: float) -> None:
         """Record the time that computing or bypassing the region took."""
@@ -171,6 +187,10 @@ class CacheStats:
     @property
     def low_steps(self) -> list[int]:
         return self.branch(0).low_steps
+
+    @property
+    def attention_steps(self) -> list[int]:
+        return self.branch(0).attention_steps
 
     @property
     def residual_diffs(self) -> dict[int, float]:
@@ -303,9 +323,10 @@ class CacheStats:
             yield f"; by median times {self.expected_seconds_saved:.3g} s left out"
         if self.measured_seconds_saved is not None:
             yield f", {self.measured_seconds_saved:.3g} s saved"
-        low = " + ".join(str(len(branch.low_steps)) for branch in self.branches)
-        if any(branch.low_steps for branch in self.branches):
-            yield f"; {low} computed in low precision"
+        for name, words in _FORMS.items():
+            counts = [len(branch.form_steps.get(name, [])) for branch in self.branches]
+            if any(counts):
+                yield f"; {' + '.join(map(str, counts))} computed in {words}"
         if self.bytes_held:
             yield f"; {self.bytes_held / 2**20:.3g} MiB held"
         if self.hoisted_bytes:

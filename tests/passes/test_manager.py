@@ -268,20 +268,24 @@ def test_the_order_of_the_backend():
         "detect_block_loops",
         "infer_sequence_axes",
         "insert_ulysses",
+        "replace_attention",
         "plan_regions",
         "outline_blocks",
         "hoist_invariants",
         "insert_cache_branch",
         "gather_inputs",
         "insert_low_precision",
+        "insert_attention_forms",
     ]
     uncached = pass_manager(parse_options({"cache": None})).enabled
     assert {name for name, on in uncached.items() if not on} == {
         "infer_sequence_axes",
         "insert_ulysses",
+        "replace_attention",
         "plan_regions",
         "insert_cache_branch",
         "insert_low_precision",
+        "insert_attention_forms",
     }
 
 

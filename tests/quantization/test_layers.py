@@ -11,8 +11,9 @@ from torch import nn
 
 import cachedit_fx
 from cachedit_fx import OptionError
+from cachedit_fx.config.patterns import matches
 from cachedit_fx.quantization.kinds import KINDS
-from cachedit_fx.quantization.layers import OUTSIDE, Request, blocks_of, groups_of, linear_layers, matches, select
+from cachedit_fx.quantization.layers import OUTSIDE, Request, blocks_of, groups_of, linear_layers, select
 
 INT8 = KINDS["int8"]
 FEW_ROWS = {

@@ -237,6 +237,7 @@ OTHER_STRUCTURE = {
     "motion": "batched",
     "time_weights": "host",
     "precision": "int8",
+    "attention": "math",
     "hoisted_mib": 8,
     "ulysses_size": 2,
     "ulysses_inputs": "first_rank",

@@ -1,0 +1,82 @@
+"""A call of attention in a graph, as back ends judge it: sizes, dtypes, mask and flags, without the tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+Size: TypeAlias = int | torch.SymInt
+MaskKind: TypeAlias = Literal["bool padding", "bool", "float padding", "float"]
+"""Dtype, and whether all queries share one row of the mask (key padding)."""
+MASKS: frozenset[MaskKind] = frozenset({"bool padding", "bool", "float padding", "float"})
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of `scaled_dot_product_attention`.
+
+    Attributes:
+        query, key, value: sizes, [B, H, L, D] in most models.
+        dtypes: of query, key, value and result.
+        device: the query's device type.
+        mask: None without a mask.
+        is_causal, enable_gqa: None if a value of the graph decides.
+        dropout: its probability; None if a value of the graph decides.
+    """
+
+    query: tuple[Size, ...]
+    key: tuple[Size, ...]
+    value: tuple[Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+    device: str
+    mask: MaskKind | None = None
+    is_causal: bool | None = False
+    enable_gqa: bool | None = False
+    dropout: float | None = 0.0
+
+    @property
+    def head_dim(self) -> Size:
+        return self.query[-1]
+
+    @property
+    def keys(self) -> Size:
+        """Number of keys."""
+        return self.key[-2]
+
+    def obstacle(self) -> str | None:
+        """Why no back end takes the call; None if one may."""
+        if self.dropout != 0:
+            return "it has dropout"
+        if self.is_causal is None or self.enable_gqa is None:
+            return "a value of the graph decides whether it is causal or has grouped heads"
+        return None
+
+    def irregularity(self) -> str | None:
+        """Why the call has not the sizes and dtypes that kernels are written for; None if it has."""
+        if len({len(sizes) for sizes in (self.query, self.key, self.value)}) > 1 or len(self.query) != 4:
+            return "its tensors have not four dimensions"
+        if len(set(self.dtypes)) > 1:
+            return "its tensors have several dtypes"
+        if not all(map(same, self.key[:-1], self.value[:-1])) or not same(self.query[0], self.key[0]):
+            return "one of its tensors is broadcast"
+        if not self.enable_gqa and not same(self.query[1], self.key[1]):
+            return "one of its tensors is broadcast"
+        if not same(self.query[-1], self.value[-1]):
+            return "its values have another head dim than its queries"
+        return None
+
+
+def mask_kind(mask: torch.Tensor) -> MaskKind:
+    """The kind of a mask that is broadcast to [B, H, Lq, Lk]."""
+    is_padding = mask.dim() < 2 or same(mask.shape[-2], 1)
+    if mask.dtype is torch.bool:
+        return "bool padding" if is_padding else "bool"
+    return "float padding" if is_padding else "float"
+
+
+def same(left: Size, right: Size) -> bool:
+    """Whether two sizes are equal, whatever the lengths that are not known yet."""
+    return statically_known_true(left == right)
