@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.functional import scaled_dot_product_attention
 
 KEY_MULTIPLE = 64
@@ -34,7 +35,7 @@ def takes_length(keys: int, is_causal: bool, major: int | None) -> bool:
 
 def is_tokens_first(query: Tensor) -> bool:
     """Whether [B, H, L, D] is laid out as [B, L, H, D]."""
-    return bool(query.stride(1) < query.stride(2))
+    return statically_known_true(query.stride(1) < query.stride(2))
 
 
 @torch.library.custom_op("cachedit_fx::sage_attention", mutates_args=())
