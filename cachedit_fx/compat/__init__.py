@@ -44,7 +44,7 @@ if TYPE_CHECKING:
         block_range,
         cache_type,
     )
-    from cachedit_fx.compat.interface import disable_cache, enable_cache, refresh_context
+    from cachedit_fx.compat.interface import disable_cache, enable_cache, refresh_context, set_attn_backend
     from cachedit_fx.compat.loaders import (
         load_attn_backend_config,
         load_cache_config,
@@ -58,7 +58,6 @@ if TYPE_CHECKING:
     from cachedit_fx.compat.parallelism import (
         ParallelismBackend,
         ParallelismConfig,
-        set_attn_backend,
         set_compile_configs,
     )
     from cachedit_fx.compat.patterns import ForwardPattern, PatchFunctor
@@ -100,7 +99,7 @@ _MODULES = {
         "block_range",
         "cache_type",
     ),
-    "interface": ("disable_cache", "enable_cache", "refresh_context"),
+    "interface": ("disable_cache", "enable_cache", "refresh_context", "set_attn_backend"),
     "loaders": (
         "load_attn_backend_config",
         "load_cache_config",
@@ -111,7 +110,7 @@ _MODULES = {
     ),
     "masks": ("steps_mask",),
     "modifiers": ("ParamsModifier",),
-    "parallelism": ("ParallelismBackend", "ParallelismConfig", "set_attn_backend", "set_compile_configs"),
+    "parallelism": ("ParallelismBackend", "ParallelismConfig", "set_compile_configs"),
     "patterns": (
         "ForwardPattern",
         "PatchFunctor",

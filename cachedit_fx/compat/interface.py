@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from itertools import chain, repeat
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from cachedit_fx.compat.configs import BasicCacheConfig, CacheType, new_config
 from cachedit_fx.compat.kept import forget, keep, kept_of
 from cachedit_fx.compat.modifiers import own_modifier, split_flat, without_others
 from cachedit_fx.compat.ours import check_ours
-from cachedit_fx.compat.parallelism import ParallelismConfig, checked_backend, set_attn_backend
+from cachedit_fx.compat.parallelism import ParallelismConfig, attention_option, checked_backend
 from cachedit_fx.compat.quantization import QuantizeConfig, quantize
 from cachedit_fx.compat.translation import (
     AnyCacheConfig,
@@ -38,6 +38,9 @@ Model = TypeVar("Model")
 
 _OWN_OPTIONS = {each.name for each in fields(Options)} - {"cache", "calibrator", "params_modifiers"}
 _OWN_OPTIONS |= {"fullgraph", "dynamic", "recompile_limit", "guards"}
+
+_DEFAULTS = {"ulysses_size": 1, "attention": None}
+"""Of the options that settings beside the cache stand for."""
 
 ONE_CHAIN = {"FluxTransformer2DModel"}
 """Transformers whose block lists decide together if no adapter names them, as in cache-dit 1.5.3."""
@@ -63,7 +66,7 @@ def enable_cache(
         params_modifiers: one, a list with one for each block list, or a list of lists, one for each transformer.
         parallelism_config: lets ranks share each sample, also without a cache. It stays in force until another one
             takes its place, or `disable_cache`.
-        attention_backend: kept, without effect (`set_attn_backend`).
+        attention_backend: the option `attention`, in diffusers' spelling or ours (`set_attn_backend`).
         quantize_config: for the transformers, or for the pipeline's components that it names.
         **settings: fields of the cache config and of a calibrator, in the style of older scripts; and options of
             `cachedit_fx.enable_cache`, such as `inner_backend`.
@@ -89,11 +92,13 @@ def enable_cache(
     to_quantize = [] if quantize_config is None else _to_quantize(adapter, quantize_config)
     if parallelism_config is not None:
         parallelism_config.check()
-        attention_backend = parallelism_config.attention_backend or attention_backend
+        attention_backend = checked_backend(parallelism_config.attention_backend) or attention_backend
     if cache is None and cache_config is not None:
         _disable(adapter)
     for part, share in zip(parts, modifiers, strict=True):
-        ranks = _ranks_of(parallelism_config or kept_of(part.module).parallelism_config)
+        kept = kept_of(part.module)
+        more = _ranks_of(parallelism_config or kept.parallelism_config)
+        more |= attention_option(attention_backend or kept.attention_backend)
         if cache is not None:
             own = _in_order(part, [own_modifier(each, cache, calibrator) for each in share], cache)
             lists = _lists_in_order(part)
@@ -103,13 +108,12 @@ def enable_cache(
                 cache,
                 calibrator,
                 params_modifiers=own,
-                **{"scope": _scope_of(part, calibrator), "loops": loops} | ranks | options,
+                **{"scope": _scope_of(part, calibrator), "loops": loops} | more | options,
             )
             keep(part.module, lists=lists)
-        elif ranks and (present := _present_options(part.module)) | ranks != {"ulysses_size": 1} | present:
-            api.enable_cache(part.module, **present | ranks | options)
-        keep(part.module, parallelism_config=parallelism_config)
-    set_attn_backend(adapter, attention_backend)
+        else:
+            _change(part.module, more, options)
+        keep(part.module, parallelism_config=parallelism_config, attention_backend=attention_backend)
     for module, config in to_quantize:
         quantize(module, config)
     return pipe_or_adapter
@@ -118,6 +122,28 @@ def enable_cache(
 def _ranks_of(config: ParallelismConfig | None) -> dict[str, Any]:
     """The option that a config stands for, if it has one."""
     return {} if config is None or config.ulysses_size is None else {"ulysses_size": config.ulysses_size}
+
+
+def set_attn_backend(pipe_or_adapter: Any, attention_backend: str | None = None) -> None:
+    """Let a back end compute the transformers' attention, with the cache that they have, or without one.
+
+    It stays in force until another one takes its place, or `disable_cache`. "native" is the model's own attention.
+
+    Raises:
+        OptionError: on an unknown name, or a back end that does not run on this machine.
+    """
+    change = attention_option(checked_backend(attention_backend))
+    for module in adapter_of(pipe_or_adapter).modules():
+        _change(module, change, {})
+        keep(module, attention_backend=attention_backend)
+
+
+def _change(module: torch.nn.Module, change: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Change options of a module, if that changes anything, and leave its cache as it is."""
+    present = _present_options(module)
+    defaults = {name: _DEFAULTS[name] for name in change}
+    if {**present, **change} != defaults | present:
+        api.enable_cache(module, **{**present, **change, **options})
 
 
 def _present_options(module: torch.nn.Module) -> dict[str, Any]:

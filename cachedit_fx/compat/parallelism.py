@@ -1,4 +1,4 @@
-"""Settings that only speed up: parallelism, and what has no effect yet, attention and torch's compilers."""
+"""Settings that only speed up: parallelism, attention, and torch's compilers, which have no effect."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from cachedit_fx.compat.adapters import adapter_of
-from cachedit_fx.compat.kept import keep
+from cachedit_fx.attention.backends import NAMES, OWN
 from cachedit_fx.compat.members import member_of
 from cachedit_fx.compat.ours import reject_other_package
-from cachedit_fx.config.rules import OptionError, Rule, check, optional, reject_unknown
+from cachedit_fx.config.rules import OptionError, Rule, check, choice, optional, reject_unknown
 from cachedit_fx.runtime.warning import SettingWarning, warn
 
 
@@ -141,33 +140,46 @@ class ParallelismConfig:
         return "_".join(tags)
 
 
-def set_attn_backend(pipe_or_adapter: Any, attention_backend: str | None = None) -> None:
-    """Keep the name of an attention backend, which has no effect yet.
-
-    diffusers itself can switch: `pipe.transformer.set_attention_backend(name)`, before or after `enable_cache`.
-    """
-    if checked_backend(attention_backend) is None:
-        return
-    for module in adapter_of(pipe_or_adapter).modules():
-        keep(module, attention_backend=attention_backend)
-    if attention_backend != "native":
-        warn(
-            f"attention_backend={attention_backend!r} has no effect in cachedit_fx yet; diffusers can switch: "
-            f"pipe.transformer.set_attention_backend({attention_backend!r})",
-            SettingWarning,
-        )
+_SPELLINGS: dict[str, str | None] = {
+    **{name: name for name in NAMES},
+    "native": OWN,
+    "_native_math": "math",
+    **dict.fromkeys(("_native_cudnn", "_sdpa_cudnn"), "cudnn"),
+    **dict.fromkeys(("flash_hub", "flash_varlen", "flash_varlen_hub", "flash_4_hub", "_native_flash"), "flash"),
+    **dict.fromkeys(("_flash_3", "_flash_varlen_3", "_flash_3_hub", "_flash_3_varlen_hub"), "flash"),
+    **dict.fromkeys(("sage_hub", "sage_varlen", "sage_blackwell_hub"), "sage"),
+    **dict.fromkeys(("_sage_qk_int8_pv_fp8_cuda", "_sage_qk_int8_pv_fp8_cuda_sm90"), "sage"),
+    **dict.fromkeys(("_sage_qk_int8_pv_fp16_cuda", "_sage_qk_int8_pv_fp16_triton"), "sage"),
+    **dict.fromkeys(("_native_efficient", "_native_npu", "_native_xla", "aiter_fa2_hub", "xformers")),
+}
+"""A back end's name, in diffusers' spelling or ours -> our name; None if there is no such one here."""
 
 
 def checked_backend(name: Any) -> str | None:
     """The name of an attention backend, or None.
 
     Raises:
-        OptionError: if it is no text.
+        OptionError: if it is no name of a back end, of diffusers or of ours.
     """
     reject_other_package(name, "attention_backend: ")
-    check("attention_backend", name, optional(Rule(lambda value: isinstance(value, str), "a name such as 'native'")))
+    check("attention_backend", name, optional(choice(*_SPELLINGS)))
     backend: str | None = name
     return backend
+
+
+def attention_option(name: str | None) -> dict[str, Any]:
+    """The option `attention` that the name of a back end stands for; nothing for None, and for one that we have not."""
+    if name is None:
+        return {}
+    own = _SPELLINGS[name]
+    if own is None:
+        warn(
+            f"attention_backend={name!r} has no effect: cachedit_fx has no such back end; diffusers can switch: "
+            f"pipe.transformer.set_attention_backend({name!r})",
+            SettingWarning,
+        )
+        return {}
+    return {"attention": None if own == OWN else own}
 
 
 def set_compile_configs(*_: Any, **settings: Any) -> None:

@@ -14,7 +14,7 @@ from lib.toys import FALLING, Toy, denoise, make, make_small, noise
 
 import cachedit_fx
 import cachedit_fx.compat as cache_dit
-from cachedit_fx import OptionError
+from cachedit_fx import AttentionConfig, OptionError
 from cachedit_fx.compat import BlockAdapter, DBCacheConfig, DBPruneConfig, ForwardPattern, ParamsModifier
 from cachedit_fx.compat.kept import kept_of
 from cachedit_fx.runtime.registry import states_of
@@ -200,28 +200,71 @@ def test_settings_in_the_style_of_older_scripts():
 
 def test_other_settings_alone_switch_no_cache_on():
     model = make()
-    with pytest.warns(SettingWarning, match="set_attention_backend"):
-        cache_dit.enable_cache(model, attention_backend="sage")
-    assert not states_of(model) and kept_of(model).attention_backend == "sage"
+    with pytest.warns(SettingWarning, match="'xformers' has no effect: cachedit_fx has no such.*set_attention_backend"):
+        cache_dit.enable_cache(model, attention_backend="xformers")
+    assert not states_of(model) and kept_of(model).attention_backend == "xformers"
     cache_dit.enable_cache(model, cache_config=DBCacheConfig(cache_type=cache_dit.NONE))
     assert not states_of(model)
 
 
-def test_what_only_speeds_up_is_kept_and_said():
+def test_what_has_no_effect_is_kept_and_said():
     model = make()
     config = cache_dit.ParallelismConfig(
-        ring_size=2, cp_plan={"": {}}, parallel_kwargs={"experimental_ulysses_async": True, "attention_backend": "sage"}
+        ring_size=2,
+        cp_plan={"": {}},
+        parallel_kwargs={"experimental_ulysses_async": True, "attention_backend": "_native_npu"},
     )
     with pytest.warns(SettingWarning) as said:
         cache_dit.enable_cache(model, always(), parallelism_config=config, **EAGER)
-    words = ("ring_size=2, ulysses_async=True) has no effect yet", "cp_plan=...) is ignored", "'sage' has no effect")
+    words = (
+        "ring_size=2, ulysses_async=True) has no effect yet",
+        "cp_plan=...) is ignored",
+        "'_native_npu' has no eff",
+    )
     assert all(any(each in str(warning.message) for warning in said) for each in words)
     denoise(model)
     (stats,) = cache_dit.summary(model, logging=False)
-    assert stats.parallelism_config is config and config.ulysses_async and kept_of(model).attention_backend == "sage"
+    assert stats.parallelism_config is config and config.ulysses_async
+    assert kept_of(model).attention_backend == "_native_npu"
     assert cache_dit.strify(stats) == f"DBCache_F1B0_W2I1M0MC0_R1.0_T0O0_Ring2_UAS_S{len(REST)}"
     with pytest.warns(SettingWarning, match="changes no global setting"):
         cache_dit.set_compile_configs(descent_tuning=True)
+
+
+def test_a_back_end_of_attention_is_the_option_until_another_one_comes():
+    def attention() -> Any:
+        return [(state.options.cache is not None, state.options.attention) for state in states_of(model)]
+
+    model, math = make(), AttentionConfig("math")
+    cache_dit.enable_cache(model, attention_backend="_native_math", **EAGER)
+    assert attention() == [(False, math)]
+    cache_dit.enable_cache(model, always(), **EAGER)
+    assert attention() == [(True, math)]
+    cache_dit.enable_cache(model, always(), attention=AttentionConfig("flex"), **EAGER)
+    assert attention() == [(True, AttentionConfig("flex"))]
+    cache_dit.set_attn_backend(model, "flash")
+    assert attention() == [(True, AttentionConfig("flash"))]
+    cache_dit.set_attn_backend(model, "native")
+    assert attention() == [(True, None)]
+    config = cache_dit.ParallelismConfig(parallel_kwargs={"attention_backend": "_native_math"})
+    cache_dit.enable_cache(model, always(), parallelism_config=config, **EAGER)
+    assert attention() == [(True, math)]
+    cache_dit.disable_cache(model)
+    cache_dit.enable_cache(model, always(), **EAGER)
+    assert attention() == [(True, None)]
+
+
+@pytest.mark.parametrize(("name", "words"), [("sage", "does not run here"), ("saeg", "did you mean 'sage'")])
+def test_a_back_end_that_is_not_there_is_an_error(name, words):
+    model = make()
+    for call in (
+        lambda: cache_dit.enable_cache(model, always(), attention_backend=name, **EAGER),
+        lambda: cache_dit.enable_cache(model, attention_backend=name),
+        lambda: cache_dit.set_attn_backend(model, name),
+    ):
+        with pytest.raises(OptionError, match=words):
+            call()
+    assert not states_of(model) and kept_of(model).attention_backend is None
 
 
 def test_ranks_share_with_and_without_a_cache_and_until_another_config_comes():

@@ -14,6 +14,7 @@ import pytest
 import torch
 from lib.ranks import close, on_ranks
 
+from cachedit_fx import AttentionConfig
 from cachedit_fx.compat import load_configs
 from cachedit_fx.runtime.registry import states_of
 
@@ -22,7 +23,6 @@ ON_RANKS = "parallel.py"
 """The script that torchrun starts."""
 SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py") if path.name not in ("preamble.py", ON_RANKS))
 SAYS = {
-    "parallel.py": ["'sage' has no effect", "'flash' has no effect"],
     "quantize_and_compile.py": ["set_compile_configs has no effect", "options of torch.compile have no effect"],
     "registered.py": ["patches nothing"],
 }
@@ -73,6 +73,7 @@ def test_a_script_shares_its_samples(in_folder):
         names, _ = run(ON_RANKS)
         (state,) = states_of(names["pipe"].transformer)
         assert state.ranks is not None and state.ranks.size == 2
+        assert state.options.attention == AttentionConfig("flash")
         assert load_configs("whole.yaml")["parallelism_config"].ulysses_size == 2  # "auto"
         whole: dict[str, Any] = {}
         exec(alone, whole)

@@ -49,6 +49,8 @@ class Block(nn.Module):
 class Attending(nn.Module):
     """Blocks of self-attention, then cross-attention to the text, with a key-padding mask if one is given."""
 
+    frequencies: Tensor
+
     def __init__(self, blocks: int = 3, width: int = 32) -> None:
         super().__init__()
         self.register_buffer("frequencies", torch.linspace(0.1, 3, width))

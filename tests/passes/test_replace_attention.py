@@ -233,7 +233,8 @@ def test_a_choice_of_torchs_kernel_around_a_call_has_no_effect_on_it():
     graph = capture(model, noise(width=32))
     gm, fact = replaced(graph.copy(), "flash")
     assert fact.calls == {"flash": 1}
-    flash = functions.flash_on_cpu(*[heads(noise(width=32))] * 3, None, False, None, False)
+    x = heads(noise(width=32))
+    flash = functions.flash_on_cpu(x, x, x, None, False, None)
     assert torch.equal(run_graph(gm, graph.inputs)[0], flash) and not torch.equal(graph.expected[0], flash)
 
 
@@ -349,14 +350,15 @@ def test_kinds_of_masks(shape, dtype, kind):
 
 @pytest.fixture
 def package(monkeypatch):
-    """sageattention, which is not there: it computes sdpa, with the faults of version 1.0.6. Lengths that it computed."""
+    """sageattention, which is not there: sdpa with the faults of version 1.0.6. A list of the lengths that it got."""
     lengths = []
 
     def sageattn(q, k, v, tensor_layout, is_causal, sm_scale):
         assert tensor_layout == "NHD" and all(x.stride(-1) == 1 for x in (q, k, v))
         k -= k.mean(1, keepdim=True)
         lengths.append(k.shape[1])
-        result = sdpa(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=is_causal, scale=sm_scale, enable_gqa=True)
+        query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+        result = sdpa(query, key, value, is_causal=is_causal, scale=sm_scale, enable_gqa=True)
         is_wrong = k.shape[1] % 64 and not is_causal
         return (result * 2 if is_wrong else result).transpose(1, 2).contiguous()
 

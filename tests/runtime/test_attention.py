@@ -100,7 +100,12 @@ def test_gradients_run_in_the_models_own_attention(attention):
 
 def test_torch_compile_takes_it():
     model = attending()
-    options = {"attention": "math", "inner_backend": "eager", "residual_diff_threshold": 0, "Fn_compute_blocks": 1}
+    options: dict[str, Any] = {
+        "attention": "math",
+        "inner_backend": "eager",
+        "residual_diff_threshold": 0,
+        "Fn_compute_blocks": 1,
+    }
     compiled = torch.compile(model, backend="cachedit", options=options)
     assert are_equal(steps(compiled), steps_in(model)) == [True] * 4
 
@@ -126,8 +131,8 @@ def test_four_forms_are_two_models_with_two_attentions_each():
     model = attending()
     low = quantized(model)
     expected = [steps(model)[0], steps(low)[1], steps_in(model, first=1)[2], steps_in(low, first=1)[3]]
-    precision = PrecisionConfig("int8", full_steps_mask="1010")
-    attention = AttentionConfig("math", own_steps_mask="1100")
+    precision = PrecisionConfig("int8", full_steps_mask=(1, 0, 1, 0))
+    attention = AttentionConfig("math", own_steps_mask=(1, 1, 0, 0))
     enabled(model, attention, precision=precision, passes={"hoist_invariants": False})
     assert are_equal(steps(model), expected) == [True] * 4
     (stats,) = summary(model)
@@ -137,7 +142,9 @@ def test_four_forms_are_two_models_with_two_attentions_each():
 
 def test_every_step_is_shown(capsys):
     model = attending()
-    enabled(model, AttentionConfig("math", own_steps_mask="100"), precision=PrecisionConfig("int8", full_first_steps=1))
+    enabled(
+        model, AttentionConfig("math", own_steps_mask=(1, 0, 0)), precision=PrecisionConfig("int8", full_first_steps=1)
+    )
     steps(model)
     summary(model, details=True)
     shown = capsys.readouterr().out
@@ -186,7 +193,7 @@ def test_single_blocks_are_pruned_and_attend_otherwise():
     model = attending(4)
     other = steps_in(model, first=1)
     prune = DBPruneConfig(Fn_compute_blocks=1, residual_diff_threshold=0)
-    enabled(model, AttentionConfig("math", own_steps_mask="100"), prune)
+    enabled(model, AttentionConfig("math", own_steps_mask=(1, 0, 0)), prune)
     assert are_equal(steps(model), other) == [False, True, True, True]
     enabled(model, ALTERNATE, prune.reset(residual_diff_threshold=0.5, max_warmup_steps=1))
     steps(model)
@@ -207,7 +214,7 @@ def test_a_compiler_compiles_both_forms(inner_backend):
     model = attending()
     far = lambda query, key, value, **_: value.mean(2, keepdim=True).expand_as(query).contiguous()  # noqa: E731
     own, other = steps(model), steps_in(model, replacement("far", functions.of_callable(far), True), first=1)
-    enabled(model, AttentionConfig(far, own_steps_mask="1010"), inner_backend=inner_backend)
+    enabled(model, AttentionConfig(far, own_steps_mask=(1, 0, 1, 0)), inner_backend=inner_backend)
     for step, result in enumerate(steps(model)):
         torch.testing.assert_close(result, (own, other)[step % 2][step], rtol=1e-4, atol=1e-5)
         assert (result - (other, own)[step % 2][step]).abs().max() > 1e-3

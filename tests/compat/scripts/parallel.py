@@ -13,7 +13,7 @@ cache_dit.enable_cache(
     cache_config=DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=3, residual_diff_threshold=0.5),
     parallelism_config=ParallelismConfig(
         ulysses_size=2,
-        parallel_kwargs={"experimental_ulysses_anything": True, "attention_backend": "sage"},
+        parallel_kwargs={"experimental_ulysses_anything": True, "attention_backend": "_native_math"},
     ),
 )
 cache_dit.set_attn_backend(pipe, "flash")
