@@ -113,7 +113,8 @@ def _replacement(node: fx.Node, config: AttentionConfig) -> tuple[str, Any] | st
     call, result = _call(arguments, tensor_of(node)), tensor_of(node)
     if call is None or result is None:
         return "its tensors were not recorded"
-    choice = config.choice(_module_of(node), _is_cross(arguments["query"], arguments["key"]))
+    is_cross = config.cross_backend is not None and _is_cross(arguments["query"], arguments["key"])
+    choice = config.choice(_module_of(node), is_cross)
     if isinstance(choice, str):
         return choice
     backend, is_tokens_first = fitting(choice, call), _is_tokens_first(result)

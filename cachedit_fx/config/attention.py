@@ -22,8 +22,8 @@ class AttentionConfig:
     """The back end of a model's attention.
 
     A call that the back end does not take keeps the model's own attention; `explain` says which and why. Without a
-    choice of steps, every other call of the model is replaced. With one, the calls of the middle blocks are replaced,
-    at the steps that `is_own` leaves; the first F and the last B blocks run in the model's own attention at all steps,
+    choice of steps, every other call of the model is replaced. With one, only calls of the middle blocks are replaced,
+    at the steps that `is_own` leaves. The first F and the last B blocks then always run in the model's own attention,
     so differences between steps compare like with like.
 
     A subclass may choose the steps by another rule: it overrides `is_own`.
@@ -69,9 +69,9 @@ class AttentionConfig:
     @cached_property
     def _choices(self) -> dict[str, tuple[Backend, ...]]:
         """A setting in words -> the back ends that it names."""
-        settings = {"backend": self.backend, "cross_backend": self.cross_backend}
-        if self.cross_backend is None:
-            settings["cross_backend"] = self.backend
+        settings = {"backend": self.backend}
+        if self.cross_backend is not None:
+            settings["cross_backend"] = self.cross_backend
         for pattern, value in (self.per_layer or {}).items():
             settings[_entry(pattern)] = OWN if value is None else value
         return {title: backends_of(f"attention {title}", value) for title, value in settings.items()}
@@ -81,13 +81,14 @@ class AttentionConfig:
 
         Args:
             module: the dotted name of the module that calls.
-            is_cross: whether queries and keys are projected from different values.
+            is_cross: whether queries and keys are projected from different values. It matters to `cross_backend` alone.
         """
         excluding = next((pattern for pattern in self.exclude if matches(module, pattern)), None)
         if excluding is not None:
             return f"excluded by {excluding!r}"
         pattern = first_match(module, self.per_layer or ())
-        title = _entry(pattern) if pattern is not None else "cross_backend" if is_cross else "backend"
+        kind = "cross_backend" if is_cross and self.cross_backend is not None else "backend"
+        title = _entry(pattern) if pattern is not None else kind
         return self._choices[title] or f"{title} is {OWN!r}"
 
     def check(self, modules: Sequence[str] | None) -> None:

@@ -150,7 +150,7 @@ def test_kept_calls_and_the_reasons(masked):
         return fact.calls, fact.kept
 
     assert taken("flex") == ({"flex": 3}, {"flex takes no bool padding mask": 3})
-    assert taken("sdpa") == ({}, {"backend is 'sdpa'": 3, "cross_backend is 'sdpa'": 3})
+    assert taken("sdpa") == ({}, {"backend is 'sdpa'": 6})
     assert taken("math", cross_backend="sdpa") == ({"math": 3}, {"cross_backend is 'sdpa'": 3})
     assert taken("sdpa", cross_backend="math") == ({"math": 3}, {"backend is 'sdpa'": 3})
     assert taken("math", exclude=["blocks.0", "attn2"]) == (

@@ -26,11 +26,13 @@ MEASURED = {
     "detect_block_loops": ("0.39", "no adapter for a model"),
     "infer_sequence_axes": ("0.6", "no plan per model for context parallelism"),
     "insert_ulysses": ("1.1", "8 ranks: an eighth of the linear layers' work each, 674 MiB sent a step"),
+    "replace_attention": ("0.28", "another kernel for all 57 calls of attention, and no processor set"),
     "plan_regions": ("0.06", "no rule per model for the results of its blocks"),
     "outline_blocks": ("0.48", "compiling takes 15 s; 132 s by plain `torch.compile`"),
     "hoist_invariants": ("0.4", "a step reads 27 % fewer weights, once their results are kept"),
     "insert_cache_branch": ("0.05", "a cached step takes 4 % of an eager one, F = 1"),
     "insert_low_precision": ("0.12", "a step in int8 takes 0.36 of one in float32, width 1024"),
+    "insert_attention_forms": ("0.12", "steps change their attention, and compile nothing"),
     "gather_inputs": ("0.05", "Python of a cached step: 3.2 ms; 4.2 ms without the pass"),
 }
 """Pass -> seconds that it takes, and its gain: both on a FLUX of 57 blocks."""
@@ -46,8 +48,9 @@ rewrite does not keep, and repeats the analyses on demand. Each pass has a test 
 [tests/passes](../tests/passes).
 
 `passes={"name": False}` switches a pass off by its name in the table. `plan_regions` and `insert_cache_branch` are off
-with `cache=None`, `insert_low_precision` without the option `precision`, and `fuse_rotary` if the inner backend is
-"eager". A pass that lacks a fact is skipped.
+with `cache=None`, `insert_low_precision` without the option `precision`, `replace_attention` without `attention`, and
+`fuse_rotary` if the inner backend is "eager". `insert_attention_forms` is on if `attention` chooses steps. A pass that
+lacks a fact is skipped.
 """
 
 TABLE = """\
