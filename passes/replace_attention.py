@@ -23,7 +23,7 @@ import torch
 from torch import fx
 from torch.nn.functional import scaled_dot_product_attention
 
-from cachedit_fx.attention.backends import fitting
+from cachedit_fx.attention.backends import OWN, fitting
 from cachedit_fx.attention.calls import AttentionCall, MaskKind, mask_kind, same
 from cachedit_fx.attention.functions import replacement
 from cachedit_fx.config.attention import AttentionConfig
@@ -87,74 +87,99 @@ class ReplaceAttention(Rewrite):
 
     def run(self, gm: fx.GraphModule, facts: Facts) -> Rewritten:
         calls: Counter[str] = Counter()
-        kept: Counter[str] = Counter()
-        config = self.config or AttentionConfig("sdpa")
-        for node in gm.graph.nodes:
-            if node.op == "call_function" and target_name(node) in _OTHERS:
-                kept[f"it is a call of {target_name(node)}"] += 1
-            if node.op != "call_function" or not any(node.target is target for target in _TARGETS):
-                continue
-            chosen = _replacement(node, config)
+        names = (target_name(node) for node in gm.graph.nodes if node.op == "call_function")
+        kept = Counter(f"it is a call of {name}" for name in names if name in _OTHERS)
+        config = self.config or AttentionConfig(OWN)
+        for call in attention_calls(gm):
+            chosen = _replacement(call, config)
             if isinstance(chosen, str):
                 kept[chosen] += 1
                 continue
             calls[chosen[0]] += 1
             if config.is_by_step:
-                node.meta[REPLACEMENT] = chosen
+                call.node.meta[REPLACEMENT] = chosen
             else:
-                node.target = chosen[1]
+                call.node.target = chosen[1]
         fact = ReplacedAttention(calls, kept, config.is_by_step)
         return Rewritten(gm, calls.total(), (fact,))
 
 
-def _replacement(node: fx.Node, config: AttentionConfig) -> tuple[str, Any] | str:
+@dataclass(frozen=True)
+class Call:
+    """A call of sdpa in a graph.
+
+    Attributes:
+        node: the call.
+        arguments: by name, those that are left out not among them.
+    """
+
+    node: fx.Node
+    arguments: Mapping[str, Any]
+
+    @property
+    def facts(self) -> AttentionCall | None:
+        """The call as back ends judge it; None if the tracer did not record its tensors."""
+        query, key, value = (tensor_of(self.arguments[name]) for name in _PARAMETERS[:3])
+        result, mask = tensor_of(self.node), self.arguments.get("attn_mask")
+        kind = None if mask is None else _mask_kind(mask)
+        if query is None or key is None or value is None or result is None or (kind is None and mask is not None):
+            return None
+        flags = (self.arguments.get(name, False) for name in ("is_causal", "enable_gqa"))
+        is_causal, enable_gqa = (flag if isinstance(flag, bool) else None for flag in flags)
+        dropout = self.arguments.get("dropout_p", 0.0)
+        return AttentionCall(
+            tuple(query.shape),
+            tuple(key.shape),
+            tuple(value.shape),
+            dtypes=tuple(tensor.dtype for tensor in (query, key, value, result)),
+            device=query.device.type,
+            mask=kind,
+            is_causal=is_causal,
+            enable_gqa=enable_gqa,
+            dropout=None if isinstance(dropout, fx.Node) else dropout,
+        )
+
+    @property
+    def is_cross(self) -> bool:
+        """Whether queries and keys are projected from different values; without projections, whether lengths differ."""
+        query, key = (self.arguments[name] for name in _PARAMETERS[:2])
+        sources = [set(_projected(node)) for node in (query, key)]
+        if all(sources):
+            return sources[0].isdisjoint(sources[1])
+        lengths = [tensor.shape[-2] for node in (query, key) if (tensor := tensor_of(node)) is not None]
+        return not same(*lengths)
+
+    @property
+    def module(self) -> str:
+        """The dotted name of the module that calls; empty if the tracer recorded none."""
+        stack = self.node.meta.get("nn_module_stack") or {}
+        return module_path(list(stack.values())[-1][0]) if stack else ""
+
+
+def attention_calls(gm: fx.GraphModule) -> Iterator[Call]:
+    """The calls of sdpa, in graph order."""
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and any(node.target is target for target in _TARGETS):
+            yield Call(node, dict(zip(_PARAMETERS, node.args, strict=False)) | dict(node.kwargs))
+
+
+def _replacement(call: Call, config: AttentionConfig) -> tuple[str, Any] | str:
     """The back end for a call and the function in place of sdpa, or why the call keeps its node."""
-    arguments: dict[str, Any] = dict(zip(_PARAMETERS, node.args, strict=False)) | dict(node.kwargs)
-    call, result = _call(arguments, tensor_of(node)), tensor_of(node)
-    if call is None or result is None:
+    facts, result = call.facts, tensor_of(call.node)
+    if facts is None or result is None:
         return "its tensors were not recorded"
-    is_cross = config.cross_backend is not None and _is_cross(arguments["query"], arguments["key"])
-    choice = config.choice(_module_of(node), is_cross)
+    choice = config.choice(call.module, config.cross_backend is not None and call.is_cross)
     if isinstance(choice, str):
         return choice
-    backend, is_tokens_first = fitting(choice, call), _is_tokens_first(result)
+    backend, is_tokens_first = fitting(choice, facts), _is_tokens_first(result)
     if isinstance(backend, str) or is_tokens_first is None:
         return backend if isinstance(backend, str) else "its result has a layout of its own"
     return backend.name, replacement(backend.name, backend.load(), is_tokens_first)
 
 
-def _call(arguments: Mapping[str, Any], result: torch.Tensor | None) -> AttentionCall | None:
-    """The call as back ends judge it; None if the tracer did not record its tensors."""
-    query, key, value = (tensor_of(arguments[name]) for name in _PARAMETERS[:3])
-    mask = arguments.get("attn_mask")
-    kind = None if mask is None else _mask_kind(mask)
-    if query is None or key is None or value is None or result is None or (kind is None and mask is not None):
-        return None
-    flags = {name: arguments.get(name, False) for name in ("is_causal", "enable_gqa")}
-    is_causal, enable_gqa = (flag if isinstance(flag, bool) else None for flag in flags.values())
-    dropout = arguments.get("dropout_p", 0.0)
-    return AttentionCall(
-        tuple(query.shape),
-        tuple(key.shape),
-        tuple(value.shape),
-        dtypes=tuple(tensor.dtype for tensor in (query, key, value, result)),
-        device=query.device.type,
-        mask=kind,
-        is_causal=is_causal,
-        enable_gqa=enable_gqa,
-        dropout=None if isinstance(dropout, fx.Node) else dropout,
-    )
-
-
 def _mask_kind(mask: fx.Node) -> MaskKind | None:
     tensor = tensor_of(mask)
     return None if tensor is None else mask_kind(tensor)
-
-
-def _module_of(node: fx.Node) -> str:
-    """The dotted name of the module that calls; empty if the tracer recorded none."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return module_path(list(stack.values())[-1][0]) if stack else ""
 
 
 def _is_tokens_first(result: torch.Tensor) -> bool | None:
@@ -171,15 +196,6 @@ def _is_tokens_first(result: torch.Tensor) -> bool | None:
         else:
             return is_tokens_first
     return None
-
-
-def _is_cross(query: fx.Node, key: fx.Node) -> bool:
-    """Whether queries and keys are projected from different values; without projections, whether lengths differ."""
-    sources = [set(_projected(node)) for node in (query, key)]
-    if all(sources):
-        return sources[0].isdisjoint(sources[1])
-    lengths = [tensor.shape[-2] for node in (query, key) if (tensor := tensor_of(node)) is not None]
-    return not same(*lengths)
 
 
 def _projected(node: fx.Node) -> Iterator[fx.Node]:

@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from cachedit_fx.bench.coverage_counts import Inputs, Make, count_tables, counts_of
+from cachedit_fx.bench.coverage_attention import ATTENTION, AttentionCounts, check_attention, counts_table
+from cachedit_fx.bench.coverage_counts import count_tables, counts_of
 from cachedit_fx.bench.coverage_quantized import INT8, check_quantized
-from cachedit_fx.bench.coverage_steps import FIRST, LATER, at_timestep, equal, tensors, timesteps_of
+from cachedit_fx.bench.coverage_steps import FIRST, LATER, Inputs, Make, at_timestep, equal, tensors, timesteps_of
 from cachedit_fx.bench.coverage_subject import Subject
 from cachedit_fx.bench.errors import RequestError
 from cachedit_fx.bench.motion import Reads
@@ -71,6 +72,9 @@ class Covered:
         share: what one of two ranks does in a step; None if that was not counted, or the ranks divide nothing.
         int8: whether the model in int8 is cached as exactly; None if that was not tried.
         int8_note: why not, for people; empty if it is.
+        attention: whether the model with another attention is cached as exactly; None if that was not tried.
+        attention_note: why not, for people; empty if it is.
+        calls: its calls of attention; None if they were not counted, or there are none.
     """
 
     name: str
@@ -83,6 +87,9 @@ class Covered:
     share: Share | None = None
     int8: bool | None = None
     int8_note: str = ""
+    attention: bool | None = None
+    attention_note: str = ""
+    calls: AttentionCounts | None = None
 
     @property
     def is_full(self) -> bool:
@@ -311,8 +318,9 @@ def check_all(zoo: Zoo, tell: Tell) -> Iterator[Covered]:
         tell(name)
         row = check(name, make, zoo.blocks.get(name))
         if row.is_full:
-            row.reads, row.share = counts_of(name, make)
+            row.reads, row.share, row.calls = counts_of(name, make)
             row.int8, row.int8_note = check_quantized(make)
+            row.attention, row.attention_note = check_attention(make)
         yield row
         tell(done=1)
     yield from (Covered(name, reason=NO_ENTRY) for name in zoo.missing)
@@ -326,13 +334,13 @@ def table(rows: Sequence[Covered], is_narrow: bool = False) -> Table:
     """
     has_variants = any(row.variants is not None for row in rows)
     checks = ("checks",) if is_narrow else tuple(CHECKS)
-    headings = ("model", "chain", *checks, "FLOPs", "int8", *(["variants"] if has_variants else []))
+    headings = ("model", "chain", *checks, "FLOPs", "int8", "attn", *(["variants"] if has_variants else []))
     result = Table(headings, texts=range(2 if is_narrow else len(CHECKS) + 2))
     signs = {True: "✓", False: "✗", None: "-"}
     for row in rows:
         marks = [signs[row.passed.get(name)] for name in CHECKS]
         work = "" if row.work is None else f"{row.work:.0%}"
-        figures = [work, signs[row.int8], *([_variants_cell(row)] if has_variants else [])]
+        figures = [work, signs[row.int8], signs[row.attention], *([_variants_cell(row)] if has_variants else [])]
         cells = ["".join(marks)] if is_narrow else marks
         result.add(row.name, " + ".join(row.loops), *cells, *figures, style="" if row.is_full else "bold")
     return result
@@ -367,6 +375,7 @@ def markdown(rows: Sequence[Covered], made_by: str, excluded: Mapping[str, str])
     """The table as a file: the meaning of the columns, models that fall short and why, those left out."""
     short = [f"**{row.name}**: {_short_paths(row.reason)}" for row in rows if not row.is_full]
     left_out = [f"**{name}**: {reason}" for name, reason in excluded.items()]
+    notes = [f"**{row.name}**: {row.attention_note}" for row in rows if row.attention_note]
     return page(
         Heading("Which models it works with"),
         f"{made_by}: tiny configurations, random weights, float32, inner backend eager, F1B0, everything reused from "
@@ -376,12 +385,15 @@ def markdown(rows: Sequence[Covered], made_by: str, excluded: Mapping[str, str])
             *(f"**{name}**: {meaning}." for name, meaning in CHECKS.items()),
             "**FLOPs**: of a reused step, over a computed one's.",
             f"**int8**: {INT8}.",
+            f"**attn**: {ATTENTION}.",
             *([f"**variants**: {VARIANTS}."] if any(row.variants for row in rows) else []),
         ],
         table(rows),
         *count_tables([row.reads for row in rows], [row.share for row in rows]),
+        *counts_table([row.calls for row in rows]),
         *titled_list("Rows that fall short", short),
         *titled_list("Not in int8", [f"**{row.name}**: {row.int8_note}" for row in rows if row.int8_note]),
+        *titled_list("Not with another attention", notes),
         *titled_list("Left out", left_out),
         *titled_list("Variants that are wrong", _variant_lines(rows, "wrong")),
         *titled_list("Variants that run uncached", _variant_lines(rows, "uncached")),

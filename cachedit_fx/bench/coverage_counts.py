@@ -1,22 +1,16 @@
-"""Counts on a model's graph what code motion takes out of a step, and what two ranks would divide."""
+"""Counts on a model's graph what code motion takes out of a step, what two ranks divide, and its calls of attention."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from torch import nn
-
-from cachedit_fx.bench import motion, ulysses
+from cachedit_fx.bench import coverage_attention, motion, ulysses
+from cachedit_fx.bench.coverage_attention import AttentionCounts
+from cachedit_fx.bench.coverage_steps import Make
 from cachedit_fx.bench.graphs import largest_graph
 from cachedit_fx.bench.motion import Reads, shares_table
 from cachedit_fx.bench.ulysses import Share
 from cachedit_fx.report.tables import Heading, Part, Table
-
-Inputs = Callable[[int], dict[str, Any]]
-"""Keyword arguments of one forward at size 1 or 2, two resolutions; the same at every call."""
-
-Make = Callable[[], tuple[nn.Module, Inputs]]
 
 MOTION = (
     "Shares of the weights that a step reads without code motion: those whose results change with the timestep "
@@ -35,11 +29,12 @@ RANKS = (
 )
 
 
-def counts_of(name: str, make: Make) -> tuple[Reads | None, Share | None]:
-    """What code motion takes out of a step of a model, and what one of two ranks does in a step."""
+def counts_of(name: str, make: Make) -> tuple[Reads | None, Share | None, AttentionCounts | None]:
+    """What code motion takes out of a step of a model, what one of two ranks does in it, its calls of attention."""
     module, inputs = make()
     gm = largest_graph(module, inputs(1))
-    return motion.count(name, module, gm), ulysses.count(name, module, gm, 2)
+    calls = coverage_attention.count(name, gm)  # before the others, which rewrite the graph
+    return motion.count(name, module, gm), ulysses.count(name, module, gm, 2), calls
 
 
 def count_tables(reads: Sequence[Reads | None], shares: Sequence[Share | None]) -> list[Part]:

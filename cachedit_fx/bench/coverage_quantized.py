@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cachedit_fx.bench.coverage_counts import Make
-from cachedit_fx.bench.coverage_steps import FIRST, LATER, at_timestep, equal, tensors
+from cachedit_fx.bench.coverage_steps import FIRST, LATER, Make, at_timestep, equal, tensors
 from cachedit_fx.bench.coverage_subject import Subject
 from cachedit_fx.config.cache import DBCacheConfig
 from cachedit_fx.config.precision import PrecisionConfig

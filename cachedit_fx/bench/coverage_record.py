@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cachedit_fx.bench.coverage import NO_ENTRY, Covered
+from cachedit_fx.bench.coverage_attention import AttentionCounts
 from cachedit_fx.bench.motion import Reads
 from cachedit_fx.bench.resume import kept_rows, save_page
 from cachedit_fx.bench.ulysses import Share
@@ -52,11 +53,12 @@ class CoverageRecord:
 
 def _covered(row: Mapping[str, Any]) -> Covered:
     """A row as `asdict` and JSON have left it."""
-    variants, reads, share = row["variants"], row["reads"], row["share"]
+    variants, reads, share, calls = (row[name] for name in ("variants", "reads", "share", "calls"))
     values = {
         "loops": tuple(row["loops"]),
         "variants": None if variants is None else tuple(VariantResult(**variant) for variant in variants),
         "reads": None if reads is None else Reads(**reads),
+        "calls": None if calls is None else AttentionCounts(**calls),
         "share": None if share is None else Share(**{**share, "tokens": tuple(share["tokens"])}),
     }
     return Covered(**{**row, **values})

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from cachedit_fx.passes.find_timestep import NAMES
+
+Inputs = Callable[[int], dict[str, Any]]
+"""Keyword arguments of one forward at size 1 or 2, two resolutions; the same at every call."""
+
+Make = Callable[[], tuple[nn.Module, Inputs]]
 
 FIRST, LATER = 1.0, 0.9
 """A step's timestep, over the first step's."""

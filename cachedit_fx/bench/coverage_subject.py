@@ -14,6 +14,7 @@ from cachedit_fx.config.cache import DBCacheConfig
 from cachedit_fx.passes.base import Facts
 from cachedit_fx.passes.block_loops import Detection
 from cachedit_fx.passes.plan_regions import RegionReport
+from cachedit_fx.passes.replace_attention import ReplacedAttention
 from cachedit_fx.runtime.registry import state_of_module
 from cachedit_fx.runtime.stats import CacheStats
 
@@ -24,12 +25,14 @@ class Subject:
     Attributes:
         chain: name -> number of blocks, of the loops of the chain that was found.
         middle: names of the blocks that the regions bypass.
+        attention: name of a back end -> how many calls of attention it takes, if the options ask for one.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.chain: dict[str, int] = {}
         self.middle: set[str] = set()
+        self.attention: dict[str, int] = {}
 
     def compile(self, cache: DBCacheConfig | None, **options: Any) -> None:
         """As a user would. The next call captures the module, unless only the policy is another.
@@ -43,7 +46,8 @@ class Subject:
 
     def note(self, facts: Facts) -> None:
         """Take down the facts of one graph. Every compilation of the module finds the same."""
-        detection, report = facts.get(Detection), facts.get(RegionReport)
+        detection, report, replaced = facts.get(Detection), facts.get(RegionReport), facts.get(ReplacedAttention)
+        self.attention |= replaced.calls if replaced is not None else {}
         if detection is not None:
             self.chain |= {loop.name: loop.num_blocks for loop in detection.chain_loops}
         if report is not None:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 import cachedit_fx
 from cachedit_fx.bench.coverage import CHECKS, check
+from cachedit_fx.bench.coverage_attention import check_attention
 from cachedit_fx.bench.coverage_quantized import check_quantized
 from cachedit_fx.runtime.memory import BranchMemory
 from cachedit_fx.runtime.policies.base import Action, Decision, Reason
@@ -81,6 +82,9 @@ RESIZED = {
 }
 """Classes of distinct shape, whose whole check is made by default. Pipelines of others are in test_families.py."""
 
+WITHOUT_ATTENTION = {"T5FilmDecoder", "Kandinsky6SRTransformer3DModel"}
+"""Classes that attend by other means than sdpa: written out, or by flex_attention alone."""
+
 AS_A_USER = ["PixArtTransformer2DModel"]
 """Classes that are captured anew for each setting by default."""
 
@@ -120,6 +124,13 @@ def test_class_by_one_capture(name):
 @pytest.mark.parametrize("name", only_in("zoo", CAPTURED))
 def test_class_in_int8(name):
     assert check_quantized(zoo.ZOO[name]) == (True, "")
+
+
+@pytest.mark.budget(120, "three captures, of large graphs too")
+@pytest.mark.parametrize("name", only_in("zoo", CAPTURED))
+def test_class_with_another_attention(name):
+    words = (None, "it has no call of attention") if name in WITHOUT_ATTENTION else (True, "")
+    assert check_attention(zoo.ZOO[name]) == words
 
 
 @pytest.mark.budget(120, "several captures, of large graphs too")

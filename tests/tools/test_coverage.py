@@ -7,6 +7,7 @@ import pytest
 from lib.command_line import invoke, plain
 
 from cachedit_fx.bench.coverage import CHECKS, LEGEND, NO_ENTRY, Covered, table
+from cachedit_fx.bench.coverage_attention import AttentionCounts
 from cachedit_fx.bench.coverage_record import CoverageRecord
 from cachedit_fx.bench.motion import Reads
 from cachedit_fx.bench.ulysses import Share
@@ -56,10 +57,12 @@ def test_the_table_says_what_held_and_what_did_not(models_file, tmp_path):
     out = tmp_path / "found" / "table.md"
     result = invoke("coverage", models_file, "--out", out)
     assert result.exit_code == 1, result.output
-    checks, _, motion = out.read_text().partition("## Code motion")
+    checks, _, counts = out.read_text().partition("## Code motion")
+    motion, _, attention = counts.partition("## Attention")
     rows = {line.split("|")[1].strip(): line.count("✓") for line in checks.splitlines() if line.startswith("|")}
-    assert rows == {"model": 0, "---": 0, "Good": len(CHECKS) + 1, "Short": 2, "Raises": 0, "Newcomer": 0}
+    assert rows == {"model": 0, "---": 0, "Good": len(CHECKS) + 2, "Short": 2, "Raises": 0, "Newcomer": 0}
     assert re.search(r"\| Good \|.*\| 0\.\d+ \|", motion) and "| Short |" not in motion
+    assert re.search(r"\| Good \| (\d) \| 0 \| \1 \| \1 \| \1 \|", attention)
     text = out.read_text()
     assert "1 of 4 models pass every check" in text and "**Other**: no denoiser" in text
     assert re.search(r"some_models\.py:\d+, in forward, `torch\._dynamo\.graph_break", text)
@@ -82,7 +85,15 @@ def test_the_table_fits_a_terminal_of_80_columns(has_variants):
         console.print(terminal(table(rows, is_narrow=True)), width=80)
     lines = captured.get().splitlines()
     assert max(map(len, lines)) <= 80
-    assert lines[0].split() == ["model", "chain", "checks", "FLOPs", "int8", *(["variants"] if has_variants else [])]
+    assert lines[0].split() == [
+        "model",
+        "chain",
+        "checks",
+        "FLOPs",
+        "int8",
+        "attn",
+        *(["variants"] if has_variants else []),
+    ]
     assert "✓✓✓✓✓✓✓" in lines[2] and any("✓✗-----" in line for line in lines)
     assert list(CHECKS) == re.findall(r"\w+", LEGEND.partition(": ")[2].partition(".")[0])
 
@@ -104,6 +115,7 @@ def test_a_run_that_was_stopped_goes_on(models_file, tmp_path, monkeypatch):
 
     monkeypatch.setattr("cachedit_fx.bench.coverage.check", check)
     monkeypatch.setattr("cachedit_fx.bench.variant_checks.check_variants", lambda *_: [VARIANT])
+    monkeypatch.setattr("cachedit_fx.bench.coverage.check_attention", lambda _: (True, ""))
     out, unfinished = tmp_path / "out" / "table.md", tmp_path / "out" / "table-unfinished.json"
     stopped = invoke("coverage", models_file, "--variants", "--out", out)
     assert stopped.exit_code == 130 and "after 1 of 3 models" in plain(stopped.output)
@@ -134,6 +146,9 @@ def test_rows_survive_the_file(tmp_path):
         SHARE,
         False,
         "why",
+        False,
+        "why",
+        AttentionCounts("Good", 2, 1, {"sage": 1}),
     )
     defaults = Covered("Good")
     assert all(getattr(row, item.name) != getattr(defaults, item.name) for item in fields(Covered)[1:])
