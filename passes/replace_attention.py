@@ -133,6 +133,7 @@ class Call:
             tuple(value.shape),
             dtypes=tuple(tensor.dtype for tensor in (query, key, value, result)),
             device=query.device.type,
+            has_dense_rows=all(same(tensor.stride(-1), 1) for tensor in (query, key, value)),
             mask=kind,
             is_causal=is_causal,
             enable_gqa=enable_gqa,

@@ -22,6 +22,7 @@ class AttentionCall:
         query, key, value: sizes, [B, H, L, D] in most models.
         dtypes: of query, key, value and result.
         device: the query's device type.
+        has_dense_rows: whether the channels of a head lie side by side in query, key and value.
         mask: None without a mask.
         is_causal, enable_gqa: None if a value of the graph decides.
         dropout: its probability; None if a value of the graph decides.
@@ -32,6 +33,7 @@ class AttentionCall:
     value: tuple[Size, ...]
     dtypes: tuple[torch.dtype, ...]
     device: str
+    has_dense_rows: bool = True
     mask: MaskKind | None = None
     is_causal: bool | None = False
     enable_gqa: bool | None = False
@@ -60,6 +62,10 @@ class AttentionCall:
             return "its tensors have not four dimensions"
         if len(set(self.dtypes)) > 1:
             return "its tensors have several dtypes"
+        if not self.has_dense_rows:
+            return "the channels of a head do not lie side by side"
+        if any(same(size, 0) for size in (*self.query, *self.key)):
+            return "one of its tensors is empty"
         if not all(map(same, self.key[:-1], self.value[:-1])) or not same(self.query[0], self.key[0]):
             return "one of its tensors is broadcast"
         if not self.enable_gqa and not same(self.query[1], self.key[1]):

@@ -51,7 +51,7 @@ def sage_attention(
     """Attention by sageattention, or by torch if its result would be wrong.
 
     Args:
-        query: [B, H, Lq, D] in float16, bfloat16 or float32, on a GPU.
+        query: [B, H, Lq, D] in float16, bfloat16 or float32, on a GPU, its channels side by side.
         key, value: [B, Hkv, Lk, D].
         mask: must be None, as the package ignores it.
 
@@ -62,10 +62,10 @@ def sage_attention(
     if takes_length(key.shape[2], is_causal, major_version()):
         from sageattention import sageattn
 
-        tensors = [query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)]
-        tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
-        tensors[1] = tensors[1].clone()
-        result = sageattn(*tensors, tensor_layout="NHD", is_causal=is_causal, sm_scale=scale).transpose(1, 2)
+        tensors = query, key.clone(), value  # the keys change in place
+        result = sageattn(
+            *(x.transpose(1, 2) for x in tensors), tensor_layout="NHD", is_causal=is_causal, sm_scale=scale
+        ).transpose(1, 2)
     else:
         result = scaled_dot_product_attention(
             query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
