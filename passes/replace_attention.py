@@ -24,7 +24,7 @@ from torch import fx
 from torch.nn.functional import scaled_dot_product_attention
 
 from cachedit_fx.attention.backends import OWN, fitting
-from cachedit_fx.attention.calls import AttentionCall, MaskKind, mask_kind, same
+from cachedit_fx.attention.calls import AttentionCall, mask_kind, same
 from cachedit_fx.attention.functions import replacement
 from cachedit_fx.config.attention import AttentionConfig
 
@@ -121,8 +121,8 @@ class Call:
         """The call as back ends judge it; None if the tracer did not record its tensors."""
         query, key, value = (tensor_of(self.arguments[name]) for name in _PARAMETERS[:3])
         result, mask = tensor_of(self.node), self.arguments.get("attn_mask")
-        kind = None if mask is None else _mask_kind(mask)
-        if query is None or key is None or value is None or result is None or (kind is None and mask is not None):
+        mask_tensor = None if mask is None else tensor_of(mask)
+        if query is None or key is None or value is None or result is None or (mask is None) != (mask_tensor is None):
             return None
         flags = (self.arguments.get(name, False) for name in ("is_causal", "enable_gqa"))
         is_causal, enable_gqa = (flag if isinstance(flag, bool) else None for flag in flags)
@@ -134,7 +134,7 @@ class Call:
             dtypes=tuple(tensor.dtype for tensor in (query, key, value, result)),
             device=query.device.type,
             has_dense_rows=all(same(tensor.stride(-1), 1) for tensor in (query, key, value)),
-            mask=kind,
+            mask=None if mask_tensor is None else mask_kind(mask_tensor, query, key),
             is_causal=is_causal,
             enable_gqa=enable_gqa,
             dropout=None if isinstance(dropout, fx.Node) else dropout,
@@ -176,11 +176,6 @@ def _replacement(call: Call, config: AttentionConfig) -> tuple[str, Any] | str:
     if isinstance(backend, str) or is_tokens_first is None:
         return backend if isinstance(backend, str) else "its result has a layout of its own"
     return backend.name, replacement(backend.name, backend.load(), is_tokens_first)
-
-
-def _mask_kind(mask: fx.Node) -> MaskKind | None:
-    tensor = tensor_of(mask)
-    return None if tensor is None else mask_kind(tensor)
 
 
 def _is_tokens_first(result: torch.Tensor) -> bool | None:

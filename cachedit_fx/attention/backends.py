@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from cachedit_fx.attention import functions
-from cachedit_fx.attention.calls import MASKS, AttentionCall, MaskKind, same
+from cachedit_fx.attention.calls import MASKS, REGULAR_MASKS, AttentionCall, MaskKind, same
 from cachedit_fx.attention.functions import Function
 from cachedit_fx.attention.sage import KEY_MULTIPLE, major_version, sage_attention
 from cachedit_fx.config.rules import OptionError, check, choice
@@ -166,15 +166,34 @@ _SAGE = Backend(
 )
 _INT8 = Backend(
     "int8",
-    "queries and keys in int8, a scale per block of tokens, values in 16 bits; on a CPU torch's own attention",
+    "queries and keys in int8, a scale for a query and for 64 keys, values in 16 bits",
     _int8(),
+    device="cuda",
+    capability=_AMPERE,
     package="cachedit_fx.kernels.int8_attention",
-    head_dims=(*range(40, 129), 256),
-    masks=MASKS,
+    dtypes=_HALF,
+    head_dims=range(8, 257, 8),
+    masks=REGULAR_MASKS,
     takes_gqa=True,
     causal="any",
     log_sum_exp=True,
 )
+_INT8_ON_CPU = replace(_INT8, meaning="torch's own attention, for what int8 takes", device="cpu", capability=None)
+_EMULATED = replace(
+    _INT8,
+    name="int8_emulated",
+    meaning="rounds queries and keys as int8 does, by torch's operators; all scores in memory",
+    load=_int8("_emulated"),
+    device=None,
+    capability=None,
+    log_sum_exp=False,
+    stands_in_for="int8",
+)
+
+
+def _also_in_float32(backend: Backend) -> tuple[Backend, Backend]:
+    return backend, replace(backend, dtypes=(torch.float32,), head_dims=range(8, 129, 8))
+
 
 _BACKENDS = (
     _ON_CUDA,
@@ -218,15 +237,9 @@ _BACKENDS = (
         key_multiple=1,
         changes=(),
     ),
-    _INT8,
-    replace(
-        _INT8,
-        name="int8_emulated",
-        meaning="rounds queries and keys as int8 does, by torch's operators",
-        load=_int8("_emulated"),
-        log_sum_exp=False,
-        stands_in_for="int8",
-    ),
+    *_also_in_float32(_INT8),
+    *_also_in_float32(_INT8_ON_CPU),
+    *_also_in_float32(_EMULATED),
 )
 
 NAMES = tuple(dict.fromkeys((OWN, *(backend.name for backend in _BACKENDS))))
@@ -234,7 +247,7 @@ NAMES = tuple(dict.fromkeys((OWN, *(backend.name for backend in _BACKENDS))))
 
 
 def rows_of(name: str) -> list[Backend]:
-    """The rows of a name: one for each kind of device, and for each version of a package."""
+    """The rows of a name: for each kind of device, version of a package, and dtypes that differ in what is taken."""
     return [backend for backend in _BACKENDS if backend.name == name]
 
 
@@ -275,10 +288,6 @@ def fitting(backends: Collection[Backend], call: AttentionCall) -> Backend | str
     rows = [row for row in backends if row.lack() is None and row.device in (None, call.device)]
     if not rows:
         return f"{next(iter(backends)).name} does not run on {call.device!r}"
-    reasons = []
-    for row in rows:
-        reason = row.misfit(call)
-        if reason is None:
-            return row
-        reasons.append(reason)
-    return reasons[0]
+    rows = [row for row in rows if not row.dtypes or call.dtypes[0] in row.dtypes] or rows
+    misfits = [row.misfit(call) for row in rows]
+    return next((row for row, misfit in zip(rows, misfits, strict=True) if misfit is None), misfits[0] or "")

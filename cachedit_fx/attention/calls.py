@@ -9,9 +9,11 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 Size: TypeAlias = int | torch.SymInt
-MaskKind: TypeAlias = Literal["bool padding", "bool", "float padding", "float"]
-"""Dtype, and whether all queries share one row of the mask (key padding)."""
-MASKS: frozenset[MaskKind] = frozenset({"bool padding", "bool", "float padding", "float"})
+MaskKind: TypeAlias = Literal["bool padding", "bool", "float padding", "float", "irregular"]
+"""Dtype, and whether all queries share one row of the mask (key padding). Irregular: of another dtype than the queries,
+or without an entry for each key."""
+REGULAR_MASKS: frozenset[MaskKind] = frozenset({"bool padding", "bool", "float padding", "float"})
+MASKS: frozenset[MaskKind] = REGULAR_MASKS | {"irregular"}
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,15 @@ class AttentionCall:
         return None
 
 
-def mask_kind(mask: torch.Tensor) -> MaskKind:
-    """The kind of a mask that is broadcast to [B, H, Lq, Lk]."""
-    is_padding = mask.dim() < 2 or same(mask.shape[-2], 1)
+def mask_kind(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> MaskKind:
+    """The kind of a mask that is broadcast to [..., Lq, Lk]."""
+    scores = (*query.shape[:-1], key.shape[-2])
+    pairs = zip(reversed(mask.shape), reversed(scores), strict=False)
+    fits = all(same(size, 1) or same(size, whole) for size, whole in pairs)
+    names_keys = 2 <= mask.dim() <= len(scores) and same(mask.shape[-1], scores[-1])
+    if not fits or not names_keys or mask.dtype not in (torch.bool, query.dtype):
+        return "irregular"
+    is_padding = same(mask.shape[-2], 1)
     if mask.dtype is torch.bool:
         return "bool padding" if is_padding else "bool"
     return "float padding" if is_padding else "float"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from lib.attention import attending, exact, heads
+from lib.attending import attending, exact, heads
 from lib.helpers import capture, find, ops, outcome_of, run_graph
 from lib.toys import noise
 from torch import fx, nn
@@ -16,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from cachedit_fx import AttentionConfig
-from cachedit_fx.attention import backends, functions, sage
+from cachedit_fx.attention import backends, calls, functions, sage
 from cachedit_fx.attention.backends import NAMES, OWN, Backend, fitting, rows_of
 from cachedit_fx.attention.calls import AttentionCall, mask_kind
 from cachedit_fx.attention.functions import replacement
@@ -42,8 +43,7 @@ def replaced(gm: fx.GraphModule, backend: Any, **settings: Any) -> tuple[fx.Grap
 
 
 def function(name: str) -> Any:
-    (row,) = (row for row in rows_of(name) if row.lack() is None)
-    return row.load()
+    return next(row for row in rows_of(name) if row.lack() is None).load()
 
 
 @pytest.fixture(scope="module")
@@ -322,7 +322,7 @@ def test_sage_declares_what_version_1_computes_right():
         "sage takes causal calls only of as many queries as keys"
     )
     assert reason("sage", head_dim=72) == "sage takes no head dim of 72"
-    for kind in backends.MASKS:
+    for kind in calls.MASKS:
         assert reason("sage", mask=kind) == f"sage takes no {kind} mask"
     assert reason("sage", key_heads=2, enable_gqa=True) is None
     assert reason("sage", dtypes=(torch.float64,) * 4) == (
@@ -341,17 +341,37 @@ def test_flash_on_a_gpu_takes_half_precision_without_masks():
     assert reason("cudnn", head_dim=256) == "cudnn takes no head dim of 256"
 
 
+def test_the_page_has_every_back_end():
+    page = (Path(__file__).resolve().parents[2] / "docs/attention.md").read_text()
+    rows = [row for name in NAMES for row in rows_of(name)]
+    assert all(f"| `{name}` | " in page for name in NAMES)
+    assert all(row.meaning in page for row in rows if row.device != "cpu")
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype", "kind"),
     [
         ((1, 1, 1, 5), torch.bool, "bool padding"),
         ((5, 5), torch.bool, "bool"),
-        ((5,), torch.float32, "float padding"),
+        ((1, 5), torch.float32, "float padding"),
         ((1, 2, 5, 5), torch.float32, "float"),
+        ((5,), torch.float32, "irregular"),
+        ((5, 1), torch.bool, "irregular"),
+        ((5, 5), torch.float64, "irregular"),
     ],
 )
 def test_kinds_of_masks(shape, dtype, kind):
-    assert mask_kind(torch.zeros(shape, dtype=dtype)) == kind
+    x = heads(noise(width=32))
+    assert mask_kind(torch.zeros(shape, dtype=dtype), x, x) == kind
+
+
+def test_int8_declares_what_its_kernel_takes():
+    assert reason("int8") is None and reason("int8", keys=77, head_dim=256, mask="bool padding") is None
+    assert reason("int8", mask="irregular") == "int8 takes no irregular mask"
+    assert reason("int8", head_dim=36) == "int8 takes no head dim of 36"
+    float32 = (torch.float32,) * 4
+    assert reason("int8", row=1, dtypes=float32) is None
+    assert reason("int8", row=1, dtypes=float32, head_dim=256) == "int8 takes no head dim of 256"
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lib.attention import attending, exact, replaced
+from lib.attending import attending, exact, replaced
 from lib.low_precision import NEVER, TEXT, TIMES, are_equal, quantized, steps
 from lib.toy_pipeline import ToyPipeline
 from lib.toys import CountingBackend, noise
