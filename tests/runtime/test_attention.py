@@ -86,6 +86,23 @@ def test_the_region_as_one_piece():
     assert are_equal(results, steps(enabled(model))) == [True] * 4
 
 
+def test_other_lengths_take_the_same_graph():
+    model, backend = attending(), CountingBackend()
+    enabled(model, dynamic=True, inner_backend=backend)
+    pieces = []
+    for tokens in (5, 9):
+        inputs = noise(1, tokens, width=32), torch.tensor([TIMES[0]]), TEXT
+        with torch.no_grad():
+            results = [model(*inputs), model(*inputs[:1], torch.tensor([TIMES[1]]), TEXT)]
+            twin = copy.deepcopy(model)
+            expected = [twin(*inputs)]
+            with replaced(list(twin.blocks)[1:], MATH):
+                expected.append(twin(*inputs[:1], torch.tensor([TIMES[1]]), TEXT))
+        assert are_equal(results, expected) == [True, True]
+        pieces.append(backend.pieces)
+    assert pieces[0] == pieces[1]
+
+
 @pytest.mark.parametrize("attention", ["math", ALTERNATE])
 def test_gradients_run_in_the_models_own_attention(attention):
     model = attending()

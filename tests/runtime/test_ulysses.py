@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils._pytree import tree_leaves
 
 import cachedit_fx
-from cachedit_fx import DBPruneConfig, DMDCalibratorConfig, TaylorSeerCalibratorConfig
+from cachedit_fx import AttentionConfig, DBPruneConfig, DMDCalibratorConfig, TaylorSeerCalibratorConfig
 from cachedit_fx.config.options import parse_options
 from cachedit_fx.config.rules import OptionError
 from cachedit_fx.passes.insert_ulysses import ContextParallel
@@ -46,6 +46,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dbprune": {"cache": DBPruneConfig(Fn_compute_blocks=1, max_warmup_steps=1, residual_diff_threshold=0.9)},
     "preset": {"cache": PresetConfig(preset="fast", steps=STEPS)},
     "no motion": DBCACHE | {"passes": {"hoist_invariants": False}},
+    "attention": DBCACHE | {"attention": AttentionConfig("math", own_first_steps=1)},
 }
 
 
