@@ -96,7 +96,7 @@ def _step_table(name: str, index: int, branch: BranchStats) -> RichTable:
                 if None not in parts and decision.action is Action.REUSE:
                     pruned = sum(part.action is Action.REUSE for part in parts.values())
                     action = f"prune {pruned} of {len(parts)}"
-                form = [name for name, low in branch.form_steps.items() if column[row] in low]
+                form = sorted(name for name, taken in branch.form_steps.items() if column[row] in taken)
                 action = f"{action} ({', '.join(form)})" if form else action
                 texts = (str(column[row]), action, decision.reason.value, difference)
                 cells += [Text(text, style=style) for text in texts]

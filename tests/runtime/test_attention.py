@@ -49,7 +49,7 @@ def steps_in(model: Any, function: Any = MATH, first: int = 0) -> list[torch.Ten
 # All steps
 
 
-@pytest.mark.parametrize("attention", ["math", "flex", exact])
+@pytest.mark.parametrize("attention", ["math", "flex"])
 def test_threshold_0_is_the_same_model_with_the_same_attention_uncached(attention):
     model = attending()
     plain = steps(model)
@@ -144,7 +144,7 @@ def test_own_steps_are_the_plain_module_and_others_the_replaced_one_to_the_bit()
         assert "2 computed in replaced attention" in str(stats)
 
 
-def test_four_forms_are_two_models_with_two_attentions_each():
+def test_four_forms_are_two_models_with_two_attentions_each(capsys):
     model = attending()
     low = quantized(model)
     expected = [steps(model)[0], steps(low)[1], steps_in(model, first=1)[2], steps_in(low, first=1)[3]]
@@ -155,24 +155,16 @@ def test_four_forms_are_two_models_with_two_attentions_each():
     (stats,) = summary(model)
     assert stats.low_steps == [1, 3] and stats.attention_steps == [2, 3]
     assert stats.branch(0).copy() == stats.branch(0)
-
-
-def test_every_step_is_shown(capsys):
-    model = attending()
-    enabled(
-        model, AttentionConfig("math", own_steps_mask=(1, 0, 0)), precision=PrecisionConfig("int8", full_first_steps=1)
-    )
-    steps(model)
     summary(model, details=True)
     shown = capsys.readouterr().out
-    assert shown.count("compute ") >= 4 and shown.count("compute (attention, low)") == 3
+    assert [shown.count(f"compute ({form})") for form in ("low", "attention", "attention, low")] == [1, 1, 1]
 
 
 def test_pieces_are_at_most_twice_as_many_and_steps_compile_none():
     counts = []
     for attention in (None, ALTERNATE):
         backend = CountingBackend()
-        model = enabled(attending(6), attention, inner_backend=backend)
+        model = enabled(attending(4), attention, inner_backend=backend)
         steps(model)
         counts.append(backend.pieces)
     assert counts[0] < counts[1] <= 2 * counts[0]
@@ -253,7 +245,6 @@ def test_the_explanation_says_which_calls_are_replaced_and_why_others_are_kept()
             "it is outside the middle blocks, and attention is chosen by step": 1,
         }
         assert "Calls of attention that back ends take: math 2\n  3 kept: cross_backend" in str(explanation)
-    assert not any(text in str(explain(attending(), *inputs)) for text in ("Calls of attention", "kept"))
 
 
 def test_a_back_end_that_takes_no_call_says_so_once():
