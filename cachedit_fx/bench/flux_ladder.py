@@ -75,6 +75,7 @@ def climb(device: torch.device, steps: int, inner_backend: str, name: str) -> Fo
                 Fn_compute_blocks=1,
                 steps_computation_mask=mask,
                 steps_computation_policy="static",
+                attention=None if device.type == "cpu" else rung.attention,
             )
         outputs = model.generation([rung.title + (COMPUTED if digit == "1" else CACHED) for digit in mask])
         first = model.close_to_eager(f"first output, {rung.title}, against eager", outputs[0])
