@@ -50,17 +50,21 @@ class ContextParallel(Interface):
         share: the share of the work of the chain's linear layers that the ranks divide, from 0 to 1.
         gathers: name of an operation of the chain -> how many values it needs whole.
         exchanges: how many values change from one cut to another, by an all-to-all each.
+        in_float8: how many of them travel in eight bits.
     """
 
     group: str
     share: float
     gathers: Mapping[str, int]
     exchanges: int
+    in_float8: int = 0
 
     @property
     def note(self) -> str:
         """A sentence for people."""
         text = f"ulysses: the ranks divide {self.share:.0%} of the work of the chain's linear layers"
+        if self.in_float8:
+            text += f"; {self.in_float8} of {self.exchanges} exchanges travel in eight bits"
         gathers = ", ".join(f"{name} ({count})" for name, count in self.gathers.items())
         return text + (f"; these operations need their inputs whole: {gathers}" if gathers else "")
 
@@ -128,7 +132,7 @@ class _Rewriter:
         if node.op == "output":
             return
         if step.made is not None:
-            node.meta["example_value"] = _run(node)
+            node.meta["example_value"] = fake_result(node)
         if step.is_partial:
             self._hand_on(node, collectives.sum_over_ranks, ())
         elif isinstance(step.handed_on, Cut):
@@ -175,7 +179,7 @@ class _Rewriter:
         node.args = (value, *self.lengths.named(arguments), self.group)
         kept = ("nn_module_stack", "stack_trace") if module is not None else ()
         node.meta = {key: module.meta[key] for key in kept if module is not None and key in module.meta}
-        node.meta["example_value"] = _run(node)
+        node.meta["example_value"] = fake_result(node)
         return node
 
 
@@ -236,7 +240,7 @@ class _Lengths:
             int(length)
 
 
-def _run(node: fx.Node) -> Any:
+def fake_result(node: fx.Node) -> Any:
     """The node's value, from the recorded values of its arguments."""
     args, kwargs = map_arg((node.args, dict(node.kwargs)), value_of)
     mode = next(

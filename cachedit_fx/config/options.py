@@ -31,6 +31,7 @@ Verify: TypeAlias = Literal["first"]
 Motion: TypeAlias = Literal["step", "batched"]
 TimeWeights: TypeAlias = Literal["device", "host"]
 UlyssesInputs: TypeAlias = Literal["equal", "first_rank"]
+UlyssesFloat8: TypeAlias = bool | Literal["with_keys"]
 BackendName: TypeAlias = Literal["inductor", "aot_eager", "eager"]
 InnerBackend: TypeAlias = BackendName | Callable[..., Any]
 # Names as of torch 2.13 and 2.14. Asking `torch._inductor` for them would import it.
@@ -244,6 +245,12 @@ class Options:
     the bit where a generation begins, and up to rounding at every other call. "first_rank" = at every call the tensors
     of the group's first rank, so that all ranks return its result. Each call then sends all its tensors; other inputs
     must be equal. It has no effect with ulysses_size=1."""
+    ulysses_float8: UlyssesFloat8 = setting(
+        False, Rule(lambda value: isinstance(value, bool) or value == "with_keys", "True, False or 'with_keys'")
+    )
+    """Whether queries, values and results of attention travel between ranks in float8, with a scale for each head of a
+    token. "with_keys" = keys too, less their mean. False = all in the model's dtype. It has no effect with
+    ulysses_size=1."""
     verify: Verify | None = setting(None, optional(choice(*get_args(Verify))))
     """"first" = compare the first computed call of each compiled graph with the plain module. If the results differ,
     `VerificationError` names the first piece that differs. Results must be equal to the bit with inner_backend="eager",

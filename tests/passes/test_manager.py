@@ -268,6 +268,7 @@ def test_the_order_of_the_backend():
         "detect_block_loops",
         "infer_sequence_axes",
         "insert_ulysses",
+        "send_float8",
         "replace_attention",
         "plan_regions",
         "outline_blocks",
@@ -281,6 +282,7 @@ def test_the_order_of_the_backend():
     assert {name for name, on in uncached.items() if not on} == {
         "infer_sequence_axes",
         "insert_ulysses",
+        "send_float8",
         "replace_attention",
         "plan_regions",
         "insert_cache_branch",

@@ -241,6 +241,7 @@ OTHER_STRUCTURE = {
     "hoisted_mib": 8,
     "ulysses_size": 2,
     "ulysses_inputs": "first_rank",
+    "ulysses_float8": "with_keys",
     "ulysses_mesh": dist.ProcessGroup(dist.HashStore(), 0, 2),
 }
 

@@ -1,0 +1,75 @@
+"""Lets queries, values and results of attention travel between ranks in eight bits.
+
+    y = attention(exchange(q), exchange(k), exchange(v))
+    out = self.proj(exchange(y))
+ -> y = attention(exchange_float8(q), exchange(k), exchange_float8(v))
+    out = self.proj(exchange_float8(y))
+
+Each head of a token gets a scale, which travels beside its values. Keys bear rounding less than the others: they keep
+their bits, or travel less the mean of each rank's part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, ClassVar, cast
+
+from torch import fx
+
+from cachedit_fx import collectives
+from cachedit_fx.kernels.quant_fp8 import FLOATS
+
+from .base import Facts, FlatGraph, Rewrite, Rewritten
+from .find_timestep import TimestepSource
+from .graph_values import tensor_of
+from .insert_ulysses import ContextParallel, fake_result
+from .normalize import Normalized
+from .replace_attention import Call, attention_calls
+
+
+class SendFloat8(Rewrite):
+    """Replaces the exchanges around attention.
+
+    Args:
+        with_keys: whether keys travel in eight bits too.
+    """
+
+    name: ClassVar[str] = "send_float8"
+    requires: ClassVar[tuple[type, ...]] = (FlatGraph, ContextParallel)
+    provides: ClassVar[tuple[type, ...]] = (ContextParallel,)
+    preserves: ClassVar[tuple[type, ...]] = (FlatGraph, Normalized, TimestepSource)
+
+    def __init__(self, with_keys: bool) -> None:
+        self.with_keys = with_keys
+
+    def run(self, gm: fx.GraphModule, facts: Facts) -> Rewritten:
+        count = sum(self._replace(call) for call in attention_calls(gm))
+        return Rewritten(gm, count, (replace(facts[ContextParallel], in_float8=count),) if count else ())
+
+    def _replace(self, call: Call) -> int:
+        """Replace the exchanges around one call; their number."""
+        targets = {"query": collectives.exchange_float8, "value": collectives.exchange_float8}
+        if self.with_keys:
+            targets["key"] = collectives.exchange_centred_float8
+        sent = {node: target for name, target in targets.items() if _is_exchange(node := call.arguments[name])}
+        received = [user for user in call.node.users if _is_exchange(user)]
+        if not sent:
+            return 0
+        nodes: dict[fx.Node, Callable[..., Any]] = sent | dict.fromkeys(received, collectives.exchange_float8)
+        for node, target in sent.items():
+            node.target = target
+            node.meta["example_value"] = fake_result(node)
+        call.node.meta["example_value"] = fake_result(call.node)
+        for node in received:
+            node.target = nodes[node]
+            node.meta["example_value"] = fake_result(node)
+        return len(nodes)
+
+
+def _is_exchange(node: Any) -> bool:
+    """Whether the node exchanges rows of floats: axes before the last one."""
+    if not isinstance(node, fx.Node) or node.target is not collectives.exchange:
+        return False
+    value, axes = tensor_of(node), cast("tuple[int, int]", (node.args[1], node.args[3]))
+    return value is not None and value.dtype in FLOATS and max(axes) < value.dim() - 1
