@@ -171,6 +171,7 @@ def _typed(kind: Type | None) -> Type:
 def check(variant: Variant, target: str) -> Checked:
     """Compile `variant`, read what came out, and judge it. In a process without Triton's interpreter."""
     compiled, log, seconds = compiled_for(variant, TARGETS[target])
+    read: Callable[[str], Accesses]
     if TARGETS[target].backend == "cuda":
         text, read = compiled.asm["ptx"], ptx_accesses
         registers, spills = ptxas_usage(log)
