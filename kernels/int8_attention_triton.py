@@ -26,6 +26,7 @@ from .int8_keys_triton import (
     to_int8,
     units_of,
 )
+from .layout import NUM_WARPS
 from .layout_triton import device_of
 from .variants import TYPES, Loop, Variant
 
@@ -309,14 +310,13 @@ def _attend(
 
 
 class Blocks(NamedTuple):
-    """Rows of queries and of keys in a program's tiles, their columns in two parts, and how the program runs."""
+    """Rows of queries and of keys in a program's tiles, their columns in two parts, and the stages of its loop."""
 
     rows: int
     key_rows: int
     part_1: int
     part_2: int
     stages: int
-    warps: int
 
     @property
     def cols(self) -> int:
@@ -330,14 +330,11 @@ def blocks(head_dim: int, dtype: torch.dtype, mask: str, is_amd: bool) -> Blocks
         mask: "none", "keys" for one of keys or a diagonal, or "pairs" for one of queries and keys.
     """
     parts = next(parts for parts in PARTS if head_dim <= sum(parts))
-    is_wide = dtype.itemsize > 2
-    if is_wide and mask == "pairs":
-        return Blocks(32, 32, *parts, stages=2, warps=4)
-    if parts == PARTS[-1]:
-        return Blocks(64, 32, *parts, stages=2, warps=8)
-    if is_wide or is_amd or mask == "pairs":
-        return Blocks(64 if mask == "pairs" else 128, 32, *parts, stages=2, warps=8)
-    return Blocks(128, 64, *parts, stages=3, warps=8) if mask == "none" else Blocks(128, 32, *parts, stages=2, warps=8)
+    if parts == PARTS[-1] or mask == "pairs":
+        return Blocks(64, 32, *parts, stages=2)
+    if dtype.itemsize > 2 or is_amd or mask == "keys":
+        return Blocks(128, 32, *parts, stages=2)
+    return Blocks(128, 64, *parts, stages=3)
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
@@ -396,7 +393,7 @@ def launch(
             BLOCK_N=size.key_rows,
             BLOCK_1=size.part_1,
             BLOCK_2=size.part_2,
-            num_warps=size.warps,
+            num_warps=NUM_WARPS,
             num_stages=size.stages,
         )
     if not return_lse:
@@ -469,7 +466,7 @@ def _attending(dtype: torch.dtype, cols: int, is_amd: bool, fp8: bool) -> Iterat
             written_bytes=size.rows * size.cols * dtype.itemsize,
             written_once=size.rows * 4,
             loop=Loop(tuple(tiles), masked, 4, ("int8", "fp8" if fp8 else kind)),
-            num_warps=size.warps,
+            num_warps=NUM_WARPS,
             num_stages=size.stages,
             targets=FP8_TARGETS if fp8 else AMD_TARGETS if is_amd else NVIDIA_TARGETS,
             unaligned=frozenset({"mask_ptr"}),
