@@ -15,6 +15,23 @@ Type = str | None | tuple["Type", ...]
 
 
 @dataclass(frozen=True)
+class Loop:
+    """What one pass of a kernel's loops does, each around matrix instructions. A loop may take half the tiles.
+
+    Attributes:
+        tiles: bytes of each tile that it reads.
+        common: bytes that it reads besides, however its threads share them.
+        scalars: bytes that all threads read.
+        products: names of the matrix instructions, of `bench.kernels_assembly.PRODUCTS`.
+    """
+
+    tiles: tuple[int, ...]
+    common: int
+    scalars: int
+    products: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Variant:
     """A specialisation that a launcher can choose (`cachedit kernels verify` compiles it).
 
@@ -27,7 +44,11 @@ class Variant:
         written_once: bytes that one of them writes for all.
         aligned: whether pointers, and the numbers in `multiples`, are known to be multiples of 16.
         multiples: arguments that are, when `aligned`, and are no pointers.
+        unaligned: pointers that are not, whatever the others are.
         num_warps: warps (wavefronts on AMD) of a program.
+        num_stages: tiles that its loop has under way; Triton's default unless given.
+        loop: of a kernel that reads most in a loop, which Triton may unroll in part; `read_bytes` are not counted then.
+        targets: names of the GPUs it is for, of `bench.kernels_verify.TARGETS`; all unless given.
     """
 
     kernel: Any
@@ -39,7 +60,11 @@ class Variant:
     written_once: int = 0
     aligned: bool = True
     multiples: frozenset[str] = field(default_factory=frozenset)
+    unaligned: frozenset[str] = field(default_factory=frozenset)
     num_warps: int = NUM_WARPS
+    num_stages: int | None = None
+    loop: Loop | None = None
+    targets: frozenset[str] | None = None
 
 
 TYPES = {

@@ -25,12 +25,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cachedit_fx.bench.kernels_assembly import (
+    PRODUCTS,
+    Accesses,
+    amdgcn_accesses,
+    amdgcn_usage,
+    product_loops,
+    ptx_accesses,
+    ptxas_usage,
+)
 from cachedit_fx.kernels.layout import HAS_TRITON
-from cachedit_fx.kernels.variants import Type, Variant
+from cachedit_fx.kernels.variants import Loop, Type, Variant
 from cachedit_fx.report.files import whole_files
 from cachedit_fx.report.tables import Heading, Table, page, titled_list
 
-KERNELS = ("l1_sums", "residual_apply", "residual_store", "quant_fp8")
+KERNELS = ("l1_sums", "residual_apply", "residual_store", "quant_fp8", "int8_keys", "int8_attention")
 """Families of `cachedit_fx.kernels` that have Triton kernels."""
 WIDE = 16
 """Bytes of the widest load or store that every target has."""
@@ -51,13 +60,8 @@ TARGETS = {
     "sm100": Target("cuda", 100, 32),
     "gfx942": Target("hip", "gfx942", 64),
 }
-
-
-class Accesses(NamedTuple):
-    """Bytes of each load from global memory, and of each store to it, in a thread's program."""
-
-    loads: tuple[int, ...]
-    stores: tuple[int, ...]
+SHARED = {"sm80": 163 << 10, "sm89": 99 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "gfx942": 64 << 10}
+"""Bytes of shared memory that a program may have."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,7 @@ def tasks(targets: Sequence[str], texts: Sequence[str] = ()) -> list[Task]:
         for place, variant in enumerate(importlib.import_module(module).variants())
         if not texts or any(text in variant.name for text in texts)
         for target in targets
+        if variant.targets is None or target in variant.targets
     ]
 
 
@@ -144,9 +149,17 @@ def specialization(variant: Variant) -> Specialization:
         for path, kind in leaves(variant.signature[name], number):
             if kind is None:
                 constexprs[path] = None
-            elif variant.aligned and (kind.startswith("*") or name in variant.multiples):
+            elif (
+                variant.aligned
+                and name not in variant.unaligned
+                and (kind.startswith("*") or name in variant.multiples)
+            ):
                 attrs[path] = [["tt.divisibility", 16]]
     return Specialization({name: _typed(kind) for name, kind in variant.signature.items()}, constexprs, attrs)
+
+
+def _is_aligned_pointer(variant: Variant, name: str, kind: str) -> bool:
+    return kind.startswith("*") and name not in variant.unaligned
 
 
 def _typed(kind: Type | None) -> Type:
@@ -155,82 +168,28 @@ def _typed(kind: Type | None) -> Type:
     return "constexpr" if kind is None else kind
 
 
-_PTX = re.compile(
-    r"\b(ld|st)((?:\.[\w:]+)+)|\bcp\.async\.\w+\.shared\.global(?:\.[\w:]+)*\s+\[[^]]*\],\s*\[[^]]*\],\s*(\w+)"
-)
-
-
-def ptx_accesses(ptx: str) -> Accesses:
-    """Loads and stores of global memory in PTX, predicated or not; copies to shared memory are loads."""
-    widths: dict[str, list[int]] = {"ld": [], "st": []}
-    for match in _PTX.finditer(ptx):
-        op, suffixes, copied = match.groups()
-        if copied:
-            widths["ld"].append(int(copied, 0))
-            continue
-        _, *parts = suffixes.split(".")
-        if "global" in parts:
-            vector = next((int(part[1:]) for part in parts if re.fullmatch(r"v\d+", part)), 1)
-            widths[op].append(vector * int(re.sub(r"\D", "", parts[-1])) // 8)
-    return Accesses(tuple(widths["ld"]), tuple(widths["st"]))
-
-
-_PTXAS = {
-    "registers": re.compile(r"Used (\d+) registers"),
-    "spills": re.compile(r"(\d+) bytes spill (?:stores|loads)"),
-}
-
-
-def ptxas_usage(log: str) -> tuple[int, int]:
-    """Registers, and bytes of spills stored and loaded, that `ptxas -v` tells of."""
-    registers, spills = (list(map(int, pattern.findall(log))) for pattern in _PTXAS.values())
-    if not registers or not spills:
-        raise ValueError(f"ptxas told nothing of registers: {log!r}")
-    return max(registers), sum(spills)
-
-
-_AMD = re.compile(r"^\s*(?:global|buffer|flat)_(load|store)_(\w+)", re.MULTILINE)
-_AMD_UNIFORM = re.compile(r"^\s*s_load_dword\s+s\d+, s\[\d+:\d+\], 0x0\s*$", re.MULTILINE)
-"""A value that a wavefront has in common. The first argument is a pointer, two words: this one is no argument."""
-_AMD_WIDTHS = (
-    (re.compile(r"(?:lds_)?dword(?:x(\d))?"), lambda n: 4 * int(n or 1)),
-    (re.compile(r"(?:d16_)?(?:hi_)?[biu](\d+)"), lambda n: int(n) // 8),
-    (re.compile(r"[us]?(?:short|byte)(?:_d16)?(?:_hi)?"), None),
-)
-
-
-def amdgcn_accesses(text: str) -> Accesses:
-    """Loads and stores of global memory in AMDGCN."""
-    widths: dict[str, list[int]] = {"load": [], "store": []}
-    for op, kind in _AMD.findall(text):
-        widths[op].append(_amd_width(kind))
-    widths["load"] += [4 for _ in _AMD_UNIFORM.findall(text)]
-    return Accesses(tuple(widths["load"]), tuple(widths["store"]))
-
-
-def _amd_width(kind: str) -> int:
-    for pattern, width in _AMD_WIDTHS:
-        if match := pattern.fullmatch(kind):
-            return width(match[1]) if width else (2 if "short" in kind else 1)
-    raise ValueError(f"unknown width of an AMD instruction: {kind}")
-
-
-def amdgcn_usage(text: str) -> tuple[int, int]:
-    """Vector registers, and registers of both kinds that are spilled."""
-    found = {name: int(value) for name, value in re.findall(r"\.([vs]gpr_(?:spill_)?count):\s*(\d+)", text)}
-    return found["vgpr_count"], found["vgpr_spill_count"] + found["sgpr_spill_count"]
-
-
 def check(variant: Variant, target: str) -> Checked:
     """Compile `variant`, read what came out, and judge it. In a process without Triton's interpreter."""
-    compiled, log, seconds = _compile(variant, TARGETS[target])
+    compiled, log, seconds = compiled_for(variant, TARGETS[target])
+    read: Callable[[str], Accesses]
     if TARGETS[target].backend == "cuda":
-        accesses, (registers, spills) = ptx_accesses(compiled.asm["ptx"]), ptxas_usage(log)
+        text, read = compiled.asm["ptx"], ptx_accesses
+        registers, spills = ptxas_usage(log)
     else:
-        accesses, (registers, spills) = amdgcn_accesses(compiled.asm["amdgcn"]), amdgcn_usage(compiled.asm["amdgcn"])
+        text, read = compiled.asm["amdgcn"], amdgcn_accesses
+        registers, spills = amdgcn_usage(text)
+    accesses = read(text)
     threads = variant.num_warps * TARGETS[target].warp_size
-    narrow, bytes_off = too_narrow(variant, accesses, threads), not_minimal(variant, accesses, threads)
+    if variant.loop is None:
+        narrow, bytes_off = too_narrow(variant, accesses, threads), not_minimal(variant, accesses, threads)
+    else:
+        bodies = product_loops(text, [PRODUCTS[name] for name in variant.loop.products])
+        narrow, bytes_off = judge_loops(variant.loop, [read(body).loads for body in bodies], threads)
+        bytes_off += not_minimal(variant, Accesses((), accesses.stores), threads)
     problems = [f"{spills} spilled"] if spills else []
+    memory = SHARED[target]
+    if compiled.metadata.shared > memory:
+        problems.append(f"{compiled.metadata.shared} bytes of shared memory, there are {memory}")
     if variant.aligned:
         problems += narrow
     return Checked(
@@ -247,13 +206,16 @@ def check(variant: Variant, target: str) -> Checked:
     )
 
 
-def _compile(variant: Variant, target: Target) -> tuple[Any, str, float]:
+def compiled_for(variant: Variant, target: Target) -> tuple[Any, str, float]:
     """What Triton made, what ptxas said, and the seconds it took. Nothing is taken from a cache, nor left in one."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     told = io.StringIO()
+    options = {"num_warps": variant.num_warps}
+    if variant.num_stages is not None:
+        options["num_stages"] = variant.num_stages
     with tempfile.TemporaryDirectory(prefix="cachedit-kernels-") as folder, contextlib.ExitStack() as stack:
         for knobs in (triton.knobs.cache, triton.knobs.compilation, triton.knobs.nvidia):
             stack.enter_context(knobs.scope())
@@ -263,8 +225,36 @@ def _compile(variant: Variant, target: Target) -> tuple[Any, str, float]:
         begun = time.perf_counter()
         with contextlib.redirect_stdout(told):
             source = ASTSource(variant.kernel, *specialization(variant))
-            compiled = triton.compile(source, GPUTarget(*target), {"num_warps": variant.num_warps})
+            compiled = triton.compile(source, GPUTarget(*target), options)
         return compiled, told.getvalue(), time.perf_counter() - begun
+
+
+def judge_loops(loop: Loop, found: Sequence[tuple[int, ...]], threads: int) -> tuple[list[str], list[str]]:
+    """Loads that could be wider, and bytes that are not the least, in what each of a kernel's loops loads.
+
+    A tile, or a half of each, is read in loads of 128 bits or of a thread's share. What a wavefront has in common goes
+    through scalar registers on AMD, which are not seen.
+    """
+    if not found:
+        return [], [f"no loop with matrix instructions for {' and '.join(loop.products)}"]
+    judged = [min((_judge_loop(loop, loads, threads, part) for part in (1, 2)), key=_shortcomings) for loads in found]
+    return [text for narrow, _ in judged for text in narrow], [text for _, wrong in judged for text in wrong]
+
+
+def _shortcomings(judged: tuple[list[str], list[str]]) -> int:
+    return 2 * len(judged[1]) + len(judged[0])
+
+
+def _judge_loop(loop: Loop, loads: tuple[int, ...], threads: int, part: int) -> tuple[list[str], list[str]]:
+    expected: Counter[int] = Counter()
+    for share in (tile // threads // part for tile in loop.tiles):
+        expected[min(share, WIDE)] += max(1, share // WIDE)
+    missing = expected - Counter(loads)
+    narrow = [f"{n} loads of {width} bytes missing in a loop" for width, n in missing.items()]
+    least, common = sum(loop.tiles) // part, loop.common // part
+    more = sum(loads) - least // threads
+    is_least = common <= threads * more and more <= common + loop.scalars
+    return narrow, [] if is_least else [f"{threads * sum(loads)} bytes read in a loop, {least + common} would do"]
 
 
 class Shares(NamedTuple):

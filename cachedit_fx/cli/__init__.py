@@ -15,7 +15,7 @@ from cachedit_fx.cli.cold import cold
 from cachedit_fx.cli.coverage import coverage
 from cachedit_fx.cli.demo import demo
 from cachedit_fx.cli.fusion import fusion
-from cachedit_fx.cli.kernels import bandwidth, kernels, verify
+from cachedit_fx.cli.kernels import attention, bandwidth, kernels, verify
 from cachedit_fx.cli.metrics import metrics
 from cachedit_fx.cli.motion import motion
 from cachedit_fx.cli.overhead import overhead
@@ -81,5 +81,5 @@ benches.callback(help=_unwrapped(bench))(bench)
 _add(benches, overhead=overhead, cold=cold, motion=motion, quantized=quantized, ulysses=ulysses)
 app.add_typer(benches)
 _add(app, coverage=coverage, metrics=metrics, sensitivity=sensitivity)
-_add(kernels, verify=verify, bench=bandwidth, fusion=fusion)
+_add(kernels, verify=verify, bench=bandwidth, attention=attention, fusion=fusion)
 app.add_typer(kernels)

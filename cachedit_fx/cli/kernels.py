@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,6 +29,7 @@ NO_TRITON = (
     "Triton is not installed; the CPU build of torch comes without it. "
     "Install it with: pip install 'triton>=3.7.1,<3.10'   (Linux; no GPU is needed)"
 )
+NO_SAGE = "sageattention is not installed. Install it with: pip install 'sageattention>=1.0.6,<1.1'"
 MANY = 10
 """Failures that are told one by one."""
 
@@ -141,6 +143,30 @@ def bandwidth(
     show(bench.table(rows))
     bench.save(rows, shapes, command_line(), hardware(where), out)
     console.print(f"\nwritten: {', '.join(str(out / f'bandwidth.{kind}') for kind in ('md', 'csv', 'png'))}")
+
+
+def attention(
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where [i]attention.md[/i] goes.")] = Path("runs/kernels"),
+) -> None:
+    """Compare INT8 attention with sageattention 1.0.6: errors, and instructions and bytes of the loop over keys.
+
+    Nothing runs on a GPU: errors come from Triton's interpreter, and the loops are compiled for sm80, sm89 and sm90.
+    """
+    check_out(out)
+    with quiet():
+        from cachedit_fx.bench import kernels_attention as bench
+        from cachedit_fx.kernels.layout import HAS_TRITON
+    missing = NO_TRITON if not HAS_TRITON else NO_SAGE if find_spec("sageattention") is None else ""
+    if missing:
+        errors.print(f"[red]error:[/red] {missing}", markup=True, soft_wrap=True)
+        raise typer.Exit(1)
+    with reported(lambda: "; nothing was written"):
+        rows, loops = bench.measure()
+    show(bench.errors_table(rows))
+    show(bench.loops_table(loops))
+    made_by = f"Made by `{command_line()}` on {machine()}, Triton {versions('triton')['triton']}; nothing ran on a GPU."
+    bench.save(rows, loops, made_by, out)
+    console.print(f"\nwritten: {out / 'attention.md'}")
 
 
 def _device(name: str | None) -> torch.device:

@@ -8,12 +8,11 @@ Inputs lie among NaNs and outputs between guards, so that an element read or wri
 import math
 import os
 
-import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
-from triton.runtime import interpreter
+from lib.interpreter import BITS, compute_as_hardware
 
 from cachedit_fx.kernels import (
     l1_sums_triton,
@@ -30,21 +29,10 @@ EMPTY = ((0,), (0, 4, 4), (2, 0, 4), (2, 3, 0))
 LOOKS = ("contiguous", "sliced", "chunk", "transposed", "every other")
 GUARD = 16
 
-_TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
 
 @pytest.fixture(autouse=True)
 def _rounding(monkeypatch):
-    """The interpreter of Triton 3.9 truncates where hardware rounds to nearest: let torch convert."""
-
-    def convert(values, source, target, rounding_mode):
-        source, target = _TORCH[source.name], _TORCH[target.name]
-        bits = np.ascontiguousarray(values).view(f"i{source.itemsize}")
-        found = torch.from_numpy(bits).view(source).to(target).view(_BITS[target.itemsize])
-        return found.numpy().view(f"u{target.itemsize}").reshape(values.shape)
-
-    monkeypatch.setattr(interpreter, "_convert_float", convert)
+    compute_as_hardware(monkeypatch)
 
 
 def lying(values, look="contiguous"):
@@ -322,7 +310,7 @@ def test_all_codes_decode_exactly_and_come_back(dtype):
     expected = codes.view(torch.float8_e4m3fn).to(dtype)
     assert found.isnan().sum() == 2
     finite = ~found.isnan()
-    assert torch.equal(found.view(_BITS[dtype.itemsize])[finite], expected.view(_BITS[dtype.itemsize])[finite])
+    assert torch.equal(found.view(BITS[dtype.itemsize])[finite], expected.view(BITS[dtype.itemsize])[finite])
     again = quant_fp8_triton.launch_quant(found[:, None])  # 448 is in each half, so the scale is 1 again
     assert torch.equal(again[:, 128:], one) and torch.equal(again[:, :128][finite], codes[finite])
     assert decode(again[:, :128])[~finite].isnan().all()

@@ -10,28 +10,35 @@ import pytest
 import torch
 from lib.marks import only_in
 
+from cachedit_fx.bench.kernels_assembly import (
+    PRODUCTS,
+    Accesses,
+    amdgcn_accesses,
+    amdgcn_usage,
+    product_loops,
+    ptx_accesses,
+    ptxas_usage,
+)
 from cachedit_fx.bench.kernels_verify import (
     KERNELS,
     TARGETS,
-    Accesses,
     Specialization,
     Task,
-    amdgcn_accesses,
-    amdgcn_usage,
     checker,
+    judge_loops,
     leaves,
     module_of,
     not_minimal,
-    ptx_accesses,
-    ptxas_usage,
     shares,
     specialization,
     tasks,
     too_narrow,
     totals,
 )
+from cachedit_fx.kernels.int8_attention import FLOATS as DTYPES_OF_ATTENTION
+from cachedit_fx.kernels.int8_attention import FP8_FLOATS, MAX_MASKED_HEAD_DIM, max_head_dim
 from cachedit_fx.kernels.residual_store import residual_like
-from cachedit_fx.kernels.variants import Variant
+from cachedit_fx.kernels.variants import TYPES, Loop, Variant
 
 pytest.importorskip("triton")
 from lib.bad_kernels import variants  # noqa: E402 - it imports Triton
@@ -79,11 +86,16 @@ def shortcomings(rows):
     return {(row.variant, row.target): row.problems for row in rows if not row.is_good}
 
 
+FAMILIES = [kernel for kernel in KERNELS if kernel != "int8_attention"]
+FAMILIES += [f"int8_attention {TYPES[dtype]}" for dtype in DTYPES_OF_ATTENTION]
+"""Texts that names of variants begin with."""
+
+
 @pytest.mark.full("kernels")
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_every_specialisation(run, kernel, target):
-    todo = [task for task in tasks([target]) if task.module == module_of(kernel)]
+@pytest.mark.parametrize("text", FAMILIES)
+def test_every_specialisation(run, text, target):
+    todo = tasks([target], [text])
     assert todo
     assert not shortcomings(run(todo))
 
@@ -115,6 +127,39 @@ def test_the_largest_specialisations(run, kernel, target):
     todo = [Task(module_of(kernel), place, target) for place in largest(kernel)]
     assert len(todo) == LARGEST[kernel]
     assert not shortcomings(run(todo))
+
+
+def test_the_loop_of_attention(run):
+    """Its largest tile of 16-bit values. All others: `test_every_specialisation`."""
+    names = [variant.name for variant in importlib.import_module(module_of("int8_attention")).variants()]
+    place = names.index("int8_attention bf16, heads of 128")
+    assert not shortcomings(run([Task(module_of("int8_attention"), place, "sm90")]))
+
+
+def test_what_loops_must_read():
+    """Two tiles: 16 bytes of a thread twice, and 8; a mask of 64 bytes for all; a scale."""
+    loop = Loop((8192, 2048), 64, 4, ("int8", "bf16"))
+    for good in ((16, 16, 8, 2, 4), (16, 16, 8, 2), (16, 4, 1, 4)):  # AMD, scalars aside; half a tile
+        assert judge_loops(loop, [good], 256) == ([], [])
+    plain = Loop((8192, 2048), 0, 4, ("int8", "bf16"))
+    assert judge_loops(plain, [(16, 8, 8, 8, 4)], 256) == (["1 loads of 16 bytes missing in a loop"], [])
+    for loads in ((16, 16, 8, 16), (16, 16, 8, 8)):
+        _, wrong = judge_loops(plain, [loads, (16, 16, 8, 4)], 256)
+        assert wrong == [f"{256 * sum(loads)} bytes read in a loop, 10240 would do"]
+    assert judge_loops(loop, [], 256) == ([], ["no loop with matrix instructions for int8 and bf16"])
+
+
+def test_loops_with_matrix_instructions():
+    int8, bf16 = (PRODUCTS[name] for name in ("int8", "bf16"))
+    inner = "$L__BB0_3:\n mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32 a;\n@%p1 bra $L__BB0_3"
+    other = "$L__BB0_5:\n add.s32 a, b;\n@%p1 bra $L__BB0_5"
+    again = "$L__BB0_7:\n@%p bra $L__BB0_7;\n tcgen05.mma.cta_group::1.kind::i8 [a];\nbra $L__BB0_7"
+    outer = "\n".join(["$L__BB0_1:", inner, other, "wgmma.f32.bf16.bf16 a;", "bra $L__BB0_1"])
+    text = "\n".join([outer, again, "ret;"])
+    assert product_loops(text, [int8]) == [inner, again]
+    assert product_loops(text, [int8, bf16]) == [outer]
+    amd = ".LBB0_2:\n v_mfma_i32_16x16x32_i8 a[0:3], v[0:1], v[2:3], a[0:3]\n s_cbranch_scc1 .LBB0_2"
+    assert product_loops(amd, [int8]) == [amd]
 
 
 def test_loads_and_stores_of_ptx():
@@ -260,7 +305,14 @@ def launch_everything(case):
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from cachedit_fx.kernels import l1_sums_triton, quant_fp8_triton, residual_apply_triton, residual_store_triton
+    from cachedit_fx.kernels import (
+        int8_attention_triton,
+        int8_keys_triton,
+        l1_sums_triton,
+        quant_fp8_triton,
+        residual_apply_triton,
+        residual_store_triton,
+    )
 
     class Fake:
         def get_current_target(self):
@@ -298,7 +350,22 @@ def launch_everything(case):
             stored = [[residual_like(x, kind)] * terms] * 3
             outs = [torch.empty(shape, dtype=dtype) for _ in range(3)]
             residual_apply_triton.launch([x if has_base else None] * 3, stored, [0.5] * terms, outs)
-    elif len(shape) > 1:
+    elif kernel.startswith("int8") and shape == SHAPES[0]:
+        for parts, fp8 in itertools.product(int8_keys_triton.PARTS, (False, True)):
+            if sum(parts) > max_head_dim(dtype) or (fp8 and dtype not in FP8_FLOATS):
+                continue
+            query = lying((2, 3, 70, sum(parts) - 8), dtype, layout)
+            if kernel == "int8_keys":
+                keys = int8_attention_triton.aligned(query)
+                int8_keys_triton.quantize(keys, keys if fp8 else None, sum(parts))
+                continue
+            pairs = torch.ones(70, 70, dtype=dtype)
+            masks = [None, torch.ones(2, 1, 1, 70).bool(), pairs[:1], pairs, pairs.bool()]
+            masks = masks if sum(parts) <= MAX_MASKED_HEAD_DIM else [None]
+            for mask, is_causal in (*((mask, False) for mask in masks), (None, True)):
+                int8_attention_triton.launch(query, query, query, mask, is_causal, None, False, fp8)
+        found = [launched for launched in found if (launched[0] == "_attend") == (kernel == "int8_attention")]
+    elif kernel == "quant_fp8" and len(shape) > 1:
         heads = lying((*shape[:-1], 4, 64 if shape[-1] > 64 else 5), dtype, layout)
         packed = quant_fp8_triton.launch_quant(heads)
         quant_fp8_triton.launch_dequant(packed, 4, dtype)
@@ -362,4 +429,5 @@ def test_what_the_launchers_choose_is_one_of_the_variants(launched, kernel, dtyp
             if shape in SHAPES[:2] and layout in ("contiguous", "sliced") and name != "_total":
                 assert any(variant.aligned for variant in chosen[key]), (shape, layout, name, derived)
     names = {variant.name for variants in chosen.values() for variant in variants}
-    assert any("unaligned" in name for name in names) and any("unaligned" not in name for name in names)
+    assert any("unaligned" not in name for name in names)
+    assert kernel.startswith("int8") or any("unaligned" in name for name in names)

@@ -1,4 +1,5 @@
-"""Starts interpreted.py: Triton looks at TRITON_INTERPRET when it is imported, so its interpreter takes a process."""
+"""Starts interpreted.py and interpreted_attention.py: Triton looks at TRITON_INTERPRET when it is imported, so its
+interpreter takes a process."""
 
 import importlib.util
 import os
@@ -11,15 +12,17 @@ import pytest
 from lib.marks import only_in
 
 HERE = Path(__file__).parent
+DEFAULT = [("interpreted.py", "bfloat16"), ("interpreted_attention.py", "bfloat16")]
+MORE = [("interpreted.py", "float16 float32"), ("interpreted_attention.py", "bfloat16 float16 float32")]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="without Triton")
-@pytest.mark.parametrize("dtypes", only_in("kernels", ["bfloat16", "float16 float32"], but=["bfloat16"]))
-def test_kernels_in_the_interpreter(dtypes, tmp_path):
+@pytest.mark.parametrize(("name", "dtypes"), only_in("kernels", DEFAULT + MORE, but=DEFAULT))
+def test_kernels_in_the_interpreter(name, dtypes, tmp_path):
     report = tmp_path / "report.xml"
     options = ("-q", "-p", "no:cacheprovider", f"--junitxml={report}")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", str(HERE / "interpreted.py"), *options],
+        [sys.executable, "-m", "pytest", str(HERE / name), *options],
         cwd=HERE.parent,
         env=os.environ | {"TRITON_INTERPRET": "1", "INTERPRETED_DTYPES": dtypes},
         capture_output=True,
