@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import traceback
 from typing import Any
 
@@ -27,11 +28,12 @@ import cachedit_fx
 from cachedit_fx import AttentionConfig, DBPruneConfig, DMDCalibratorConfig, TaylorSeerCalibratorConfig
 from cachedit_fx.config.options import parse_options
 from cachedit_fx.config.rules import OptionError
+from cachedit_fx.metrics.image import psnr
 from cachedit_fx.passes.insert_ulysses import ContextParallel
 from cachedit_fx.runtime.guard import Residual, relative_difference
 from cachedit_fx.runtime.policies.preset import PresetConfig
 from cachedit_fx.runtime.ranks import ranks_of
-from cachedit_fx.shapes import generate, load_pipeline
+from cachedit_fx.shapes import generate, held_out_prompts, load_pipeline
 
 pytestmark = [pytest.mark.keep_compiled, pytest.mark.xdist_group("ulysses")]
 
@@ -87,6 +89,8 @@ ALL_SETTINGS = {"odd lengths"}
 SIZES = {"odd lengths": (1, 3, 1)}
 """The sizes of a model's generations, one after the other; size 1 for others. `SharedCapture` compiles after dynamo has
 its guards, so no size of several may ask for more: each rank has two tokens of a text at least."""
+FORMS: tuple[Any, ...] = (False, True, "with_keys")
+"""Of the exchange: in full precision, in float8, keys in float8 too."""
 TOLERANCE = {"bfloat16": 0.05, "float8": 0.1}
 CASES = [(model, setting) for model in MODELS for setting in SETTINGS if model in ALL_SETTINGS or setting == "dbcache"]
 BY_DEFAULT = [
@@ -370,6 +374,31 @@ def test_the_bundled_model_on_four_ranks_that_capture_for_themselves():
     expected = pictures(pipe, shared, 1)
     for found in on_ranks(lambda rank: pictures(load_pipeline(), None, 4), 4):
         check_pictures(found, expected)
+
+
+@pytest.mark.full("parallel")
+@pytest.mark.budget(300, "two ranks draw eight pictures three times")
+def test_pictures_with_exchanges_in_float8():
+    """Against the exchange in full precision: 40 dB, and the cache decides the same."""
+    (pipe, shared), prompts = bundled(), held_out_prompts(8, seed=0)
+
+    def drawn(rank):
+        results = []
+        for form in FORMS:
+            shared.compile(**DBCACHE | {"residual_diff_threshold": 0.3}, ulysses_size=2, ulysses_float8=form)
+            for prompt in prompts:  # ranks share the samples of a batch without an exchange
+                images = generate(pipe, [prompt], num_inference_steps=12, seed=0)
+                results.append((form, images, [each.cached_steps for each in shared.summary()]))
+        return results
+
+    for results in on_ranks(drawn):
+        pictures = {form: [(image, steps) for each, image, steps in results if each == form] for form in FORMS}
+        assert all(any(steps) for _, steps in pictures[False])
+        for form in FORMS[1:]:
+            pairs = list(zip(pictures[form], pictures[False], strict=True))
+            quality = [psnr(image, reference)[0] for (image, _), (reference, _) in pairs]
+            assert 40 <= sum(quality) / len(quality) < math.inf
+            assert all(steps == expected for (_, steps), (_, expected) in pairs)
 
 
 def bundled():
