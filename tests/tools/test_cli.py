@@ -42,6 +42,7 @@ COMMANDS = (
     ["kernels"],
     ["kernels", "verify"],
     ["kernels", "bench"],
+    ["kernels", "attention"],
     ["kernels", "fusion"],
 )
 TYPOS = {
