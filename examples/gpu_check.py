@@ -113,6 +113,11 @@ def numerics(settings: Settings, kernel: str) -> Findings:
     return Findings(list(kernels_numerics.numerics(kernel, launchers, settings.device, shapes)))
 
 
+def attention(settings: Settings) -> Findings:
+    lengths = (1, 65, 200) if settings.is_rehearsal else (1, 65, 200, 1000, 4608)
+    return Findings(list(kernels_numerics.attention(settings.device, lengths)))
+
+
 def far_apart(settings: Settings) -> Findings:
     return Findings([kernels_numerics.far_apart(Launchers(not settings.is_rehearsal), settings.device)])
 
@@ -147,6 +152,7 @@ PIECES: Mapping[str, Piece] = {
     "l1_sums": Piece("numerics of l1_sums", partial(numerics, kernel="l1_sums"), seconds=60),
     "residuals": Piece("numerics of residual_store and residual_apply", partial(numerics, kernel="residuals"), 90, 5),
     "fp8": Piece("numerics of quant_fp8 and dequant_fp8", partial(numerics, kernel="fp8"), seconds=30),
+    "int8_attention": Piece("numerics of int8_attention", attention, seconds=60, rehearsal=5),
     "far_apart": Piece("rows 2^31 elements apart", far_apart, seconds=10),
     "interpreter": Piece("Triton's launchers in its interpreter", interpreter, 60, 15, only_rehearsed=True),
     "bandwidth_small": Piece("bandwidth at small shapes", partial(bandwidth, shape="small"), seconds=30),

@@ -7,14 +7,17 @@
 
 from __future__ import annotations
 
+import itertools
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from cachedit_fx.bench.kernels_bandwidth import DTYPES, memory
-from cachedit_fx.kernels import l1_sums, quant_fp8, residual_apply, residual_store
+from cachedit_fx.kernels import int8_attention, l1_sums, quant_fp8, residual_apply, residual_store
 
 SHAPES: tuple[tuple[int, ...], ...] = ((1,), (5,), (3, 1), (1, 1, 1), (2, 7, 5), (1, 33, 129), (2, 9, 300))
 LARGE: tuple[tuple[int, ...], ...] = ((1, 4097, 3072), (2, 1000, 1111))
@@ -211,3 +214,28 @@ def far_apart(launchers: Launchers, device: torch.device) -> Check:
         launchers.apply([hidden], [[torch.zeros(shape, device=device)]], [1.0], [result])
         check.same(f"residual_apply {strides}", result, hidden.contiguous())
     return check
+
+
+ATTENTION_ERROR = 0.03
+"""Allowed of int8 attention: the norm of the error over that of the result."""
+
+
+def attention(device: torch.device, lengths: Sequence[int]) -> Iterator[Check]:
+    """A check of int8 attention for each 16-bit dtype: head dims, odd lengths, masks and grouped heads."""
+    for name in ("bf16", "fp16"):
+        check = Check(f"int8_attention, {name}")
+        for length, head_dim, form in itertools.product(lengths, (40, 64, 96, 128), ("plain", "causal", "padding")):
+            shape = (2, 4, length, head_dim)
+            query, key, value = (_random(shape, DTYPES[name], device) for _ in range(3))
+            key, value = key[:, ::2], value[:, ::2]
+            mask = torch.arange(length, device=device) < max(1, length - 3) if form == "padding" else None
+            options: dict[str, Any] = {
+                "attn_mask": None if mask is None else mask[None, None, None],
+                "enable_gqa": True,
+            }
+            options["is_causal"] = form == "causal"
+            expected = scaled_dot_product_attention(query.double(), key.double(), value.double(), **options)
+            found = int8_attention.int8_attention(query, key, value, **options)
+            error = (found.double() - expected).norm() / expected.norm()
+            check.take(f"{[*shape]}, {form}", error, ATTENTION_ERROR)
+        yield check
