@@ -11,8 +11,8 @@ import torch
 
 from cachedit_fx.config.rules import OptionError, check, choice
 
-MIN_CPU_WIDTH = 192
-"""Input features from which int8 multiplication is faster than float32 on a CPU."""
+MIN_CPU_WIDTHS = {torch.float32: 64, torch.bfloat16: 256}
+"""The model's dtype -> input features from which int8 multiplication is faster on a CPU, compiled by inductor."""
 INT4_GROUP = 128
 EMULATED_GROUP = 32
 
@@ -272,12 +272,14 @@ def warnings_about(kind: Kind, weights: Iterable[torch.Tensor]) -> list[str]:
         sentences.append(
             f"{kind.name} is a stand-in: it rounds like {kind.stands_in_for}, has the size of int8, and is no faster"
         )
-    narrow = [weight for weight in on_cpu if weight.shape[1] < MIN_CPU_WIDTH]
-    if kind.name in ("int8", "int8_per_tensor") and narrow:
-        sentences.append(
-            f"{kind.name} gains no time on a CPU in layers of fewer than {MIN_CPU_WIDTH} input features, which are "
-            f"{len(narrow)} of {len(weights)}"
-        )
+    for dtype, width in MIN_CPU_WIDTHS.items():
+        of_dtype = [weight for weight in on_cpu if weight.dtype is dtype]
+        narrow = [weight for weight in of_dtype if weight.shape[1] < width]
+        if kind.name in ("int8", "int8_per_tensor") and narrow:
+            sentences.append(
+                f"{kind.name} gains no time on a CPU in layers of fewer than {width} input features in "
+                f"{str(dtype).removeprefix('torch.')}, which are {len(narrow)} of {len(of_dtype)}"
+            )
     if kind.name == "int8_weight_only" and any(weight.dtype == torch.bfloat16 for weight in on_cpu):
         sentences.append(
             "int8_weight_only takes 2.2 to 2.7 times the time of bfloat16 under inductor on a CPU; int8 is faster"

@@ -106,7 +106,7 @@ def test_the_report_shows_layers_bytes_and_reasons():
         r"blocks\.\*\.down +int8 +5 +32 x 64",
         r"blocks\.\*\.up +excluded by 'blocks\.1' +1",
         r"out +outside the repeated blocks",
-        r"Note: int8 gains no time on a CPU in layers of fewer than 192 input features, which are 10 of 10",
+        r"Note: int8 gains no time on a CPU in layers of fewer than 64 input features in float32, which are 5\s+of 10",
     ):
         assert re.search(row, shown), shown
     assert report.reasons["outside the repeated blocks"] == 3
@@ -255,8 +255,9 @@ def said(model, name):
 
 
 def test_a_kind_that_gains_nothing_says_so():
-    assert "fewer than 192 input features, which are 18 of 18" in said(wide()[0], "int8")
-    assert said(make(blocks=2, width=192), "int8") == ""
+    assert "fewer than 64 input features in float32, which are 12 of 18" in said(wide()[0], "int8")
+    assert said(make(blocks=2, width=64), "int8") == ""
+    assert "fewer than 256 input features in bfloat16, which are" in said(make(blocks=2, width=64).bfloat16(), "int8")
     assert "2.2 to 2.7 times" in said(wide()[0].bfloat16(), "int8_weight_only")
     assert said(wide()[0], "int8_weight_only") == ""
     assert "stand-in: it rounds like int4," in said(wide()[0], "int4_emulated")

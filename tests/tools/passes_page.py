@@ -32,7 +32,7 @@ MEASURED = {
     "outline_blocks": ("0.48", "compiling takes 15 s; 132 s by plain `torch.compile`"),
     "hoist_invariants": ("0.4", "a step reads 27 % fewer weights, once their results are kept"),
     "insert_cache_branch": ("0.05", "a cached step takes 4 % of an eager one, F = 1"),
-    "insert_low_precision": ("0.12", "a step in int8 takes 0.36 of one in float32, width 1024"),
+    "insert_low_precision": ("0.12", "a step in int8 takes 0.33 of one in float32, width 1024"),
     "insert_attention_forms": ("0.12", "steps change their attention, and compile nothing"),
     "gather_inputs": ("0.05", "Python of a cached step: 3.2 ms; 4.2 ms without the pass"),
 }
