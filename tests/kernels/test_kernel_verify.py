@@ -158,8 +158,12 @@ def test_loops_with_matrix_instructions():
     text = "\n".join([outer, again, "ret;"])
     assert product_loops(text, [int8]) == [inner, again]
     assert product_loops(text, [int8, bf16]) == [outer]
-    amd = ".LBB0_2:\n v_mfma_i32_16x16x32_i8 a[0:3], v[0:1], v[2:3], a[0:3]\n s_cbranch_scc1 .LBB0_2"
+    product = "v_mfma_i32_16x16x32_i8 a[0:3], v[0:1], v[2:3], a[0:3]"
+    amd = f".LBB0_2:\n {product}\n s_cbranch_scc1 .LBB0_2"
     assert product_loops(amd, [int8]) == [amd]
+    # The second block jumps back to the first, which never comes to it.
+    moved = f"s_cbranch_scc1 .LBB0_4\n.LBB0_3:\n {product}\ns_branch .LBB0_5\n.LBB0_4:\ns_cbranch_scc0 .LBB0_3\n.LBB0_5:"
+    assert product_loops(moved, [int8]) == []
 
 
 def test_loads_and_stores_of_ptx():
@@ -241,6 +245,9 @@ def test_a_thread_that_has_less_than_128_bits():
     assert not too_narrow(made(), Accesses((16,), (8,)), 256)
     assert too_narrow(made(), Accesses((8, 8), (8,)), 256) == ["3 accesses of 8 bytes"]
     assert too_narrow(made(), Accesses((16,), (4, 4)), 256) == ["2 accesses of 4 bytes"]
+    sums = made(written_once=1028)  # one number, and 256: four bytes of a thread
+    assert not too_narrow(sums, Accesses((16,), (8, 4, 4)), 256)
+    assert too_narrow(sums, Accesses((16,), (8, 2, 2)), 256) == ["2 accesses of 2 bytes"]
     assert not not_minimal(made(), Accesses((16,), (4, 4)), 256)
     assert not_minimal(made(), Accesses((16,), ()), 256) == ["0 bytes written, 2048 would do"]
 
