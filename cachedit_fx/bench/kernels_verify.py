@@ -158,10 +158,6 @@ def specialization(variant: Variant) -> Specialization:
     return Specialization({name: _typed(kind) for name, kind in variant.signature.items()}, constexprs, attrs)
 
 
-def _is_aligned_pointer(variant: Variant, name: str, kind: str) -> bool:
-    return kind.startswith("*") and name not in variant.unaligned
-
-
 def _typed(kind: Type | None) -> Type:
     if isinstance(kind, tuple):
         return tuple(map(_typed, kind))
