@@ -322,22 +322,22 @@ class Blocks(NamedTuple):
         return self.part_1 + self.part_2
 
 
-def blocks(head_dim: int, mask: str, is_amd: bool) -> Blocks:
+def blocks(head_dim: int, mask: str, is_amd: bool, fp8: bool) -> Blocks:
     """What the registers and the shared memory of all GPUs of a kind have room for.
 
-    The numbers of stages are those that no GPU spills with.
+    Compute capability 10.0 spills most easily: it limits the stages.
 
     Args:
         mask: "none", "keys" for one of keys or a diagonal, or "pairs" for one of queries and keys.
+        fp8: whether values are in e4m3.
     """
     parts = next(parts for parts in PARTS if head_dim <= sum(parts))
-    if parts == PARTS[-1]:
-        return Blocks(64, 32, *parts, stages=2 if is_amd else 3)
-    if mask == "pairs":
-        return Blocks(64, 32, *parts, stages=2)
+    stages = 1 if sum(parts) > (96 if fp8 else 128) and not is_amd else 2
+    if parts == PARTS[-1] or mask == "pairs":
+        return Blocks(64, 32, *parts, stages)
     if is_amd or mask == "keys":
-        return Blocks(128, 32, *parts, stages=2)
-    return Blocks(128, 64, *parts, stages=2 if parts == PARTS[1] else 3)
+        return Blocks(128, 32, *parts, stages)
+    return Blocks(128, 64, *parts, stages if stages == 1 or parts == PARTS[1] else 3)
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
@@ -367,7 +367,7 @@ def launch(
     query, key, value = map(aligned, (query, key, value))
     mask, mask_strides = _mask_rows(attn_mask)
     kind = "pairs" if mask_strides[-1] else "none" if mask is None and not is_causal else "keys"
-    size = blocks(head_dim, kind, torch.version.hip is not None)
+    size = blocks(head_dim, kind, torch.version.hip is not None, fp8_values)
     with device_of(query):
         packed = quantize(key, value if fp8_values else None, size.cols)
         if packed.value_codes is not None:
@@ -434,7 +434,7 @@ def _attending(dtype: torch.dtype, cols: int, is_amd: bool, fp8: bool) -> Iterat
     for element, text in ((torch.uint8, "bool"), (dtype, kind)) if cols <= MAX_MASKED_HEAD_DIM else ():
         forms += [(f", {text} mask of {of}", element, of) for of in ("keys", "pairs")]
     for text, mask, of in forms:
-        size = blocks(cols, of, is_amd)
+        size = blocks(cols, of, is_amd, fp8)
         tiles = [size.key_rows * part * width for width in (1, values) for part in (size.part_1, size.part_2) if part]
         masked = 0 if mask is None else size.key_rows * mask.itemsize * (size.rows if of == "pairs" else 1)
         yield Variant(
