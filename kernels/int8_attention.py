@@ -36,9 +36,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .layout import runs_on_triton
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-FP8_FLOATS = (torch.bfloat16, torch.float16)
-"""Dtypes whose values may be put in e4m3."""
+FLOATS = (torch.bfloat16, torch.float16)
+"""Dtypes that the kernel takes."""
+CPU_FLOATS = (*FLOATS, torch.float32)
+"""Dtypes that its stand-ins take on a CPU. On a GPU, tiles of float32 values leave too few registers."""
+MAX_HEAD_DIM = 256
 MAX_MASKED_HEAD_DIM = 128
 """The widest head beside a mask: the registers hold no more."""
 UNIT = 8
@@ -53,11 +55,6 @@ FP8_WEIGHT = 256.0
 """The largest weight before e4m3, so that small ones are not lost."""
 
 
-def max_head_dim(dtype: torch.dtype) -> int:
-    """The widest head: more float32 does not fit the registers."""
-    return 128 if dtype is torch.float32 else 256
-
-
 def refusal(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -66,15 +63,15 @@ def refusal(
     is_causal: bool = False,
     enable_gqa: bool = False,
 ) -> str | None:
-    """Why the kernel does not take such inputs, in words; None if it does. Only looks at shapes and dtypes."""
+    """Why the kernel does not take such inputs, in words; None if it does. Only looks at shapes, dtypes and device."""
     if not query.ndim == key.ndim == value.ndim == 4:
         return "query, key and value must have four dimensions"
     batch, heads, _, head_dim = query.shape
     _, key_heads, length, _ = key.shape
-    if query.dtype not in FLOATS or not query.dtype == key.dtype == value.dtype:
-        return f"dtypes {query.dtype}, {key.dtype}, {value.dtype}: one of bfloat16, float16 and float32 for all"
-    if head_dim % UNIT or not UNIT <= head_dim <= max_head_dim(query.dtype):
-        return f"head_dim {head_dim}: a multiple of {UNIT} up to {max_head_dim(query.dtype)} in {query.dtype}"
+    if query.dtype not in (CPU_FLOATS if query.is_cpu else FLOATS) or not query.dtype == key.dtype == value.dtype:
+        return f"dtypes {query.dtype}, {key.dtype}, {value.dtype}: bfloat16 or float16 for all, or float32 on a CPU"
+    if head_dim % UNIT or not UNIT <= head_dim <= MAX_HEAD_DIM:
+        return f"head_dim {head_dim}: a multiple of {UNIT} up to {MAX_HEAD_DIM}"
     if value.shape != key.shape or key.shape[0] != batch or key.shape[3] != head_dim or not length:
         return (
             f"shapes {[*query.shape]}, {[*key.shape]}, {[*value.shape]}: keys and values as the queries, of one length"
@@ -137,8 +134,8 @@ def int8_attention(
     On a GPU by the kernel. On a CPU, and for what `refusal` names, by `scaled_dot_product_attention`.
 
     Args:
-        query: [batch, heads, query length, head_dim]; bfloat16, float16 or float32. Any strides: inputs are copied only
-            if their rows are not adjacent elements that start at multiples of 16 bytes.
+        query: [batch, heads, query length, head_dim]; bfloat16 or float16; float32 too on a CPU. Any strides: inputs
+            are copied only if their rows are not adjacent elements that start at multiples of 16 bytes.
         key, value: [batch, key heads, length, head_dim] of the same dtype. Keys must be finite, masked ones too, since
             all of them are in the mean.
         attn_mask: bool (True takes part) or `query`'s dtype (added to the scores); of two to four dimensions,
@@ -147,7 +144,7 @@ def int8_attention(
         scale: of the scores; 1 / sqrt(head_dim) unless given.
         enable_gqa: heads / key heads consecutive heads of queries share one of keys.
         return_lse: return the log-sum-exp too.
-        fp8_values: weights and 16-bit values in e4m3, on NVIDIA GPUs of compute capability 8.9 or above.
+        fp8_values: weights and values in e4m3, on NVIDIA GPUs of compute capability 8.9 or above.
 
     Returns:
         [batch, heads, query length, head_dim] in `query`'s dtype. In memory the heads of a token are adjacent, so that
@@ -157,14 +154,14 @@ def int8_attention(
 
     Raises:
         ValueError: with `return_lse`, off the CPU, for what the kernel does not take; with `fp8_values` on a GPU
-            without e4m3, or in float32.
+            without e4m3.
     """
     reason = refusal(query, key, value, attn_mask, is_causal, enable_gqa)
     if reason is None and _has_kernel(query, key, value, attn_mask):
         from .int8_attention_triton import launch
 
-        if fp8_values and (torch.version.hip or _capability(query.device) < (8, 9) or query.dtype not in FP8_FLOATS):
-            raise ValueError("int8_attention: fp8_values takes 16-bit values on NVIDIA GPUs of capability 8.9 or above")
+        if fp8_values and (torch.version.hip or _capability(query.device) < (8, 9)):
+            raise ValueError("int8_attention: fp8_values needs an NVIDIA GPU of capability 8.9 or above")
         return launch(query, key, value, attn_mask, is_causal, scale, return_lse, fp8_values)
     if return_lse:
         return _attention_with_lse(query, key, value, attn_mask, is_causal, scale, reason)

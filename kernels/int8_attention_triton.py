@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
-from .int8_attention import FLOATS, FP8_FLOATS, LOG2_E, MAX_MASKED_HEAD_DIM, UNIT, empty_out, max_head_dim
+from .int8_attention import FLOATS, LOG2_E, MAX_MASKED_HEAD_DIM, UNIT, empty_out
 from .int8_keys_triton import (
     FP8_TARGETS,
     NVIDIA_TARGETS,
@@ -111,12 +111,11 @@ def _add_tiles(
     q_1, q_2 = query
     cols = tl.arange(0, BLOCK_N)
     IS_FP8: tl.constexpr = value_ptr.dtype.element_ty == tl.float8e4nv
-    IS_WIDE: tl.constexpr = value_ptr.dtype.element_ty == tl.float32
     lift: tl.constexpr = _FP8_LOG2 if IS_FP8 else 0.0
     codes_ptr += first.to(tl.int64) * (BLOCK_1 + BLOCK_2)
     codes_at = cols[None, :] * (BLOCK_1 + BLOCK_2) + tl.arange(0, BLOCK_1)[:, None]
     value_ptr += first if IS_FP8 else first.to(tl.int64) * value_row_stride
-    for start in tl.range(first, last, BLOCK_N, num_stages=1 if IS_CHECKED and not IS_WIDE else None):
+    for start in tl.range(first, last, BLOCK_N, num_stages=1 if IS_CHECKED else None):
         products = tl.dot(q_1, tl.load(codes_ptr + codes_at), out_dtype=tl.int32)
         if BLOCK_2:
             codes_at_2 = cols[None, :] * (BLOCK_1 + BLOCK_2) + BLOCK_1 + tl.arange(0, BLOCK_2)[:, None]
@@ -323,18 +322,22 @@ class Blocks(NamedTuple):
         return self.part_1 + self.part_2
 
 
-def blocks(head_dim: int, dtype: torch.dtype, mask: str, is_amd: bool) -> Blocks:
+def blocks(head_dim: int, mask: str, is_amd: bool, fp8: bool) -> Blocks:
     """What the registers and the shared memory of all GPUs of a kind have room for.
+
+    Compute capability 10.0 spills most easily: it limits the stages.
 
     Args:
         mask: "none", "keys" for one of keys or a diagonal, or "pairs" for one of queries and keys.
+        fp8: whether values are in e4m3.
     """
     parts = next(parts for parts in PARTS if head_dim <= sum(parts))
+    stages = 1 if sum(parts) > (96 if fp8 else 128) and not is_amd else 2
     if parts == PARTS[-1] or mask == "pairs":
-        return Blocks(64, 32, *parts, stages=2)
-    if dtype.itemsize > 2 or is_amd or mask == "keys":
-        return Blocks(128, 32, *parts, stages=2)
-    return Blocks(128, 64, *parts, stages=3)
+        return Blocks(64, 32, *parts, stages)
+    if is_amd or mask == "keys":
+        return Blocks(128, 32, *parts, stages)
+    return Blocks(128, 64, *parts, stages if stages == 1 or parts == PARTS[1] else 3)
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
@@ -364,7 +367,7 @@ def launch(
     query, key, value = map(aligned, (query, key, value))
     mask, mask_strides = _mask_rows(attn_mask)
     kind = "pairs" if mask_strides[-1] else "none" if mask is None and not is_causal else "keys"
-    size = blocks(head_dim, query.dtype, kind, torch.version.hip is not None)
+    size = blocks(head_dim, kind, torch.version.hip is not None, fp8_values)
     with device_of(query):
         packed = quantize(key, value if fp8_values else None, size.cols)
         if packed.value_codes is not None:
@@ -420,11 +423,8 @@ AMD_TARGETS = frozenset({"gfx942"})
 def variants() -> Iterator[Variant]:
     """Every specialisation that the launchers can choose. All inputs but masks are aligned."""
     for dtype, cols in itertools.product(FLOATS, map(sum, PARTS)):
-        if cols > max_head_dim(dtype):
-            continue
         for is_amd, fp8 in ((False, False), (True, False), (False, True)):
-            if dtype in FP8_FLOATS or not fp8:
-                yield from _attending(dtype, cols, is_amd, fp8)
+            yield from _attending(dtype, cols, is_amd, fp8)
 
 
 def _attending(dtype: torch.dtype, cols: int, is_amd: bool, fp8: bool) -> Iterator[Variant]:
@@ -434,7 +434,7 @@ def _attending(dtype: torch.dtype, cols: int, is_amd: bool, fp8: bool) -> Iterat
     for element, text in ((torch.uint8, "bool"), (dtype, kind)) if cols <= MAX_MASKED_HEAD_DIM else ():
         forms += [(f", {text} mask of {of}", element, of) for of in ("keys", "pairs")]
     for text, mask, of in forms:
-        size = blocks(cols, dtype, of, is_amd)
+        size = blocks(cols, of, is_amd, fp8)
         tiles = [size.key_rows * part * width for width in (1, values) for part in (size.part_1, size.part_2) if part]
         masked = 0 if mask is None else size.key_rows * mask.itemsize * (size.rows if of == "pairs" else 1)
         yield Variant(

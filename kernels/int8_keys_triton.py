@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .int8_attention import FLOATS, FP8_FLOATS, KEY_ROWS, UNIT, max_head_dim
+from .int8_attention import FLOATS, KEY_ROWS, UNIT
 from .layout import NUM_WARPS
 from .variants import TYPES, Variant
 
@@ -234,8 +234,7 @@ FP8_TARGETS = NVIDIA_TARGETS - {"sm80"}
 def variants() -> Iterator[Variant]:
     """Every specialisation that the launcher can choose. All inputs are aligned."""
     for dtype, cols, fp8 in itertools.product(FLOATS, map(sum, PARTS), (False, True)):
-        if cols <= max_head_dim(dtype) and not (fp8 and dtype not in FP8_FLOATS):
-            yield from _variants(dtype, cols, fp8)
+        yield from _variants(dtype, cols, fp8)
 
 
 def _variants(dtype: torch.dtype, cols: int, fp8: bool) -> Iterator[Variant]:

@@ -178,7 +178,13 @@ _INT8 = Backend(
     causal="any",
     log_sum_exp=True,
 )
-_INT8_ON_CPU = replace(_INT8, meaning="torch's own attention, for what int8 takes", device="cpu", capability=None)
+_INT8_ON_CPU = replace(
+    _INT8,
+    meaning="torch's own attention, for what int8 takes",
+    device="cpu",
+    capability=None,
+    dtypes=(*_HALF, torch.float32),
+)
 _EMULATED = replace(
     _INT8,
     name="int8_emulated",
@@ -189,11 +195,6 @@ _EMULATED = replace(
     log_sum_exp=False,
     stands_in_for="int8",
 )
-
-
-def _also_in_float32(backend: Backend) -> tuple[Backend, Backend]:
-    return backend, replace(backend, dtypes=(torch.float32,), head_dims=range(8, 129, 8))
-
 
 _BACKENDS = (
     _ON_CUDA,
@@ -237,9 +238,10 @@ _BACKENDS = (
         key_multiple=1,
         changes=(),
     ),
-    *_also_in_float32(_INT8),
-    *_also_in_float32(_INT8_ON_CPU),
-    *_also_in_float32(_EMULATED),
+    _INT8,
+    _INT8_ON_CPU,
+    _EMULATED,
+    replace(_EMULATED, device="cpu", dtypes=(torch.float32,)),
 )
 
 NAMES = tuple(dict.fromkeys((OWN, *(backend.name for backend in _BACKENDS))))

@@ -94,7 +94,16 @@ PRODUCTS = {
 
 
 _LABEL = re.compile(r"^\s*([$.]?\w*BB\d+_\d+):", re.MULTILINE)
-_JUMP = re.compile(r"\b(?:bra(?:\.uni)?|s_c?branch\w*)\s+([$.]?\w*BB\d+_\d+)")
+_JUMP = re.compile(r"(@\S+\s+)?\b(?:bra(?:\.uni)?|s_(c?)branch\w*)\s+([$.]?\w*BB\d+_\d+)")
+
+
+class _Jump(NamedTuple):
+    """Places in a text. An unconditional jump never goes on to what follows it."""
+
+    start: int
+    end: int
+    target: int
+    is_conditional: bool
 
 
 def product_loops(text: str, products: Sequence[re.Pattern[str]]) -> list[str]:
@@ -103,14 +112,29 @@ def product_loops(text: str, products: Sequence[re.Pattern[str]]) -> list[str]:
     From a loop's label to the last jump there.
     """
     labels = {match[1]: match.start() for match in _LABEL.finditer(text)}
-    ends: dict[int, int] = {}
-    for jump in _JUMP.finditer(text):
-        first = labels.get(jump[1], len(text))
-        if first < jump.start():
-            ends[first] = jump.end()
+    jumps = [
+        _Jump(*match.span(), labels.get(match[3], len(text)), bool(match[1] or match[2]))
+        for match in _JUMP.finditer(text)
+    ]
+    ends = {jump.target: jump.end for jump in jumps if _closes_loop(jump, jumps)}
     spans = [span for span in ends.items() if all(product.search(text, *span) for product in products)]
     return [
         text[first:last]
         for first, last in spans
         if not any((first, last) != other and first <= other[0] and other[1] <= last for other in spans)
     ]
+
+
+def _closes_loop(back: _Jump, jumps: Sequence[_Jump]) -> bool:
+    """Whether the text from a jump's target comes to the jump. Blocks that are moved to the end also jump back."""
+    starts, visited = [back.target], set()
+    while starts:
+        start = starts.pop()
+        if start in visited or not back.target <= start <= back.start:
+            continue
+        visited.add(start)
+        jump = next(jump for jump in jumps if jump.start >= start)
+        if jump == back:
+            return True
+        starts += [jump.target, jump.end] if jump.is_conditional else [jump.target]
+    return False

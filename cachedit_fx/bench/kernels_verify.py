@@ -158,10 +158,6 @@ def specialization(variant: Variant) -> Specialization:
     return Specialization({name: _typed(kind) for name, kind in variant.signature.items()}, constexprs, attrs)
 
 
-def _is_aligned_pointer(variant: Variant, name: str, kind: str) -> bool:
-    return kind.startswith("*") and name not in variant.unaligned
-
-
 def _typed(kind: Type | None) -> Type:
     if isinstance(kind, tuple):
         return tuple(map(_typed, kind))
@@ -294,12 +290,12 @@ def _both_shares(variant: Variant, accesses: Accesses, threads: int) -> tuple[tu
 def too_narrow(variant: Variant, accesses: Accesses, threads: int) -> list[str]:
     """Loads and stores below 128 bits that could be wider.
 
-    A thread's share of a tensor is its share of the tile, the product of the constants named BLOCK_*. Where it has less
-    than 128 bits, one instruction of its size takes it.
+    A thread's share of a tensor is its share of the tile, the product of the constants named BLOCK_*. If a share has
+    less than 128 bits, one instruction of its size takes it. So does one for a share of what is written once.
     """
     elements = math.prod(value for name, value in variant.constexprs.items() if name.startswith("BLOCK_")) // threads
     pointers = [kind for _, kind in leaves(tuple(variant.signature.values())) if kind and kind.startswith("*")]
-    may = Counter(elements * _size(kind) for kind in pointers)
+    may = Counter([*(elements * _size(kind) for kind in pointers), variant.written_once // threads])
     both = _both_shares(variant, accesses, threads)
     found = Counter(width for _, _, share in both for width in share.own if width < WIDE)
     return [f"{n} accesses of {width} bytes" for width, n in sorted(found.items()) if n > may[width]]

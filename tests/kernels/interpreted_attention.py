@@ -65,8 +65,6 @@ def check(tensors, mask=None, is_causal=False, scale=None, fp8_values=False, bou
 @pytest.mark.parametrize(("head_dim", "lengths"), list(itertools.product(HEAD_DIMS, LENGTHS)))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_head_dims_and_lengths(dtype, head_dim, lengths):
-    if dtype is torch.float32 and head_dim > 128:
-        pytest.skip("float32 heads of more than 128 do not fit the registers")
     check(inputs(dtype, head_dim, lengths))
 
 

@@ -127,7 +127,7 @@ def changed(**changes):
 REFUSED = {
     "four dimensions": changed(query=(4, 7, 64)),
     "head_dim 36": changed(query=(2, 4, 7, 36), key=(2, 4, 75, 36), value=(2, 4, 75, 36)),
-    "head_dim 136": changed(query=(2, 4, 7, 136), key=(2, 4, 75, 136), value=(2, 4, 75, 136)),
+    "head_dim 264": changed(query=(2, 4, 7, 264), key=(2, 4, 75, 264), value=(2, 4, 75, 264)),
     "keys and values": changed(value=(2, 4, 75, 32)),
     "of one length": changed(key=(2, 4, 0, 64), value=(2, 4, 0, 64)),
     "4 heads": changed(key=(2, 3, 75, 64), value=(2, 3, 75, 64), enable_gqa=True),
@@ -156,6 +156,18 @@ def test_what_it_takes():
 
 
 def test_no_log_sum_exp_without_the_kernel_elsewhere():
-    query, key, value = (x.to("meta") for x in inputs())
-    with pytest.raises(ValueError, match="no log-sum-exp on meta"):
+    query, key, value = (x.to("meta") for x in inputs(torch.bfloat16))
+    with pytest.raises(ValueError, match="no log-sum-exp on meta for a GPU without the kernel"):
         int8_attention(query, key, value, enable_gqa=True, return_lse=True)
+
+
+def test_float32_is_for_cpus():
+    query, key, value = inputs(torch.float32, heads=(2, 2))
+    assert takes(query, key, value)
+    query, key, value = (x.to("meta") for x in (query, key, value))
+    assert not takes(query, key, value)
+    assert int8_attention(query, key, value).shape == query.shape
+    with pytest.raises(ValueError, match="float32 on a CPU"):
+        int8_attention(query, key, value, return_lse=True)
+    with pytest.raises(ValueError, match="float32 on a CPU"):
+        int8_attention_emulated(query, key, value)
