@@ -41,8 +41,8 @@ FLOATS = (torch.bfloat16, torch.float16)
 CPU_FLOATS = (*FLOATS, torch.float32)
 """Dtypes that its stand-ins take on a CPU. On a GPU, tiles of float32 values leave too few registers."""
 MAX_HEAD_DIM = 256
-MAX_MASKED_HEAD_DIM = 128
-"""The widest head beside a mask: the registers hold no more."""
+WIDE_HEAD_DIM = 128
+"""The widest head beside a mask, or values in e4m3: the registers hold no more."""
 UNIT = 8
 """Head dims are multiples of this: rows of 16-bit elements then start at multiples of 16 bytes."""
 KEY_ROWS = 64
@@ -91,8 +91,8 @@ def _mask_refusal(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, is
         return f"a mask of {[*mask.shape]}: it must name each of the {scores[-1]} keys"
     if any(size not in (1, whole) for size, whole in zip(mask.shape, scores[4 - mask.ndim :], strict=True)):
         return f"a mask of {[*mask.shape]} for scores of {[*scores]}"
-    if query.shape[3] > MAX_MASKED_HEAD_DIM:
-        return f"a mask beside a head_dim of {query.shape[3]}: up to {MAX_MASKED_HEAD_DIM}"
+    if query.shape[3] > WIDE_HEAD_DIM:
+        return f"a mask beside a head_dim of {query.shape[3]}: up to {WIDE_HEAD_DIM}"
     return None
 
 
@@ -154,7 +154,7 @@ def int8_attention(
 
     Raises:
         ValueError: with `return_lse`, off the CPU, for what the kernel does not take; with `fp8_values` on a GPU
-            without e4m3.
+            without e4m3, or heads above 128 there.
     """
     reason = refusal(query, key, value, attn_mask, is_causal, enable_gqa)
     if reason is None and _has_kernel(query, key, value, attn_mask):
@@ -162,6 +162,8 @@ def int8_attention(
 
         if fp8_values and (torch.version.hip or _capability(query.device) < (8, 9)):
             raise ValueError("int8_attention: fp8_values needs an NVIDIA GPU of capability 8.9 or above")
+        if fp8_values and query.shape[3] > WIDE_HEAD_DIM:
+            raise ValueError(f"int8_attention: fp8_values needs heads of {WIDE_HEAD_DIM} channels at most")
         return launch(query, key, value, attn_mask, is_causal, scale, return_lse, fp8_values)
     if return_lse:
         return _attention_with_lse(query, key, value, attn_mask, is_causal, scale, reason)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
-from .int8_attention import FLOATS, LOG2_E, MAX_MASKED_HEAD_DIM, UNIT, empty_out
+from .int8_attention import FLOATS, LOG2_E, UNIT, WIDE_HEAD_DIM, empty_out
 from .int8_keys_triton import (
     FP8_TARGETS,
     NVIDIA_TARGETS,
@@ -424,14 +424,15 @@ def variants() -> Iterator[Variant]:
     """Every specialisation that the launchers can choose. All inputs but masks are aligned."""
     for dtype, cols in itertools.product(FLOATS, map(sum, PARTS)):
         for is_amd, fp8 in ((False, False), (True, False), (False, True)):
-            yield from _attending(dtype, cols, is_amd, fp8)
+            if not fp8 or cols <= WIDE_HEAD_DIM:
+                yield from _attending(dtype, cols, is_amd, fp8)
 
 
 def _attending(dtype: torch.dtype, cols: int, is_amd: bool, fp8: bool) -> Iterator[Variant]:
     kind = TYPES[dtype]
     values = 1 if fp8 else dtype.itemsize
     forms: list[tuple[str, torch.dtype | None, str]] = [("", None, "none"), (", causal", None, "keys")]
-    for element, text in ((torch.uint8, "bool"), (dtype, kind)) if cols <= MAX_MASKED_HEAD_DIM else ():
+    for element, text in ((torch.uint8, "bool"), (dtype, kind)) if cols <= WIDE_HEAD_DIM else ():
         forms += [(f", {text} mask of {of}", element, of) for of in ("keys", "pairs")]
     for text, mask, of in forms:
         size = blocks(cols, of, is_amd, fp8)

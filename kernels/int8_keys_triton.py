@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .int8_attention import FLOATS, KEY_ROWS, UNIT
+from .int8_attention import FLOATS, KEY_ROWS, UNIT, WIDE_HEAD_DIM
 from .layout import NUM_WARPS
 from .variants import TYPES, Variant
 
@@ -234,7 +234,8 @@ FP8_TARGETS = NVIDIA_TARGETS - {"sm80"}
 def variants() -> Iterator[Variant]:
     """Every specialisation that the launcher can choose. All inputs are aligned."""
     for dtype, cols, fp8 in itertools.product(FLOATS, map(sum, PARTS), (False, True)):
-        yield from _variants(dtype, cols, fp8)
+        if not fp8 or cols <= WIDE_HEAD_DIM:
+            yield from _variants(dtype, cols, fp8)
 
 
 def _variants(dtype: torch.dtype, cols: int, fp8: bool) -> Iterator[Variant]:

@@ -172,7 +172,7 @@ _INT8 = Backend(
     capability=_AMPERE,
     package="cachedit_fx.kernels.int8_attention",
     dtypes=_HALF,
-    head_dims=range(8, 257, 8),
+    head_dims=range(8, 129, 8),
     masks=REGULAR_MASKS,
     takes_gqa=True,
     causal="any",
@@ -195,6 +195,12 @@ _EMULATED = replace(
     log_sum_exp=False,
     stands_in_for="int8",
 )
+
+
+def _also_wide(backend: Backend) -> tuple[Backend, Backend]:
+    """A back end, and itself for heads above 128, without masks."""
+    return backend, replace(backend, head_dims=range(136, 257, 8), masks=())
+
 
 _BACKENDS = (
     _ON_CUDA,
@@ -238,10 +244,10 @@ _BACKENDS = (
         key_multiple=1,
         changes=(),
     ),
-    _INT8,
-    _INT8_ON_CPU,
-    _EMULATED,
-    replace(_EMULATED, device="cpu", dtypes=(torch.float32,)),
+    *_also_wide(_INT8),
+    *_also_wide(_INT8_ON_CPU),
+    *_also_wide(_EMULATED),
+    *_also_wide(replace(_EMULATED, device="cpu", dtypes=(torch.float32,))),
 )
 
 NAMES = tuple(dict.fromkeys((OWN, *(backend.name for backend in _BACKENDS))))

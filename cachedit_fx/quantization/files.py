@@ -140,7 +140,7 @@ def _flat(quantized: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor
     """The parts of quantized tensors by name, and name -> what the parts mean, in torchao's own JSON."""
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
-    from cachedit_fx.quantization.int8_sums import without_sums
+    from cachedit_fx.quantization.torchao_int8 import without_sums
 
     try:
         known = {PREFIX + name: without_sums(tensor) for name, tensor in quantized.items()}
@@ -160,7 +160,7 @@ def _whole(
     """The quantized tensors, from their parts, and the plain ones."""
     from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
 
-    from cachedit_fx.quantization.int8_sums import with_sums
+    from cachedit_fx.quantization.torchao_int8 import with_sums
 
     metadata = {PREFIX + name: meaning for name, meaning in meanings.items()}
     names = {"tensor_names": json.dumps([*metadata])}

@@ -153,7 +153,7 @@ def quantize_layers(module: nn.Module, layers: Mapping[str, Any], kind: Kind) ->
     """Give layers of a module, by their names, quantized weights in place."""
     from torchao.quantization import quantize_
 
-    from cachedit_fx.quantization.int8_sums import with_sums
+    from cachedit_fx.quantization.torchao_int8 import with_sums
 
     quantize_(module, kind.config(), filter_fn=lambda _, name: name in layers)
     for layer in layers.values():

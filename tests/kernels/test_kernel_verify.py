@@ -36,7 +36,7 @@ from cachedit_fx.bench.kernels_verify import (
     totals,
 )
 from cachedit_fx.kernels.int8_attention import FLOATS as DTYPES_OF_ATTENTION
-from cachedit_fx.kernels.int8_attention import MAX_MASKED_HEAD_DIM
+from cachedit_fx.kernels.int8_attention import WIDE_HEAD_DIM
 from cachedit_fx.kernels.residual_store import residual_like
 from cachedit_fx.kernels.variants import TYPES, Loop, Variant
 
@@ -368,7 +368,7 @@ def launch_everything(case):
                 continue
             pairs = torch.ones(70, 70, dtype=dtype)
             masks = [None, torch.ones(2, 1, 1, 70).bool(), pairs[:1], pairs, pairs.bool()]
-            masks = masks if sum(parts) <= MAX_MASKED_HEAD_DIM else [None]
+            masks = masks if sum(parts) <= WIDE_HEAD_DIM else [None]
             for mask, is_causal in (*((mask, False) for mask in masks), (None, True)):
                 int8_attention_triton.launch(query, query, query, mask, is_causal, None, False, fp8)
         found = [launched for launched in found if (launched[0] == "_attend") == (kernel == "int8_attention")]

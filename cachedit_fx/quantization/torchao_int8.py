@@ -4,7 +4,8 @@
 
 A CPU with VNNI multiplies unsigned numbers by signed ones, so torchao shifts activations by 128, and takes the shift
 off the product. The sums depend on the weight alone. torchao 0.18 adds them up at each call (`torchao.kernel.intmm`),
-which reads the whole weight a second time. This module imports torchao.
+which reads the whole weight a second time. This module imports torchao. Other libraries know torchao's classes by
+"torchao" in the name of their module (accelerate), so it stands in this one's too.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def with_sums(weight: Any) -> Any:
         and activations.mapping_type is MappingType.SYMMETRIC
         and activations.granularity in (PerRow(), PerTensor())
     )
-    return _summed(weight) if has_sums else weight
+    return _unflattened(SummedInt8Tensor, weight, {"sums": _sums_of(weight)}) if has_sums else weight
 
 
 def without_sums(weight: Any) -> Any:
@@ -73,9 +74,9 @@ def without_sums(weight: Any) -> Any:
     return _unflattened(Int8Tensor, weight) if type(weight) is SummedInt8Tensor else weight
 
 
-def _summed(weight: Any) -> Any:
-    sums = weight.qdata.sum(dim=-1, keepdim=True, dtype=torch.int32) * SHIFT
-    return _unflattened(SummedInt8Tensor, weight, {"sums": sums})
+def _sums_of(weight: Any) -> torch.Tensor:
+    sums: torch.Tensor = weight.qdata.sum(dim=-1, keepdim=True, dtype=torch.int32) * SHIFT
+    return sums
 
 
 def _unflattened(kind: Any, weight: Any, further: Mapping[str, torch.Tensor] | None = None) -> Any:
@@ -91,16 +92,21 @@ def _of_torchao(func: Any, types: Any, args: Sequence[Any], kwargs: Mapping[str,
 
 @SummedInt8Tensor.implements([torch.ops.aten.slice.Tensor, torch.ops.aten.select.int])
 def _part(func: Any, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """A part of the rows is a view, sums included. A part of the columns has sums of its own."""
     weight, *place = args
-    part = _summed(_of_torchao(func, types, (without_sums(weight), *place), kwargs))
-    return return_and_correct_aliasing(func, args, kwargs, part)
+    part = _of_torchao(func, types, (without_sums(weight), *place), kwargs)
+    is_of_rows = not place or place[0] == 0
+    sums = func(weight.sums, *place, **kwargs) if is_of_rows else _sums_of(part)
+    return return_and_correct_aliasing(func, args, kwargs, _unflattened(SummedInt8Tensor, part, {"sums": sums}))
 
 
 @SummedInt8Tensor.implements(torch.ops.aten.copy_.default)
 def _copy(func: Any, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Takes weights of both classes, such as those of a state dict that torchao wrote."""
     target, source = args[:2]
-    if type(source) is Int8Tensor:
+    if type(target) is Int8Tensor:
+        source = without_sums(source)
+    elif type(source) is Int8Tensor:
         source = with_sums(source.to(target.device))
     return _of_torchao(func, types, (target, source), kwargs)
 
@@ -114,25 +120,26 @@ def _linear(func: Any, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any
 def _product(input: torch.Tensor, weight: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
     """torchao's product with quantized activations, in its order of operations, with the sums at hand.
 
-    torchao compares the number of rows with one, so dynamo cannot trace it on a length that depends on data.
+    torchao compares the number of rows with one, so dynamo cannot trace it on a length that depends on data. As with
+    torchao, no gradient goes through the rounding.
     """
     if input.device.type != "cpu":
         return linear(input, without_sums(weight), bias)
-    values, scale = _quantized(input, weight.act_quant_kwargs)
+    values, scale = _quantized(input.detach(), weight.act_quant_kwargs)
     values, scale = values.reshape(-1, input.shape[-1]), scale.reshape(-1, 1)
     rows = weight.qdata.contiguous().t()
     if _multiplies_unsigned():
-        product = torch._int_mm((values + SHIFT).to(torch.uint8), rows) - weight.sums.flatten()
+        product = torch._int_mm((values.to(torch.int32) + SHIFT).to(torch.uint8), rows) - weight.sums.flatten()
     else:
-        product = torch._int_mm(values.to(torch.int8), rows)
+        product = torch._int_mm(values, rows)
     scaled = (product.to(scale.dtype) * scale).to(input.dtype)
     result = (scaled * weight.scale.flatten()).reshape(*input.shape[:-1], rows.shape[1])
     return (result if bias is None else result + bias).to(input.dtype)
 
 
 def _quantized(x: torch.Tensor, settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whole numbers from -128 to 127, as floats, and their float32 scale: one per row, or one in all."""
+    """Int8 numbers and their float32 scale: one per row, or one in all."""
     levels = 128 >> bool(settings.reduce_range)
     axes = tuple(range(x.dim())) if settings.granularity == PerTensor() else -1
     scale = (x.abs().amax(axes, keepdim=True) / (levels - 0.5)).clamp(min=torch.finfo(torch.float32).eps).float()
-    return (x * (1.0 / scale)).round().clamp(-levels, levels - 1), scale
+    return (x * (1.0 / scale)).round().clamp(-levels, levels - 1).to(torch.int8), scale
