@@ -85,10 +85,12 @@ def exchange_float8(
 ) -> torch.Tensor:
     """As `exchange`, with rows of the last dimension sent in eight bits and a scale each (`kernels.quant_fp8`).
 
+    Infinities arrive as NaN, since a row's scale is that of its finite numbers.
+
     Args:
         x: float16, bfloat16 or float32, with [..., head_dim] as the last dimension, which is whole.
     """
-    packed = torch.ops.cachedit_fx.quant_fp8(x.unsqueeze(-2))
+    packed = torch.ops.cachedit_fx.quant_fp8(torch.where(x.isinf(), torch.nan, x).unsqueeze(-2))
     received = exchange(packed, axis, segments, new_axis, new_segments, group)
     values: torch.Tensor = torch.ops.cachedit_fx.dequant_fp8(received, 1, x.dtype)
     return values.squeeze(-2)
@@ -103,7 +105,7 @@ def exchange_centred_float8(
     """
     rank, ranks = _place(group)
     lengths = [_length(segments, each, ranks) for each in range(ranks)]
-    mean = x.sum(axis, keepdim=True) / max(lengths[rank], 1)
+    mean = (x.sum(axis, keepdim=True, dtype=torch.float32) / max(lengths[rank], 1)).to(x.dtype)
     received = exchange_float8(x - mean, axis, segments, new_axis, new_segments, group)
     means = exchange(mean, axis, ((ranks, 1),), new_axis, new_segments, group)
     each = [

@@ -180,11 +180,18 @@ def _attention_with_lse(
     scale: float | None,
     reason: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """By torch's op for CPUs, which takes no group of heads and no bool, and calls the log-sum-exp of nothing 0."""
+    """By torch's op for CPUs.
+
+    The op takes no group of heads, no bool and no query of no rows. It reads channels as if they were adjacent, and
+    calls the log-sum-exp of nothing 0.
+    """
     if not query.is_cpu or reason is not None:
         raise ValueError(f"int8_attention: no log-sum-exp on {query.device} for {reason or 'a GPU without the kernel'}")
+    if not query.numel():
+        return empty_out(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     bias = None if attn_mask is None else _bias(attn_mask, query, key)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale

@@ -271,6 +271,11 @@ def backends_of(title: str, value: Any) -> tuple[Backend, ...]:
     """
     if callable(value):
         name = getattr(value, "__name__", type(value).__name__)
+        if not functions.takes_arguments(value):
+            raise OptionError(
+                f"{title}={name} cannot be called as scaled_dot_product_attention is: it must take query, key, value, "
+                "and attn_mask, dropout_p, is_causal and scale by name"
+            )
         load = _always(functions.of_callable(value))
         return (Backend(name, "a function", load, masks=MASKS, takes_gqa=True, causal="any", is_general=True),)
     if not isinstance(value, str):

@@ -8,6 +8,7 @@ operators directly, so that no process-wide setting decides or changes.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -67,14 +68,33 @@ def of_callable(attention: Function) -> Function:
         extra = {"enable_gqa": True} if enable_gqa else {}
         result = attention(query, key, value, attn_mask=mask, dropout_p=0.0, is_causal=is_causal, scale=scale, **extra)
         shape = (*query.shape[:-1], value.shape[-1])
-        if result.shape != shape or result.dtype != query.dtype:
-            raise OptionError(
-                f"attention: {attention} returned {result.dtype} {[*result.shape]}, and sdpa returns {query.dtype} "
-                f"{[*shape]}"
-            )
+        is_tensor = isinstance(result, Tensor)
+        keeps_dtype = is_tensor and (result.dtype == query.dtype or torch.is_autocast_enabled(query.device.type))
+        if not is_tensor or result.shape != shape or not keeps_dtype:
+            returned = f"{result.dtype} {[*result.shape]}" if is_tensor else type(result).__name__
+            raise OptionError(f"attention: {attention} returned {returned}, and sdpa returns {query.dtype} {[*shape]}")
         return result
 
     return function
+
+
+def takes_arguments(attention: Function) -> bool:
+    """Whether a function can be called as `scaled_dot_product_attention` is. True if its signature is not known."""
+    try:
+        inspect.signature(attention).bind(None, None, None, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None)
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True
+
+
+def holds_tensors(attention: Any) -> bool:
+    """Whether a function reads tensors other than its arguments: those of a module, or of its closure."""
+    cells = (cell.cell_contents for cell in getattr(attention, "__closure__", None) or ())
+    partial = (getattr(attention, "func", None), *getattr(attention, "args", ()))
+    held = (attention, getattr(attention, "__self__", None), *cells, *partial)
+    return any(isinstance(each, (Tensor, torch.nn.Module)) for each in held)
 
 
 def added(mask: Tensor | None, query: Tensor) -> Tensor | None:

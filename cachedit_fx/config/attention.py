@@ -76,6 +76,12 @@ class AttentionConfig:
             settings[_entry(pattern)] = OWN if value is None else value
         return {title: backends_of(f"attention {title}", value) for title, value in settings.items()}
 
+    @property
+    def functions(self) -> list[Any]:
+        """The back ends that are functions."""
+        values = (self.backend, self.cross_backend, *(self.per_layer or {}).values())
+        return [value for value in values if callable(value)]
+
     def choice(self, module: str, is_cross: bool) -> tuple[Backend, ...] | str:
         """The back ends for a call, or why it is to keep the model's own attention.
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
+from cachedit_fx.attention.functions import holds_tensors
 from cachedit_fx.config.attention import AttentionConfig, as_attention
 from cachedit_fx.config.cache import CONFIGS, Cut, DBCacheConfig, known_fields
 from cachedit_fx.config.calibrators import CalibratorConfig
@@ -356,6 +357,12 @@ class Options:
             raise OptionError(
                 "attention chooses back ends, and passes={'replace_attention': False} leaves all calls as they are: "
                 "leave out one of them"
+            )
+        holding = next((each for each in attention.functions if holds_tensors(each)), None)
+        if holding is not None and self.inner_backend != "eager":
+            raise OptionError(
+                f"attention: {holding} reads tensors of its own, which a compiler cannot trace: make it an operator "
+                "(torch.library.custom_op), or pass inner_backend='eager'"
             )
         obstacle = self._obstacle(_SWITCHING) if attention.is_by_step else None
         if obstacle is not None:

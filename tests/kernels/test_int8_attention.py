@@ -161,6 +161,19 @@ def test_no_log_sum_exp_without_the_kernel_elsewhere():
         int8_attention(query, key, value, enable_gqa=True, return_lse=True)
 
 
+@pytest.mark.parametrize("lying", [lambda x: x.repeat_interleave(2, -1)[..., ::2], lambda x: x.mT.contiguous().mT])
+def test_the_log_sum_exp_of_channels_that_are_apart(lying):
+    query, key, value = inputs(torch.float32, heads=(2, 2))
+    results = int8_attention(lying(query), lying(key), lying(value), return_lse=True)
+    torch.testing.assert_close(results, int8_attention(query, key, value, return_lse=True))
+
+
+def test_no_queries():
+    query, key, value = inputs(torch.float32, heads=(2, 2))
+    out, lse = int8_attention(query[:, :, :0], key, value, return_lse=True)
+    assert out.shape == query[:, :, :0].shape and lse.shape == (*query.shape[:2], 0)
+
+
 def test_float32_is_for_cpus():
     query, key, value = inputs(torch.float32, heads=(2, 2))
     assert takes(query, key, value)

@@ -366,12 +366,14 @@ def test_kinds_of_masks(shape, dtype, kind):
 
 
 def test_int8_declares_what_its_kernel_takes():
-    assert reason("int8") is None and reason("int8", keys=77, head_dim=256, mask="bool padding") is None
+    assert reason("int8") is None and reason("int8", keys=77, head_dim=128, mask="bool padding") is None
+    assert reason("int8", row=1, head_dim=256) is None
+    assert reason("int8", row=1, head_dim=256, mask="bool padding") == "int8 takes no bool padding mask"
     assert reason("int8", mask="irregular") == "int8 takes no irregular mask"
     assert reason("int8", head_dim=36) == "int8 takes no head dim of 36"
     float32 = (torch.float32,) * 4
     assert reason("int8", dtypes=float32) == "int8 takes float16 or bfloat16, and its tensors are float32"
-    assert all(reason(name, row=1, dtypes=float32) is None for name in ("int8", "int8_emulated"))  # on a CPU
+    assert all(reason(name, row=2, dtypes=float32) is None for name in ("int8", "int8_emulated"))  # on a CPU
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from lib.attending import attending, exact, replaced
 from lib.low_precision import NEVER, TEXT, TIMES, are_equal, quantized, steps
 from lib.toy_pipeline import ToyPipeline
 from lib.toys import CountingBackend, noise
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import cachedit_fx
 from cachedit_fx import (
@@ -269,8 +272,48 @@ def test_a_function_of_another_result_is_told():
         steps(model)
 
 
+def test_a_function_that_returns_no_tensor_is_told():
+    model = enabled(attending(), lambda query, key, value, **_: None)
+    with pytest.raises(OptionError, match="returned NoneType, and sdpa returns torch.float32"):
+        steps(model)
+
+
+def test_a_function_under_autocast_returns_its_dtype():
+    def function(query, key, value, attn_mask=None, **options):
+        return sdpa(query, key, value, attn_mask=attn_mask, **options)
+
+    query = torch.randn(1, 2, 3, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = functions.of_callable(function)(query, query, query, None, False, None, False)
+        assert torch.equal(result, sdpa(query, query, query)) and result.dtype is torch.bfloat16
+
+
+class Scaled(nn.Module):
+    """Attention with a tensor of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, query, key, value, **options):
+        return sdpa(query, key, value, **options) * self.scale
+
+
+def _closure():
+    scale = torch.ones(())
+    return lambda query, key, value, **options: sdpa(query, key, value, **options) * scale
+
+
+@pytest.mark.parametrize("function", [Scaled(), Scaled().forward, _closure(), partial(sdpa, torch.ones(1))], ids=str)
+def test_a_function_with_tensors_of_its_own_runs_eagerly_alone(function):
+    with pytest.raises(OptionError, match="reads tensors of its own.*custom_op.*inner_backend='eager'"):
+        parse_options({"attention": function, "inner_backend": "aot_eager"})
+    parse_options({"attention": function, "inner_backend": "eager"})
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"attention": 8}, "attention=8 is not allowed: it must be an AttentionConfig, a mapping of its settings, the"),
+    ({"attention": lambda query, key, value: query}, "<lambda> cannot be called as scaled_dot_product_attention is"),
     ({"attention": "saeg"}, "attention backend='saeg' is not allowed: it must be one of 'sdpa'.*did you mean 'sage'"),
     ({"attention": {"backnd": "math"}}, "unknown option 'backnd'; the nearest known one is 'backend'"),
     ({"attention": "sage"}, "attention backend='sage' does not run here: it needs an NVIDIA GPU.*; here run sdpa, fl"),

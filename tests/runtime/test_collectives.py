@@ -62,10 +62,21 @@ def found():
             rounded = torch.ops.cachedit_fx.dequant_fp8(quant_fp8(rows[..., None, :]), 1, rows.dtype).squeeze(-2)
             expected = collectives.order_by_rank(rounded, 1, segments, group())[:, :, own]
             checks[f"float8, {name}"] = torch.equal(sent, expected)
+            if part.numel():
+                special = part.clone()
+                special[0, 0, :, 0] = torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0])
+                sent = collectives.exchange_float8(special, 1, segments, 2, ((4, 1),), group())
+            else:
+                sent = collectives.exchange_float8(part, 1, segments, 2, ((4, 1),), group())
+            checks[f"float8 of infinities, {name}"] = not sent.isinf().any() and (rank == 2 or bool(sent.isnan().any()))
             offset = part + 100
             centred = collectives.exchange_centred_float8(offset, 1, segments, 2, ((4, 1),), group())
             error = (centred - 100 - collectives.order_by_rank(rows, 1, segments, group())[:, :, own]).abs()
             checks[f"centred float8, {name}"] = not error.numel() or bool(error.max() < 0.2)
+        keys = torch.full((1, 3000, 4, 8), 40.0, dtype=torch.float16)
+        part = collectives.cut_sequence(keys, 1, ((3000, 1),), group())
+        sent = collectives.exchange_centred_float8(part, 1, ((3000, 1),), 2, ((4, 1),), group())
+        checks["centred sums beyond float16"] = torch.equal(sent, keys[:, :, : sent.shape[2]])
         for dtype in DTYPES:
             x = whole(SEGMENTS["two"], dtype)
             part = collectives.cut_sequence(x, 1, SEGMENTS["two"], group())
