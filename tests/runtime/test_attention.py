@@ -304,7 +304,11 @@ def _closure():
     return lambda query, key, value, **options: sdpa(query, key, value, **options) * scale
 
 
-@pytest.mark.parametrize("function", [Scaled(), Scaled().forward, _closure(), partial(sdpa, torch.ones(1))], ids=str)
+@pytest.mark.parametrize(
+    "function",
+    [Scaled(), Scaled().forward, _closure(), partial(sdpa, torch.ones(1))],
+    ids=["module", "method", "closure", "partial"],
+)
 def test_a_function_with_tensors_of_its_own_runs_eagerly_alone(function):
     with pytest.raises(OptionError, match="reads tensors of its own.*custom_op.*inner_backend='eager'"):
         parse_options({"attention": function, "inner_backend": "aot_eager"})
