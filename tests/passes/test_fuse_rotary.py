@@ -80,12 +80,17 @@ def _two_sources(x):
     return torch.stack([-b, a], -1)
 
 
+def _reversed(x):
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([-a, b], -1)
+
+
 def _no_minus(x):
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([b, a], -1)
 
 
-@pytest.mark.parametrize("function", [_order, _axis, _halves, _threes, _two_sources, _no_minus])
+@pytest.mark.parametrize("function", [_order, _axis, _halves, _threes, _two_sources, _reversed, _no_minus])
 def test_near_misses_stay(function):
     outcome, graph = fused(function, torch.randn(2, 12))
     assert outcome.graph_module.graph is graph.gm.graph and ops(graph.gm)["stack"] == 1
