@@ -39,7 +39,7 @@ from cachedit_fx.report.files import check_folder, hardware, whole_files
 from cachedit_fx.report.tables import Heading, Part, Table, page, titled_list
 
 if TYPE_CHECKING:
-    from cachedit_fx.bench.flux_steps import Steps
+    from cachedit_fx.bench.flux_steps import Found, Steps
 
 SHAPES: tuple[tuple[int, ...], ...] = ((1,), (5,), (3, 1), (1, 1, 1), (2, 7, 5), (1, 33, 129), (2, 9, 300))
 LARGE: tuple[tuple[int, ...], ...] = ((1, 4097, 3072), (2, 1000, 1111))
@@ -96,14 +96,16 @@ class Piece:
 def whole_model(settings: Settings, how: str) -> Findings:
     from cachedit_fx.bench import flux_steps
 
-    found = getattr(flux_steps, how)(settings.device, settings.steps, settings.inner_backend)
-    return Findings(found.checks, steps=found.steps, about=[found.about])
+    return _of_model(getattr(flux_steps, how)(settings.device, settings.steps, settings.inner_backend))
 
 
 def rung_of_ladder(settings: Settings, name: str) -> Findings:
     from cachedit_fx.bench.flux_ladder import climb
 
-    found = climb(settings.device, settings.steps, settings.inner_backend, name)
+    return _of_model(climb(settings.device, settings.steps, settings.inner_backend, name))
+
+
+def _of_model(found: Found) -> Findings:
     return Findings(found.checks, steps=found.steps, about=[found.about])
 
 

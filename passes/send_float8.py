@@ -11,7 +11,6 @@ their bits, or travel less the mean of each rank's part.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar, cast
 
@@ -56,15 +55,13 @@ class SendFloat8(Rewrite):
         received = [user for user in call.node.users if _is_exchange(user)]
         if not sent:
             return 0
-        nodes: dict[fx.Node, Callable[..., Any]] = sent | dict.fromkeys(received, collectives.exchange_float8)
+        for node in received:
+            node.target = collectives.exchange_float8
         for node, target in sent.items():
             node.target = target
+        for node in (*sent, call.node, *received):
             node.meta["example_value"] = fake_result(node)
-        call.node.meta["example_value"] = fake_result(call.node)
-        for node in received:
-            node.target = nodes[node]
-            node.meta["example_value"] = fake_result(node)
-        return len(nodes)
+        return len(sent) + len(received)
 
 
 def _is_exchange(node: Any) -> bool:

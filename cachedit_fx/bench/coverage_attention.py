@@ -10,10 +10,9 @@ import torch
 from torch import fx
 
 from cachedit_fx.attention.backends import rows_of
-from cachedit_fx.bench.coverage_steps import FIRST, LATER, Make, at_timestep, equal, tensors
+from cachedit_fx.bench.coverage_steps import FIRST, LATER, NEVER, Make, at_timestep, equal, tensors
 from cachedit_fx.bench.coverage_subject import Subject
 from cachedit_fx.config.attention import AttentionConfig
-from cachedit_fx.config.cache import DBCacheConfig
 from cachedit_fx.passes.replace_attention import attention_calls
 from cachedit_fx.report.tables import Heading, Part, Table
 
@@ -31,7 +30,6 @@ COUNTS = (
     "for GPUs takes by its declaration: by mask, grouped heads, causality and shapes. The configurations are tiny and "
     "in float32, so head dims, lengths and dtypes are left out of account."
 )
-NEVER = DBCacheConfig(Fn_compute_blocks=1, residual_diff_threshold=0, enable_separate_cfg=False)
 
 
 @dataclass(frozen=True)

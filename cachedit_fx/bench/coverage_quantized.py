@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from cachedit_fx.bench.coverage_steps import FIRST, LATER, Make, at_timestep, equal, tensors
+from cachedit_fx.bench.coverage_steps import FIRST, LATER, NEVER, Make, at_timestep, equal, tensors
 from cachedit_fx.bench.coverage_subject import Subject
-from cachedit_fx.config.cache import DBCacheConfig
 from cachedit_fx.config.precision import PrecisionConfig
 from cachedit_fx.config.rules import OptionError
 from cachedit_fx.quantization.apply import quantize
@@ -17,7 +16,6 @@ INT8 = (
     "next one does not"
 )
 """What the column means."""
-NEVER = DBCacheConfig(Fn_compute_blocks=1, residual_diff_threshold=0, enable_separate_cfg=False)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from cachedit_fx.config.cache import DBCacheConfig
 from cachedit_fx.passes.find_timestep import NAMES
 
 Inputs = Callable[[int], dict[str, Any]]
@@ -18,6 +19,8 @@ Make = Callable[[], tuple[nn.Module, Inputs]]
 
 FIRST, LATER = 1.0, 0.9
 """A step's timestep, over the first step's."""
+NEVER = DBCacheConfig(Fn_compute_blocks=1, residual_diff_threshold=0, enable_separate_cfg=False)
+"""A cache at threshold 0, whose regions are there and never reused."""
 
 
 def tensors(result: Any) -> list[torch.Tensor]:

@@ -7,13 +7,10 @@ and float16, which Triton's interpreter computes as hardware does. The interpret
 from __future__ import annotations
 
 import importlib
-import multiprocessing
-import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 
 from cachedit_fx.bench.kernels_assembly import PRODUCTS, product_loops, ptx_accesses
+from cachedit_fx.bench.kernels_verify import TARGETS as GPUS
+from cachedit_fx.bench.kernels_verify import compiled_for, triton_pool
 from cachedit_fx.kernels.variants import Variant
 from cachedit_fx.report.files import whole_files
 from cachedit_fx.report.tables import Heading, Table, page
@@ -110,9 +109,7 @@ def compared(case: tuple[int, str]) -> Compared:
 
 
 def _counts(variant: Variant, target: str) -> Counts:
-    from cachedit_fx.bench.kernels_verify import TARGETS, compiled_for
-
-    binary, _, _ = compiled_for(variant, TARGETS[target])
+    binary, _, _ = compiled_for(variant, GPUS[target])
     reads = [
         sum(ptx_accesses(body).loads) for body in product_loops(binary.asm["ptx"], [PRODUCTS["int8"], PRODUCTS["fp16"]])
     ]
@@ -138,26 +135,11 @@ def _machine_loops(cubin: bytes) -> list[list[str]]:
     return [_INSTRUCTION.findall(body) for body in product_loops(text, _MACHINE_PRODUCTS)]
 
 
-@contextmanager
-def _process(interpreter: bool) -> Iterator[Any]:
-    before = os.environ.pop("TRITON_INTERPRET", None)
-    if interpreter:
-        os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        pool = multiprocessing.get_context("spawn").Pool(1)
-    finally:
-        os.environ.pop("TRITON_INTERPRET", None)
-        if before is not None:
-            os.environ["TRITON_INTERPRET"] = before
-    with pool:
-        yield pool
-
-
 def measure() -> tuple[list[Errors], list[Compared]]:
     """Every row of both tables."""
-    with _process(interpreter=True) as pool:
+    with triton_pool(1, is_interpreted=True) as pool:
         rows = pool.map(errors, [(head_dim, length) for head_dim in HEAD_DIMS for length in LENGTHS])
-    with _process(interpreter=False) as pool:
+    with triton_pool(1, is_interpreted=False) as pool:
         loops = pool.map(compared, [(head_dim, target) for head_dim in HEAD_DIMS for target in TARGETS])
     return rows, loops
 

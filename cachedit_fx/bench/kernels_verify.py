@@ -331,14 +331,24 @@ def checker(processes: int | None = None) -> Iterator[Callable[[Sequence[Task]],
     """A function that checks tasks, in order, in processes of its own: as many as there are cores unless given."""
     if not HAS_TRITON:
         raise ModuleNotFoundError("Triton is not installed")
+    with triton_pool(processes or cores(), is_interpreted=False) as pool:
+        yield lambda todo: pool.imap(_run, todo)
+
+
+@contextlib.contextmanager
+def triton_pool(processes: int, is_interpreted: bool) -> Iterator[Any]:
+    """A pool of processes that either interpret Triton's kernels or compile them, whatever the environment says."""
     before = os.environ.pop("TRITON_INTERPRET", None)  # inherited by the processes below
+    if is_interpreted:
+        os.environ["TRITON_INTERPRET"] = "1"
     try:
-        pool = multiprocessing.get_context("spawn").Pool(processes or cores(), _prepare)
+        pool = multiprocessing.get_context("spawn").Pool(processes, _prepare)
     finally:
+        os.environ.pop("TRITON_INTERPRET", None)
         if before is not None:
             os.environ["TRITON_INTERPRET"] = before
     with pool:
-        yield lambda todo: pool.imap(_run, todo)
+        yield pool
 
 
 def cores() -> int:
