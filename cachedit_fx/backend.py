@@ -60,7 +60,7 @@ def cachedit(
         )
     if parsed.attention is not None:
         parsed.attention.check(None)
-    if parsed.ulysses_size == 1:
+    if parsed.sizes.total == 1:
         leave(model_in_frame(), "compiled the model with ulysses_size=1")
     return compile_graph(gm, example_inputs, parsed)
 
@@ -76,12 +76,12 @@ def compile_graph(
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
         refuse_weights(example_inputs, "gradients are wanted")
         timestep = FindTimestep(options.timestep, numbers_in_frame()).run(gm, Facts())
-        uncached = GRADIENTS if options.ulysses_size == 1 else GRADIENTS_ON_RANKS
+        uncached = GRADIENTS if options.sizes.total == 1 else GRADIENTS_ON_RANKS
         return UncachedGraph(compile_whole(gm, example_inputs, options), finder, uncached, timestep)
     guard_storages(gm, example_inputs)
     traced, verifier = (state.traced, state.verifier) if state is not None else (NOTHING_KNOWN, None)
     captured = copy_of(gm) if verifier is not None else gm
-    compared = _compared(gm, options) if options.ulysses_size > 1 else None
+    compared = _compared(gm, options) if options.sizes.total > 1 else None
     if state is not None and state.copies is not None:
         state.copies.mark(gm, example_inputs)
     outcome = rewrite(gm, options, traced)

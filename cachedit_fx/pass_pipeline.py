@@ -21,7 +21,7 @@ from cachedit_fx.passes.outline_blocks import OutlineBlocks
 from cachedit_fx.passes.plan_regions import PlanRegions
 from cachedit_fx.passes.replace_attention import ReplaceAttention
 from cachedit_fx.passes.send_float8 import SendFloat8
-from cachedit_fx.runtime.ranks import ranks_of
+from cachedit_fx.runtime.grid import grid_of
 
 
 def pass_manager(options: Options, traced: Traced = NOTHING_KNOWN) -> PassManager:
@@ -43,7 +43,8 @@ def pass_manager(options: Options, traced: Traced = NOTHING_KNOWN) -> PassManage
 
 def pipeline(options: Options, traced: Traced) -> list[Pass]:
     """The passes in order, with their options."""
-    ranks = ranks_of(options.ulysses_size, options.ulysses_mesh)
+    grid = grid_of(options.sizes, options.ulysses_mesh)
+    ulysses = grid.ulysses if grid is not None else None
     cuts = [settings.policy.structure() for settings in options.loop_settings]
     return [
         Normalize(),
@@ -52,7 +53,7 @@ def pipeline(options: Options, traced: Traced) -> list[Pass]:
         InferDependence(traced.sample),
         DetectBlockLoops(options.loops, traced=traced),
         InferSequenceAxes(options.ulysses_size),
-        InsertUlysses(ranks.name if ranks is not None else ""),
+        InsertUlysses(ulysses.name if ulysses is not None else ""),
         SendFloat8(options.ulysses_float8 == "with_keys"),
         ReplaceAttention(options.attention),
         PlanRegions(cuts, options.scope or "model", options.predicts_output, traced.kept),

@@ -19,11 +19,11 @@ from cachedit_fx.attention.functions import holds_tensors
 from cachedit_fx.config.attention import AttentionConfig, as_attention
 from cachedit_fx.config.cache import CONFIGS, Cut, DBCacheConfig, known_fields
 from cachedit_fx.config.calibrators import CalibratorConfig
+from cachedit_fx.config.parallel import ParallelOptions
 from cachedit_fx.config.precision import PrecisionConfig, as_precision
 from cachedit_fx.config.rules import OptionError, Rule, check_fields, choice, integer, optional, reject_unknown, setting
 from cachedit_fx.runtime.calibrators import CALIBRATORS, as_config, calibrator_of
 from cachedit_fx.runtime.policies.base import Policy, policy_of
-from cachedit_fx.runtime.ranks import Mesh, is_mesh, size_of
 
 Scope: TypeAlias = Literal["model", "loop"]
 Granularity: TypeAlias = Literal["block", "region"]
@@ -31,8 +31,6 @@ CompiledPieces: TypeAlias = Literal["blocks", "all"]
 Verify: TypeAlias = Literal["first"]
 Motion: TypeAlias = Literal["step", "batched"]
 TimeWeights: TypeAlias = Literal["device", "host"]
-UlyssesInputs: TypeAlias = Literal["equal", "first_rank"]
-UlyssesFloat8: TypeAlias = bool | Literal["with_keys"]
 BackendName: TypeAlias = Literal["inductor", "aot_eager", "eager"]
 InnerBackend: TypeAlias = BackendName | Callable[..., Any]
 # Names as of torch 2.13 and 2.14. Asking `torch._inductor` for them would import it.
@@ -119,7 +117,7 @@ def _is_switches(value: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ParallelOptions):
     """All options of one compiled model. Hashable, and never changed in place, `inner_options` included."""
 
     cache: DBCacheConfig | None = setting(
@@ -231,27 +229,6 @@ class Options:
     hoisted_mib: int = setting(256, integer(0, "MiB"))
     """The highest size of the hoisted values that a model keeps for each of its graphs, in MiB. Values beyond it are
     computed at every step."""
-    ulysses_size: int = setting(None, optional(integer(1, "ranks")))
-    """How many ranks of torch.distributed share the work on one sample: each computes a part of the tokens, and
-    attention exchanges tokens for heads (Ulysses). 1 = each rank works alone. Consecutive ranks form a group, so the
-    number must divide that of all ranks. All ranks of a group must call the model with equal inputs. None becomes the
-    size of `ulysses_mesh`, or 1."""
-    ulysses_mesh: Mesh | None = setting(
-        None, optional(Rule(is_mesh, "a DeviceMesh of one dimension, or a ProcessGroup, with this process in it"))
-    )
-    """The ranks that share the work on one sample, if they are not consecutive: a dimension of a DeviceMesh,
-    `mesh["ulysses"]`, or a process group. None = consecutive ranks, `ulysses_size` of them."""
-    ulysses_inputs: UlyssesInputs = setting("equal", choice(*get_args(UlyssesInputs)))
-    """Which inputs the ranks that share a sample take. "equal" = their own, which must be equal: they are compared to
-    the bit where a generation begins, and up to rounding at every other call. "first_rank" = at every call the tensors
-    of the group's first rank, so that all ranks return its result. Each call then sends all its tensors; other inputs
-    must be equal. It has no effect with ulysses_size=1."""
-    ulysses_float8: UlyssesFloat8 = setting(
-        False, Rule(lambda value: isinstance(value, bool) or value == "with_keys", "True, False or 'with_keys'")
-    )
-    """Whether queries, values and results of attention travel between ranks in float8, with a scale for each head of a
-    token. "with_keys" = keys too, less their mean. False = all in the model's dtype. It has no effect with
-    ulysses_size=1."""
     verify: Verify | None = setting(None, optional(choice(*get_args(Verify))))
     """"first" = compare the first computed call of each compiled graph with the plain module. If the results differ,
     `VerificationError` names the first piece that differs. Results must be equal to the bit with inner_backend="eager",
@@ -268,7 +245,7 @@ class Options:
         """The fields that users may pass in several forms, in the one form that is stored."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         cache, passes, modifiers, loops = (values[name] for name in ("cache", "passes", "params_modifiers", "loops"))
-        inner, size, mesh = (values[name] for name in ("inner_options", "ulysses_size", "ulysses_mesh"))
+        inner = values["inner_options"]
         cache = CONFIGS[cache]() if isinstance(cache, str) and cache in CONFIGS else cache
         own = cache.calibrator if isinstance(cache, DBCacheConfig) else None
         return {
@@ -285,7 +262,7 @@ class Options:
             "precision": as_precision(values["precision"]),
             "attention": as_attention(values["attention"]),
             "loops": tuple(loops) if isinstance(loops, list) else loops,
-            "ulysses_size": (size_of(mesh) if is_mesh(mesh) else 1) if size is None else size,
+            **self._canonical_sizes(),
         }
 
     def _check_combinations(self) -> None:
@@ -300,10 +277,7 @@ class Options:
                 f"params_modifiers set the policy of each block loop separately: they need scope='loop' and a cache, "
                 f"not scope={self.scope!r}, cache={self.cache!r}"
             )
-        if self.ulysses_mesh is not None and self.ulysses_size != (size := size_of(self.ulysses_mesh)):
-            raise OptionError(
-                f"ulysses_size={self.ulysses_size}, and ulysses_mesh has {size} ranks: leave out one of them"
-            )
+        self._check_sizes()
         if self.time_weights == "host":
             self._check_host()
         if self.precision is not None:
@@ -426,7 +400,7 @@ class Options:
     def is_exact(self) -> bool:
         """Whether results without reuse equal the plain module's to the bit: nothing is fused, shared or replaced."""
         replaces = self.precision is not None or self.attention is not None
-        return self.inner_backend == "eager" and self.ulysses_size == 1 and not replaces
+        return self.inner_backend == "eager" and self.sizes.total == 1 and not replaces
 
     def compiles(self, kind: str) -> bool:
         """Whether the inner backend compiles pieces of this kind."""

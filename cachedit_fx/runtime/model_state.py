@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 from cachedit_fx.config.options import Options
 from cachedit_fx.passes.base import NOTHING_KNOWN, Facts
 from cachedit_fx.runtime.checksum import Memo, checksum
+from cachedit_fx.runtime.grid import grid_of
 from cachedit_fx.runtime.listener import Hint
 from cachedit_fx.runtime.presence import come_back, leave
-from cachedit_fx.runtime.ranks import ranks_of
 from cachedit_fx.runtime.session import Session, SessionBlock, present_block
 from cachedit_fx.runtime.verification import Verifier
 from cachedit_fx.runtime.warning import warn
@@ -46,7 +46,8 @@ class ModelState:
         title: name of the model's class; empty if it is not known.
         options: as parsed. Only settings that are read at each call may change later (`set_options`).
         config: the config in `options.cache`; None if caching is off.
-        ranks: those that share the work on one sample with this one; None if it works alone.
+        grid: the ranks that share the work on one sample with this one; None if it works alone.
+        ranks: all of them.
         is_apart: whether it worked alone since the ranks met last, and has said so.
         hint: returns the caller's hint about the present call.
         verifier: compares calls with the plain module; None unless the options ask for it.
@@ -65,7 +66,8 @@ class ModelState:
         self.title = title
         self.options = options
         self.config = options.cache
-        self.ranks = ranks_of(options.ulysses_size, options.ulysses_mesh)
+        self.grid = grid_of(options.sizes, options.ulysses_mesh)
+        self.ranks = self.grid.everyone if self.grid is not None else None
         self.is_apart = False
         self.hint: Callable[[], Hint] = Hint
         self.verifier = Verifier(options.is_exact) if options.verify else None

@@ -60,26 +60,26 @@ class Presence:
         members: all ranks of the group, this one included.
         rank: this one.
         seconds: what a collective of the group waits for a rank.
-        size: how many ranks share a sample, for errors.
+        words: the options that ask for the ranks, for errors.
     """
 
     name: str
     members: tuple[int, ...]
     rank: int
     seconds: float
-    size: int
+    words: str
     store: dist.Store = field(repr=False, compare=False)
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup, size: int, name: str | None = None) -> Presence:
-        """The ranks of a group, of which `size` share a sample. `name` tells meetings for another purpose apart."""
+    def of(cls, group: dist.ProcessGroup, words: str, name: str | None = None) -> Presence:
+        """The ranks of a group, which options ask for. `name` tells meetings for another purpose apart."""
         members = tuple(dist.get_process_group_ranks(group))
-        return cls(name or group.group_name, members, dist.get_rank(), _seconds_of(group), size, _store())
+        return cls(name or group.group_name, members, dist.get_rank(), _seconds_of(group), words, _store())
 
     @property
     def heading(self) -> str:
         """The beginning of every error."""
-        return f"ulysses_size={self.size}: "
+        return f"{self.words}: "
 
     @contextmanager
     def meeting(self, model: str = "") -> Iterator[None]:

@@ -65,6 +65,8 @@ class RegionCall:
         self.call, self.regions, self.keys, self.values_last = call, regions, keys, values_last
         self.on_locate, self.forms = on_locate, forms
         self.session = call.session
+        grid = call.session.state.grid
+        self.ranks = grid.tokens if grid is not None else None
         options = call.session.state.options
         self.settings = [options.settings_of(region.loop) for region in regions]
 
@@ -162,7 +164,7 @@ class RegionCall:
         watch = Stopwatch(entry.device)
         names: tuple[str, ...] = ()
         if decision.action is Action.REUSE:
-            results = _restored(entry, now, bases, base_inputs, self.session.state.ranks)
+            results = _restored(entry, now, bases, base_inputs, self.ranks)
         else:
             if self.forms is not None and forms:
                 names, form = self.forms.choose(forms, entry.key, entry.settings.policy.config)
@@ -223,7 +225,7 @@ class RegionCall:
                     f"{type(settings.policy).__name__}.decide asks for a difference, and there is none: call `measure` "
                     "only if situation.stored is Stored.FITS and the policy's `measures` is True"
                 )
-            (difference,), _ = read_differences(residual, [memory.reference], ranks=self.session.state.ranks)
+            (difference,), _ = read_differences(residual, [memory.reference], ranks=self.ranks)
         shared[key, step] = difference
         self.call.on_failure(lambda: shared.__delitem__((key, step)))
         return difference
@@ -241,7 +243,7 @@ class RegionCall:
         if not tracker.is_clocked(call.tick) and call.time.waits and call.time.unread is not None:
             references = {} if residual is None else self._references(key, signature)
             if residual is not None and references:
-                previous, ranks = list(references.values()), self.session.state.ranks
+                previous, ranks = list(references.values()), self.ranks
                 values, (number,) = read_differences(residual, previous, call.time.unread, ranks=ranks)
                 differences = dict(zip(references, values, strict=True))
                 call.time.set(number)

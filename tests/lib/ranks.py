@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 
 from cachedit_fx.kernels import cpu
+from cachedit_fx.runtime.grid import Mesh, Sizes, grid_of
+from cachedit_fx.runtime.ranks import Ranks
 
 SECONDS = 120
 """What a collective may wait for other ranks; a rank that died ends it at once."""
@@ -86,3 +88,9 @@ def close(left: Any, right: Any, tolerance: float = 2e-5) -> bool:
     """Whether two tensors are equal up to `tolerance` of the largest element."""
     difference = (left.double() - right.double()).abs().max() if left.numel() else torch.zeros(())
     return left.shape == right.shape and bool(difference <= tolerance * right.double().abs().max().clamp(min=1e-30))
+
+
+def ranks_of(size: int, mesh: Mesh | None = None) -> Ranks | None:
+    """The ranks that share a sample under `ulysses_size`."""
+    grid = grid_of(Sizes(ulysses=size), mesh)
+    return None if grid is None else grid.everyone

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from lib import models
 from lib.helpers import capture, outcome_of, run_graph
-from lib.ranks import close, on_ranks
+from lib.ranks import close, on_ranks, ranks_of
 from torch import nn
 
 from cachedit_fx.passes.detect_block_loops import DetectBlockLoops
@@ -22,7 +22,6 @@ from cachedit_fx.passes.graph_values import op_counts
 from cachedit_fx.passes.infer_sequence_axes import InferSequenceAxes, SequenceAxes
 from cachedit_fx.passes.insert_ulysses import ContextParallel, InsertUlysses
 from cachedit_fx.passes.normalize import Normalize
-from cachedit_fx.runtime.ranks import ranks_of
 
 pytestmark = pytest.mark.xdist_group("ulysses rules")
 

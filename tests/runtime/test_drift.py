@@ -8,14 +8,13 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from lib import toys
-from lib.ranks import on_ranks
+from lib.ranks import on_ranks, ranks_of
 from lib.shared import SharedCapture
 from lib.toy_pipeline import TEXTS, ToyPipeline
 
 import cachedit_fx
 from cachedit_fx import RanksDisagree
 from cachedit_fx.runtime.drift import Drift
-from cachedit_fx.runtime.ranks import ranks_of
 
 pytestmark = [pytest.mark.keep_compiled, pytest.mark.xdist_group("ulysses")]
 

@@ -242,6 +242,9 @@ OTHER_STRUCTURE = {
     "ulysses_size": 2,
     "ulysses_inputs": "first_rank",
     "ulysses_float8": "with_keys",
+    "ulysses_async": True,
+    "ring_size": 2,
+    "cfg_parallel": True,
     "ulysses_mesh": dist.ProcessGroup(dist.HashStore(), 0, 2),
 }
 

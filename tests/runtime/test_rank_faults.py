@@ -11,14 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from lib import toys
-from lib.ranks import close, on_ranks
+from lib.ranks import close, on_ranks, ranks_of
 from lib.shared import SharedCapture
 from torch import nn
 
 import cachedit_fx
 from cachedit_fx import CacheWarning, RankMissing, RanksDisagree
 from cachedit_fx.runtime.presence import come_back, leave
-from cachedit_fx.runtime.ranks import ranks_of
 
 pytestmark = [pytest.mark.keep_compiled, pytest.mark.xdist_group("ulysses")]
 

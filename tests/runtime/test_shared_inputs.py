@@ -6,13 +6,12 @@ from typing import Any
 import pytest
 import torch
 from lib import toys
-from lib.ranks import on_ranks
+from lib.ranks import on_ranks, ranks_of
 from lib.shared import SharedCapture
 
 import cachedit_fx
 from cachedit_fx import OptionError, RanksDisagree
 from cachedit_fx.config.options import parse_options
-from cachedit_fx.runtime.ranks import ranks_of
 from cachedit_fx.runtime.shared_inputs import SharedInputs
 
 pytestmark = [pytest.mark.keep_compiled, pytest.mark.xdist_group("ulysses")]

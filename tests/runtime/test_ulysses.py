@@ -17,7 +17,7 @@ import torch.distributed as dist
 from diffusers import FluxTransformer2DModel
 from lib import models
 from lib.marks import only_in
-from lib.ranks import close, on_ranks
+from lib.ranks import close, on_ranks, ranks_of
 from lib.shared import SharedCapture
 from lib.zoo import ZOO
 from lib.zoo.base import packed
@@ -32,7 +32,6 @@ from cachedit_fx.metrics.image import psnr
 from cachedit_fx.passes.insert_ulysses import ContextParallel
 from cachedit_fx.runtime.guard import Residual, relative_difference
 from cachedit_fx.runtime.policies.preset import PresetConfig
-from cachedit_fx.runtime.ranks import ranks_of
 from cachedit_fx.shapes import generate, held_out_prompts, load_pipeline
 
 pytestmark = [pytest.mark.keep_compiled, pytest.mark.xdist_group("ulysses")]
@@ -341,7 +340,7 @@ def test_a_mesh_says_which_ranks_share():
     assert "'data' (2), 'ulysses' (2): pass the one" in first["several"] and "mesh['ulysses']" in first["several"]
     assert "of 2 and 2 ranks: name them by mesh_dim_names" in first["without names"]
     assert first["both"] == "ulysses_size=4, and ulysses_mesh has 2 ranks: leave out one of them"
-    assert "a DeviceMesh of one dimension, or a ProcessGroup" in first["outside"]
+    assert "a DeviceMesh of one dimension, or of the dimensions" in first["outside"]
     assert "has the ranks 0, 1, and this process is rank 3" in last["outside"]
     for each in (first, last):
         assert each["no group"] == each["no group of this size"]

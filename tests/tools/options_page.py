@@ -50,11 +50,13 @@ def _fields(value: Any) -> tuple[dataclasses.Field[Any], ...]:
 
 
 def _section(config: type) -> str:
-    meanings = attribute_docstrings(config)
+    public = {getattr(cachedit_fx, name) for name in cachedit_fx.__all__}
+    sources = [each for each in config.__mro__ if each is config or each not in public]
+    meanings = {name: text for each in reversed(sources[:-1]) for name, text in attribute_docstrings(each).items()}
     rows = [
         (f"`{field.name}`", f"`{_shown(field.default)}`", field.metadata["rule"].description, meanings[field.name])
         for field in _fields(config)
-        if field.name in vars(config).get("__annotations__", ()) and "rule" in field.metadata
+        if field.name in meanings and "rule" in field.metadata
     ]
     lines = [f"## {config.__name__}", "", class_docstring(config), ""]
     if rows:
