@@ -30,7 +30,7 @@ Segments = Sequence[tuple[Any, Any]]
 
 def cut_sequence(x: torch.Tensor, axis: int, segments: Segments, group: str) -> torch.Tensor:
     """This rank's part of a whole tensor, contiguous."""
-    rank, ranks = _place(group)
+    rank, ranks = place_in(group)
     parts, start = [], 0
     for count, unit in segments:
         own, before = _own(count, rank, ranks), _before(count, rank, ranks)
@@ -41,7 +41,7 @@ def cut_sequence(x: torch.Tensor, axis: int, segments: Segments, group: str) -> 
 
 def gather_sequence(x: torch.Tensor, axis: int, segments: Segments, group: str) -> torch.Tensor:
     """The whole tensor, from all ranks' parts."""
-    rank, ranks = _place(group)
+    rank, ranks = place_in(group)
     lengths = [_length(segments, each, ranks) for each in range(ranks)]
     flat = x.movedim(axis, 0).contiguous()
     if isinstance(missing := lengths[0] - lengths[rank], torch.SymInt) or missing:
@@ -55,14 +55,24 @@ def gather_sequence(x: torch.Tensor, axis: int, segments: Segments, group: str) 
 
 
 def exchange(
-    x: torch.Tensor, axis: int, segments: Segments, new_axis: int, new_segments: Segments, group: str
+    x: torch.Tensor,
+    axis: int,
+    segments: Segments,
+    new_axis: int,
+    new_segments: Segments,
+    group: str,
+    ring: str = "",
 ) -> torch.Tensor:
     """A tensor that is cut along `axis`, cut along `new_axis` instead.
 
     A whole axis of several segments is in the order of the ranks' parts, both in `x` and in the result.
+
+    Args:
+        ring: another group. Its ranks share the tokens, the later one of the two axes, with those of `group`.
     """
-    rank, ranks = _place(group)
-    old, new = ([_length(each, at, ranks) for at in range(ranks)] for each in (segments, new_segments))
+    rank, ranks = place_in(group)
+    rings = (ring, "") if axis > new_axis else ("", ring)
+    old, new = (_parts(each, group, at) for each, at in zip((segments, new_segments), rings, strict=True))
     sent = x.movedim((new_axis, axis), (0, 1)).contiguous()
     rest = sent.shape[2:]
     width = 1
@@ -81,7 +91,13 @@ def exchange(
 
 
 def exchange_float8(
-    x: torch.Tensor, axis: int, segments: Segments, new_axis: int, new_segments: Segments, group: str
+    x: torch.Tensor,
+    axis: int,
+    segments: Segments,
+    new_axis: int,
+    new_segments: Segments,
+    group: str,
+    ring: str = "",
 ) -> torch.Tensor:
     """As `exchange`, with rows of the last dimension sent in eight bits and a scale each (`kernels.quant_fp8`).
 
@@ -91,22 +107,28 @@ def exchange_float8(
         x: float16, bfloat16 or float32, with [..., head_dim] as the last dimension, which is whole.
     """
     packed = torch.ops.cachedit_fx.quant_fp8(torch.where(x.isinf(), torch.nan, x).unsqueeze(-2))
-    received = exchange(packed, axis, segments, new_axis, new_segments, group)
+    received = exchange(packed, axis, segments, new_axis, new_segments, group, ring)
     values: torch.Tensor = torch.ops.cachedit_fx.dequant_fp8(received, 1, x.dtype)
     return values.squeeze(-2)
 
 
 def exchange_centred_float8(
-    x: torch.Tensor, axis: int, segments: Segments, new_axis: int, new_segments: Segments, group: str
+    x: torch.Tensor,
+    axis: int,
+    segments: Segments,
+    new_axis: int,
+    new_segments: Segments,
+    group: str,
+    ring: str = "",
 ) -> torch.Tensor:
     """As `exchange_float8`, less the mean of each rank's part along `axis`, which travels beside it.
 
     Keys often share a large offset, which would take most of the codes.
     """
-    rank, ranks = _place(group)
-    lengths = [_length(segments, each, ranks) for each in range(ranks)]
+    rank, ranks = place_in(group)
+    lengths = _parts(segments, group, ring)
     mean = (x.sum(axis, keepdim=True, dtype=torch.float32) / max(lengths[rank], 1)).to(x.dtype)
-    received = exchange_float8(x - mean, axis, segments, new_axis, new_segments, group)
+    received = exchange_float8(x - mean, axis, segments, new_axis, new_segments, group, ring)
     means = exchange(mean, axis, ((ranks, 1),), new_axis, new_segments, group)
     each = [
         part.expand(*part.shape[:axis], length, *part.shape[axis + 1 :])
@@ -122,7 +144,7 @@ def sum_over_ranks(x: torch.Tensor, group: str) -> torch.Tensor:
 
 def order_by_rank(x: torch.Tensor, axis: int, segments: Segments, group: str) -> torch.Tensor:
     """A whole tensor with an axis in the order of the ranks' parts: what gathered parts would be side by side."""
-    _, ranks = _place(group)
+    _, ranks = place_in(group)
     wholes = x.split([count * unit for count, unit in segments], axis)
     parts = [
         part.split([_own(count, rank, ranks) * unit for rank in range(ranks)], axis)
@@ -133,7 +155,7 @@ def order_by_rank(x: torch.Tensor, axis: int, segments: Segments, group: str) ->
 
 def take_segments(x: torch.Tensor, axis: int, segments: Segments, first: int, last: int, group: str) -> torch.Tensor:
     """This rank's part of the segments [first, last), from its part of all segments."""
-    rank, ranks = _place(group)
+    rank, ranks = place_in(group)
     lengths = _lengths(segments, rank, ranks)
     return x.narrow(axis, sum(lengths[:first]), sum(lengths[first:last]))
 
@@ -169,10 +191,10 @@ LOCAL = frozenset({cut_sequence, order_by_rank, take_segments, split_segments, w
 
 def number_of_ranks(group: str) -> int:
     """How many ranks the group has."""
-    return _place(group)[1]
+    return place_in(group)[1]
 
 
-def _place(group: str) -> tuple[int, int]:
+def place_in(group: str) -> tuple[int, int]:
     """(this process's rank in the group, number of ranks)."""
     resolved = _resolve_process_group(group)  # type: ignore[arg-type]
     return dist.get_rank(resolved), dist.get_world_size(resolved)
@@ -195,6 +217,23 @@ def _lengths(segments: Segments, rank: int, ranks: int) -> list[Any]:
 
 def _length(segments: Segments, rank: int, ranks: int) -> Any:
     return sum(_lengths(segments, rank, ranks))
+
+
+def _parts(segments: Segments, group: str, ring: str = "") -> list[Any]:
+    """The lengths of the parts of the group's ranks, of which each rank of the ring has a group."""
+    (_, ranks), (at, rings) = place_in(group), place_in(ring) if ring else (0, 1)
+    return [_length(segments, at * ranks + each, rings * ranks) for each in range(ranks)]
+
+
+def lengths_in_ring(segments: Segments, ring: str, ulysses: str) -> list[Any]:
+    """For each rank of the ring, the length of its part and of those of its neighbours of Ulysses together.
+
+    Args:
+        ulysses: a group; empty without neighbours.
+    """
+    rings, ranks = place_in(ring)[1], place_in(ulysses)[1] if ulysses else 1
+    each = [_length(segments, at, rings * ranks) for at in range(rings * ranks)]
+    return [sum(each[at * ranks : (at + 1) * ranks]) for at in range(rings)]
 
 
 def _are_equal(lengths: Sequence[Any]) -> bool:

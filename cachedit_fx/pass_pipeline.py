@@ -28,7 +28,7 @@ def pass_manager(options: Options, traced: Traced = NOTHING_KNOWN) -> PassManage
     """The passes, switched on and off by the options: `passes={"name": False}`, `cache=None`, `ulysses_size=1`.
 
     Raises:
-        OptionError: if there are no `ulysses_size` ranks.
+        OptionError: if there are not as many ranks as the options ask for.
         PassOrderError: if a name in `passes` is no pass.
     """
     off: list[type[Pass]] = [PlanRegions, InsertCacheBranch] if options.cache is None else []
@@ -36,7 +36,7 @@ def pass_manager(options: Options, traced: Traced = NOTHING_KNOWN) -> PassManage
     off += [FuseRotary] if options.inner_backend == "eager" else []
     off += [ReplaceAttention] if options.attention is None else []
     off += [InsertAttentionForms] if options.attention is None or not options.attention.is_by_step else []
-    off += [InferSequenceAxes, InsertUlysses] if options.ulysses_size == 1 else []
+    off += [InferSequenceAxes, InsertUlysses] if options.sizes.tokens == 1 else []
     off += [SendFloat8] if options.ulysses_size == 1 or not options.ulysses_float8 else []
     return PassManager(pipeline(options, traced), dict(options.passes) | {pass_.name: False for pass_ in off})
 
@@ -44,7 +44,8 @@ def pass_manager(options: Options, traced: Traced = NOTHING_KNOWN) -> PassManage
 def pipeline(options: Options, traced: Traced) -> list[Pass]:
     """The passes in order, with their options."""
     grid = grid_of(options.sizes, options.ulysses_mesh)
-    ulysses = grid.ulysses if grid is not None else None
+    dimensions = (grid.tokens, grid.ulysses, grid.ring) if grid is not None else (None, None, None)
+    groups = ["" if each is None else each.name for each in dimensions]
     cuts = [settings.policy.structure() for settings in options.loop_settings]
     return [
         Normalize(),
@@ -52,8 +53,8 @@ def pipeline(options: Options, traced: Traced) -> list[Pass]:
         FindTimestep(options.timestep, traced.numbers),
         InferDependence(traced.sample),
         DetectBlockLoops(options.loops, traced=traced),
-        InferSequenceAxes(options.ulysses_size),
-        InsertUlysses(ulysses.name if ulysses is not None else ""),
+        InferSequenceAxes(options.sizes.tokens, options.ring_size),
+        InsertUlysses(*groups),
         SendFloat8(options.ulysses_float8 == "with_keys"),
         ReplaceAttention(options.attention),
         PlanRegions(cuts, options.scope or "model", options.predicts_output, traced.kept),

@@ -49,7 +49,7 @@ class As:
             return ()
         if layout is None or wanted is None:
             return (Move.GATHER if wanted is None else Move.CUT,)
-        is_one_run = len(layout.segments) == len(wanted.segments) == 1
+        is_one_run = len(layout.segments) == len(wanted.segments) == 1 and layout.is_of_ulysses == wanted.is_of_ulysses
         if layout.axis != wanted.axis and (self.in_any_order or is_one_run):
             return (Move.EXCHANGE,)
         return Move.GATHER, Move.CUT
@@ -124,6 +124,7 @@ class Call:
         layouts: node -> layout of its value; nodes that are missing are whole.
         ranks: how many ranks share the work.
         equal: symbol -> the size that it is known to equal.
+        ring: how many of them pass keys and values around; the ranks at one place of the ring exchange heads.
 
     Attributes:
         name: of the operation.
@@ -131,9 +132,14 @@ class Call:
     """
 
     def __init__(
-        self, node: fx.Node, layouts: Mapping[fx.Node, Any], ranks: int, equal: Mapping[Any, Size] | None = None
+        self,
+        node: fx.Node,
+        layouts: Mapping[fx.Node, Any],
+        ranks: int,
+        equal: Mapping[Any, Size] | None = None,
+        ring: int = 1,
     ) -> None:
-        self.node, self.layouts, self.ranks, self.equal = node, layouts, ranks, equal or {}
+        self.node, self.layouts, self.ranks, self.equal, self.ring = node, layouts, ranks, equal or {}, ring
         self.name = target_name(node)
         self.wishes: list[Wish] = []
 

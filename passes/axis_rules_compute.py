@@ -6,6 +6,7 @@ softmax, layer_norm, mean along another axis    ->  cut as before
 
 attention(q, k, v)
   all cut along tokens        all-to-all: heads are cut, tokens whole, in order rank by rank; and back
+                              with a ring: tokens stay cut among its ranks, and keys and values pass around
   q cut, k and v whole        no communication: text that every rank has
   all cut along another axis  no communication: frames, windows
   fewer heads than ranks      k and v are gathered, and each rank attends with its own q
@@ -19,8 +20,10 @@ from typing import Any
 
 from torch import fx
 
+from cachedit_fx.ring import ring_attention
+
 from .axis_rules import As, Call, Step, operand_layout, operand_layouts, positive, rule
-from .graph_values import target_name, value_of
+from .graph_values import target_name, tensor_of, value_of
 from .layouts import Cut, Layout, Size
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,7 +249,7 @@ QUERY, KEY, VALUE, MASK = "query", "key", "value", "attn_mask"
 @rule("scaled_dot_product_attention")
 def attention(call: Call) -> Step | None:
     """See the head of this file."""
-    operands = [call.arguments.get(name) for name in (QUERY, KEY, VALUE)]
+    operands = _operands(call)
     sizes = [each for operand in operands if (each := call.sizes(operand)) is not None]
     if len(sizes) < 3 or any(len(each) != len(sizes[0]) for each in sizes):
         return None
@@ -260,8 +263,10 @@ def attention(call: Call) -> Step | None:
         return _own_queries(call, query, len(sizes[0]))
     if not isinstance(key, Cut) or key != value or key.axis != tokens:
         return None
-    axis = _heads(call, sizes)
-    return _own_queries(call, query, len(sizes[0])) if axis is None else _all_to_all(call, query, key, axis, sizes)
+    ulysses, axis = call.ranks // call.ring, None
+    if ulysses > 1 and (axis := _heads(call, sizes, ulysses)) is None:
+        return _own_queries(call, query, len(sizes[0]))
+    return _all_to_all(call, query, key, axis, sizes) if call.ring == 1 else _in_ring(call, query, key, axis, sizes)
 
 
 def _batched(call: Call, cut: Cut, sizes: Sequence[Sequence[Size]]) -> Step | None:
@@ -294,28 +299,56 @@ def _all_to_all(call: Call, query: Cut, key: Cut, axis: int, sizes: Sequence[Seq
     return _attention_step(call, reads, mask, heads[0], query)
 
 
-def _heads(call: Call, sizes: Sequence[Sequence[Size]]) -> int | None:
+def _in_ring(call: Call, query: Cut, key: Cut, axis: int | None, sizes: Sequence[Sequence[Size]]) -> Step | None:
+    """Keys and values pass by each rank's queries; with an axis, of the heads that its neighbours left to it."""
+    is_causal, several = call.arguments.get("is_causal", False), len(query.segments) > 1 or len(key.segments) > 1
+    is_plain = isinstance(is_causal, bool) and call.arguments.get("dropout_p", 0.0) == 0.0
+    dtypes = {tensor.dtype for each in (*_operands(call), call.node) if (tensor := tensor_of(each)) is not None}
+    if not is_plain or (is_causal and several) or len(dtypes) > 1:
+        return None
+    cuts = [query, key, key]
+    if axis is not None:
+        cuts = [replace(Cut.along(axis, each[axis]), is_of_ulysses=True) for each in sizes]
+    reads = {
+        name: As(call.arguments[name], cut, in_any_order=True)
+        for name, cut in zip((QUERY, KEY, VALUE), cuts, strict=True)
+    }
+    mask = _mask(call, cuts[0] if axis is not None else None, len(sizes[0]), query, key.at(key.axis + 1))
+    step = _attention_step(call, reads, mask, cuts[0], query if axis is not None else None)
+    lengths = {"queries": query.segments, "keys": key.segments}
+    return replace(step, target=ring_attention, kwargs=dict(step.kwargs) | lengths)
+
+
+def _operands(call: Call) -> list[Any]:
+    return [call.arguments.get(name) for name in (QUERY, KEY, VALUE)]
+
+
+def _heads(call: Call, sizes: Sequence[Sequence[Size]], ranks: int) -> int | None:
     """The axis that is cut during attention: the heads, or another one that attention treats as a batch.
 
     With grouped heads, each rank needs the keys of its own queries: the ranks must divide both numbers.
     """
     for axis in reversed(range(len(sizes[0]) - 2)):
         queries, keys, values = (each[axis] for each in sizes)
-        if isinstance(queries, int) and isinstance(keys, int) and keys == values and min(queries, keys) >= call.ranks:
-            is_grouped = queries % call.ranks == keys % call.ranks == 0
+        if isinstance(queries, int) and isinstance(keys, int) and keys == values and min(queries, keys) >= ranks:
+            is_grouped = queries % ranks == keys % ranks == 0
             if queries == keys or (is_grouped and call.arguments.get("enable_gqa")):
                 return axis
     return None
 
 
-def _mask(call: Call, cut: Cut, rank: int, *orders: Cut) -> Any:
-    """The mask for a result of `rank` axes that is cut so, with tokens in the order of the parts of `orders`."""
+def _mask(call: Call, cut: Layout, rank: int, *orders: Cut) -> Any:
+    """The mask for a result of `rank` axes that is cut so, with tokens in the order of the parts of `orders`.
+
+    Without a cut the mask is whole.
+    """
     mask = call.arguments.get(MASK)
     sizes = call.sizes(mask)
     if sizes is None or not isinstance(mask, fx.Node):
         return mask
     own = (operand_layout(order, sizes, rank) for order in orders if len(order.segments) > 1)
-    return As(mask, operand_layout(cut, sizes, rank), orders=tuple(order for order in own if order is not None))
+    layout = operand_layout(cut, sizes, rank) if cut is not None else None
+    return As(mask, layout, orders=tuple(order for order in own if order is not None))
 
 
 def _attention_step(call: Call, reads: Mapping[str, Any], mask: Any, made: Cut, handed_on: Cut | None = None) -> Step:

@@ -23,7 +23,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 
-from cachedit_fx.collectives import COMMUNICATING
+from cachedit_fx.ring import COMMUNICATING
 
 from .base import Analysis, Facts, FlatGraph
 from .choose_chain import sample_input

@@ -81,20 +81,21 @@ class InferSequenceAxes(Analysis[SequenceAxes]):
 
     Args:
         ranks: how many share the work.
+        ring: how many of them pass keys and values around.
     """
 
     name: ClassVar[str] = "infer_sequence_axes"
     requires: ClassVar[tuple[type, ...]] = (FlatGraph, Normalized, Detection)
     provides: ClassVar[type] = SequenceAxes
 
-    def __init__(self, ranks: int) -> None:
-        self.ranks = ranks
+    def __init__(self, ranks: int, ring: int = 1) -> None:
+        self.ranks, self.ring = ranks, ring
 
     def run(self, gm: fx.GraphModule, facts: Facts) -> SequenceAxes | None:
         detection = facts[Detection]
         if self.ranks < 2 or not detection.chain or facts[Normalized].impurities:
             return None
-        chain = _Chain(gm, detection, self.ranks)
+        chain = _Chain(gm, detection, self.ranks, self.ring)
         best = _Trial({}, chain)
         for stream in chain.streams:
             best = max([best, *_trials_of(stream, best)], key=lambda trial: trial.merit)
@@ -111,10 +112,10 @@ class _Chain:
         linear: the chain's linear layers -> their work.
     """
 
-    def __init__(self, gm: fx.GraphModule, detection: Detection, ranks: int) -> None:
+    def __init__(self, gm: fx.GraphModule, detection: Detection, ranks: int, ring: int) -> None:
         body, loops = body_nodes(gm.graph), detection.chain_loops
         start = min(loop.start for loop in loops)
-        self.ranks = ranks
+        self.ranks, self.ring = ranks, ring
         self.nodes = [*body[start:], gm.graph.output_node()]
         self.end = max(loop.end for loop in loops) - start
         self.rules = [rule_of(node) for node in self.nodes]
@@ -206,7 +207,7 @@ class _Trial:
         for position, (node, rule) in enumerate(zip(self.chain.nodes, self.chain.rules, strict=True)):
             if all(self.layouts.get(each) is None for each in node.all_input_nodes):
                 continue
-            call = Call(node, self.layouts, self.chain.ranks, self.equal)
+            call = Call(node, self.layouts, self.chain.ranks, self.equal, self.chain.ring)
             step = rule(call) if rule is not None and node not in self.whole else None
             if step is None or self._copy_written(node, step) is not None:
                 step = call.step(None, {})

@@ -29,6 +29,7 @@ from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 from torch.fx.node import map_arg
 
 from cachedit_fx import collectives
+from cachedit_fx.ring import ring_attention
 
 from .axis_rules import As, Move, Step, map_arguments
 from .base import Facts, FlatGraph, Interface, Rewrite, Rewritten
@@ -51,6 +52,7 @@ class ContextParallel(Interface):
         gathers: name of an operation of the chain -> how many values it needs whole.
         exchanges: how many values change from one cut to another, by an all-to-all each.
         in_float8: how many of them travel in eight bits.
+        rings: how many calls of attention pass keys and values around.
     """
 
     group: str
@@ -58,11 +60,14 @@ class ContextParallel(Interface):
     gathers: Mapping[str, int]
     exchanges: int
     in_float8: int = 0
+    rings: int = 0
 
     @property
     def note(self) -> str:
         """A sentence for people."""
-        text = f"ulysses: the ranks divide {self.share:.0%} of the work of the chain's linear layers"
+        text = f"{'ring' if self.rings and not self.exchanges else 'ulysses'}: the ranks divide {self.share:.0%} of the work of the chain's linear layers"
+        if self.rings:
+            text += f"; keys and values of {self.rings} calls of attention pass around a ring"
         if self.in_float8:
             text += f"; {self.in_float8} of {self.exchanges} exchanges travel in eight bits"
         gathers = ", ".join(f"{name} ({count})" for name, count in self.gathers.items())
@@ -74,6 +79,8 @@ class InsertUlysses(Rewrite):
 
     Args:
         group: the name of the process group.
+        ulysses, ring: those of its parts that exchange heads, and that pass keys and values around. Empty where there
+            is one rank; without both, all ranks exchange heads.
     """
 
     name: ClassVar[str] = "insert_ulysses"
@@ -81,15 +88,17 @@ class InsertUlysses(Rewrite):
     provides: ClassVar[tuple[type, ...]] = (ContextParallel,)
     preserves: ClassVar[tuple[type, ...]] = (FlatGraph, Normalized, TimestepSource)
 
-    def __init__(self, group: str) -> None:
-        self.group = group
+    def __init__(self, group: str, ulysses: str = "", ring: str = "") -> None:
+        self.group, self.ulysses, self.ring = group, ulysses, ring
 
     def run(self, gm: fx.GraphModule, facts: Facts) -> Rewritten:
         axes = facts[SequenceAxes]
         gathers = Counter(target_name(gather.node) for gather in axes.chain_gathers)
         blocks = {node: block for loop in facts[Detection].loops for block in loop.blocks for node in block.nodes}
-        _Rewriter(gm, axes, blocks, self.group).run()
-        return Rewritten(gm, len(axes.steps), (ContextParallel(self.group, axes.share, gathers, axes.exchanges),))
+        _Rewriter(gm, axes, blocks, self.group, self.ulysses, self.ring).run()
+        rings = sum(step.target is ring_attention for step in axes.steps.values())
+        fact = ContextParallel(self.group, axes.share, gathers, axes.exchanges, rings=rings)
+        return Rewritten(gm, len(axes.steps), (fact,))
 
 
 class _Rewriter:
@@ -99,8 +108,17 @@ class _Rewriter:
         blocks: node -> the block that it belongs to, for nodes of blocks.
     """
 
-    def __init__(self, gm: fx.GraphModule, axes: SequenceAxes, blocks: Mapping[fx.Node, Block], group: str) -> None:
-        self.graph, self.axes, self.blocks, self.group = gm.graph, axes, blocks, group
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        axes: SequenceAxes,
+        blocks: Mapping[fx.Node, Block],
+        group: str,
+        ulysses: str,
+        ring: str,
+    ) -> None:
+        self.graph, self.axes, self.blocks = gm.graph, axes, blocks
+        self.group, self.ulysses, self.ring = group, ulysses, ring
         nodes = body_nodes(gm.graph)
         self.before = {node for node in gm.graph.nodes if node.op in ("placeholder", "get_attr")}
         self.before |= set(nodes[: nodes.index(axes.entry)])
@@ -114,7 +132,7 @@ class _Rewriter:
         layouts: dict[fx.Node, Any] = dict(self.axes.streams)
         with self.graph.inserting_before(self.axes.entry):
             for stream, cut in self.axes.streams.items():
-                self.values[stream] = self._call(collectives.cut_sequence, stream, _along(cut), None)
+                self.values[stream] = self._call(collectives.cut_sequence, stream, (cut,), None)
         for node, step in self.axes.steps.items():
             self._rewrite(node, step, layouts)
             layouts[node] = step.result
@@ -127,6 +145,8 @@ class _Rewriter:
             node.op, node.target = "call_function", step.target
             if step.target in collectives.LOCAL:
                 args = (*args, self.group)
+            if step.target is ring_attention:
+                kwargs |= {"ring": self.ring, "ulysses": self.ulysses}
         args, kwargs = self.lengths.named((args, kwargs))
         node.args, node.kwargs = tuple(args), kwargs
         if node.op == "output":
@@ -136,12 +156,12 @@ class _Rewriter:
         if step.is_partial:
             self._hand_on(node, collectives.sum_over_ranks, ())
         elif isinstance(step.handed_on, Cut):
-            self._hand_on(node, collectives.exchange, (*_along(step.made), *_along(step.handed_on)))
+            self._hand_on(node, collectives.exchange, (step.made, step.handed_on))
 
-    def _hand_on(self, node: fx.Node, target: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    def _hand_on(self, node: fx.Node, target: Callable[..., Any], cuts: tuple[Layout, ...]) -> None:
         """Put a collective after the node, and let later nodes read its value."""
         with self.graph.inserting_after(node):
-            new = self._call(target, node, arguments, node)
+            new = self._call(target, node, cuts, node)
         self.values[node] = new
         node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
@@ -163,20 +183,24 @@ class _Rewriter:
         """The value in the layout that is read, from its present layout."""
         for move in read.moves(layout):
             if move is Move.EXCHANGE:
-                value = self._call(collectives.exchange, value, (*_along(layout), *_along(read.layout)), module)
+                value = self._call(collectives.exchange, value, (layout, read.layout), module)
             elif move is Move.GATHER:
-                value = self._call(collectives.gather_sequence, value, _along(layout), module)
+                value = self._call(collectives.gather_sequence, value, (layout,), module)
         for order in read.orders:
-            value = self._call(collectives.order_by_rank, value, _along(order), module)
+            value = self._call(collectives.order_by_rank, value, (order,), module)
         is_cut = Move.CUT in read.moves(layout)
-        return self._call(collectives.cut_sequence, value, _along(read.layout), module) if is_cut else value
+        return self._call(collectives.cut_sequence, value, (read.layout,), module) if is_cut else value
 
     def _call(
-        self, target: Callable[..., Any], value: fx.Node, arguments: tuple[Any, ...], module: fx.Node | None
+        self, target: Callable[..., Any], value: fx.Node, cuts: tuple[Layout, ...], module: fx.Node | None
     ) -> fx.Node:
-        """A call of a function of `collectives`, in the module that a node belongs to."""
+        """A call of a function of `collectives` with these cuts, in the module that a node belongs to."""
         node = self.graph.call_function(target, (value,))
-        node.args = (value, *self.lengths.named(arguments), self.group)
+        is_of_ulysses = any(cut is not None and cut.is_of_ulysses for cut in cuts)
+        groups = (self.ulysses if is_of_ulysses else self.group,)
+        if is_of_ulysses and target is collectives.exchange:
+            groups += (self.ring,)
+        node.args = (value, *self.lengths.named([part for cut in cuts for part in _along(cut)]), *groups)
         kept = ("nn_module_stack", "stack_trace") if module is not None else ()
         node.meta = {key: module.meta[key] for key in kept if module is not None and key in module.meta}
         node.meta["example_value"] = fake_result(node)

@@ -68,11 +68,13 @@ class Cut:
         axis: counted from the first, from 0.
         segments: of the axis as a whole, in the model's order.
         rows: of scores of attention that are cut by heads: the segments of the axis that the queries were cut along.
+        is_of_ulysses: whether only the ranks of Ulysses share the axis. The ranks of a ring then have equal parts of it.
     """
 
     axis: int
     segments: tuple[Segment, ...]
     rows: tuple[Segment, ...] = field(default=(), compare=False)
+    is_of_ulysses: bool = False
 
     @classmethod
     def along(cls, axis: int, *lengths: Size) -> Cut:

@@ -15,7 +15,7 @@ end. Calls of `flex_attention` have a score function of their own, and stay.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -41,7 +41,7 @@ REPLACEMENT = "cachedit_attention"
 """Key in the meta of a call that other forms of its region replace: (name of the back end, the function to call)."""
 
 _TARGETS = (scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
-_OTHERS = frozenset({"flex_attention", "multi_head_attention_forward"})
+_OTHERS = frozenset({"flex_attention", "multi_head_attention_forward", "ring_attention"})
 """Names of other operations that attend. They keep their nodes."""
 _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
@@ -157,10 +157,10 @@ class Call:
         return module_path(list(stack.values())[-1][0]) if stack else ""
 
 
-def attention_calls(gm: fx.GraphModule) -> Iterator[Call]:
-    """The calls of sdpa, in graph order."""
+def attention_calls(gm: fx.GraphModule, *others: Callable[..., Any]) -> Iterator[Call]:
+    """The calls of sdpa, and of other functions with its arguments, in graph order."""
     for node in gm.graph.nodes:
-        if node.op == "call_function" and any(node.target is target for target in _TARGETS):
+        if node.op == "call_function" and any(node.target is target for target in (*_TARGETS, *others)):
             yield Call(node, dict(zip(_PARAMETERS, node.args, strict=False)) | dict(node.kwargs))
 
 

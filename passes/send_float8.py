@@ -18,6 +18,7 @@ from torch import fx
 
 from cachedit_fx import collectives
 from cachedit_fx.kernels.quant_fp8 import FLOATS
+from cachedit_fx.ring import ring_attention
 
 from .base import Facts, FlatGraph, Rewrite, Rewritten
 from .find_timestep import TimestepSource
@@ -43,7 +44,7 @@ class SendFloat8(Rewrite):
         self.with_keys = with_keys
 
     def run(self, gm: fx.GraphModule, facts: Facts) -> Rewritten:
-        count = sum(self._replace(call) for call in attention_calls(gm))
+        count = sum(self._replace(call) for call in attention_calls(gm, ring_attention))
         return Rewritten(gm, count, (replace(facts[ContextParallel], in_float8=count),) if count else ())
 
     def _replace(self, call: Call) -> int:

@@ -1,0 +1,231 @@
+"""Small models of blocks, each of which mixes its tokens in another way: cases for ranks that share a sample."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lib import models
+from lib.helpers import capture
+
+WIDTH = 16
+
+
+class Layer(nn.Module):
+    """A block that adds `mix` of its input to it, and then a feed-forward."""
+
+    def __init__(self, mix, heads):
+        super().__init__()
+        self.qkv, self.out, self.ff = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.mix, self.heads = mix, heads
+
+    def forward(self, x, *others):
+        x = x + self.out(self.mix(self, x, *others))
+        return x + self.ff(F.layer_norm(x, (WIDTH,)))
+
+
+class Model(nn.Module):
+    """Three such blocks between two linear layers. Further inputs go to each block."""
+
+    def __init__(self, mix, heads=2):
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.blocks = nn.ModuleList(Layer(mix, heads) for _ in range(3))
+
+    def forward(self, x, *others):
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x, *others)
+        return self.last(x)
+
+
+def heads_of(layer, x):
+    """q, k and v as [batch, heads, tokens, size]."""
+    return (each.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for each in layer.qkv(x).chunk(3, dim=-1))
+
+
+def attends(layer, x, mask=None, **options):
+    q, k, v = heads_of(layer, x)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options).transpose(1, 2).flatten(2)
+
+
+def rotated(layer, x, table):
+    q, k, v = heads_of(layer, x)
+
+    def turned(each):
+        return each * table.cos() + torch.stack((-each[..., 1::2], each[..., ::2]), -1).flatten(3) * table.sin()
+
+    return F.scaled_dot_product_attention(turned(q), turned(k), v).transpose(1, 2).flatten(2)
+
+
+def rotated_in_place(layer, x, table):
+    """The first tokens stay as they are."""
+    q, k, v = heads_of(layer, x)
+    q = q.clone()
+    q[:, :, 3:] = q[:, :, 3:] * table[3:].cos()
+    halves = torch.empty_like(k)
+    halves[..., ::2], halves[..., 1::2] = k[..., 1::2], k[..., ::2]
+    return F.scaled_dot_product_attention(q, halves, v).transpose(1, 2).flatten(2)
+
+
+def by_hand(layer, x, mask=None):
+    q, k, v = heads_of(layer, x)
+    scores = q @ k.transpose(-1, -2) * 0.5
+    weights = (scores if mask is None else scores + mask).softmax(-1)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+def by_einsum(layer, x):
+    q, k, v = heads_of(layer, x)
+    weights = torch.einsum("bhqd,bhkd->bhqk", q, k).softmax(-1)
+    return torch.einsum("bhqk,bhkd->bqhd", weights, v).flatten(2)
+
+
+def linear_attention(layer, x):
+    q, k, v = (each.relu() for each in heads_of(layer, x))
+    return ((q @ (k.transpose(-1, -2) @ v)) / (1 + k.sum(-2, keepdim=True))).transpose(1, 2).flatten(2)
+
+
+def looks_at_text(layer, x, text):
+    q, _, _ = heads_of(layer, x)
+    _, k, v = heads_of(layer, text)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def joins_text(layer, x, text):
+    """The text is joined to the image for attention, and left behind after it."""
+    length = text.shape[1]
+    return attends(layer, torch.cat([text, x], 1))[:, length:]
+
+
+def in_frames(layer, x):
+    """Attention in each of four frames, then in each place over the frames."""
+    y = attends(layer, x.reshape(4, -1, WIDTH)).reshape(x.shape)
+    y = y.reshape(1, 4, -1, WIDTH).transpose(1, 2).flatten(0, 1)
+    return attends(layer, y).reshape(1, -1, 4, WIDTH).transpose(1, 2).reshape(x.shape)
+
+
+def grouped(layer, x):
+    q, k, v = heads_of(layer, x)
+    k, v = (each[:, :2] for each in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2)
+
+
+def repeated(layer, x):
+    q, k, v = heads_of(layer, x)
+    k, v = (each[:, :1].repeat_interleave(layer.heads, 1) for each in (k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def sorts(layer, x):
+    """No rule knows what to do with it."""
+    return torch.fft.fft(layer.qkv(x)[..., :WIDTH], dim=1).real
+
+
+def counts(layer, x):
+    """Running sums in place, along the tokens."""
+    y = torch.zeros_like(x)
+    y += x
+    y[:, 1:] = y[:, 1:] + y[:, :-1]
+    return y
+
+
+class Joint(nn.Module):
+    """Blocks of two streams, then blocks of both as one, which is taken apart at the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.pairs = nn.ModuleList(models.JointBlock() for _ in range(3))
+        self.single = nn.ModuleList(models.Block() for _ in range(3))
+
+    def forward(self, x, text, timestep):
+        temb, length = models.time_embedding(timestep), text.shape[1]
+        x = self.first(x)
+        for block in self.pairs:
+            text, x = block(x, text, temb)
+        x = torch.cat([text, x], 1)
+        for block in self.single:
+            x = block(x, temb)
+        return x[:, length:]
+
+
+class JoinedBefore(nn.Module):
+    """The streams are joined before the blocks, and each block takes them apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Layer(attends, 2) for _ in range(3))
+        self.text = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, text):
+        length = text.shape[1]
+        x = torch.cat([text, x], 1)
+        for block in self.blocks:
+            x = block(x)
+            text, image = x.split([length, x.shape[1] - length], 1)
+            x = torch.cat([text + self.text(text), image], 1)
+        return x[:, length:]
+
+
+class WritesLate(nn.Module):
+    """The stream is made, and then written to, before the blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Layer(attends, 2) for _ in range(3))
+
+    def forward(self, x, text):
+        joint = torch.zeros(x.shape[0], x.shape[1] + text.shape[1], WIDTH)
+        joint[:, : text.shape[1]] = text
+        joint[:, text.shape[1] :] = x
+        for block in self.blocks:
+            joint = block(joint)
+        return joint
+
+
+def tokens(count, batch=1):
+    return torch.randn(batch, count, WIDTH)
+
+
+def keys(count):
+    """A mask of keys, of which a third is hidden."""
+    return (torch.arange(count) % 3 > 0)[None, None, None]
+
+
+CASES: dict[str, Any] = {
+    "plain": lambda: (Model(attends), tokens(6)),
+    "odd length": lambda: (Model(attends), tokens(7)),
+    "batch": lambda: (Model(attends), tokens(7, 3)),
+    "three heads": lambda: (Model(attends, heads=4), tokens(7)),
+    "mask of keys": lambda: (Model(attends), tokens(7), keys(7)),
+    "mask of pairs": lambda: (Model(attends), tokens(7), torch.randn(7, 7)),
+    "mask of heads": lambda: (Model(attends, heads=4), tokens(7), torch.randn(1, 4, 7, 7)),
+    "causal": lambda: (Model(functools.partial(attends, is_causal=True)), tokens(7)),
+    "rotary": lambda: (Model(rotated), tokens(7), torch.randn(7, 8)),
+    "rotary in place": lambda: (Model(rotated_in_place), tokens(7), torch.randn(7, 8)),
+    "by hand": lambda: (Model(by_hand), tokens(7)),
+    "by hand, mask": lambda: (Model(by_hand), tokens(7), torch.randn(7, 7)),
+    "by einsum": lambda: (Model(by_einsum), tokens(7)),
+    "linear attention": lambda: (Model(linear_attention), tokens(7)),
+    "text": lambda: (Model(looks_at_text), tokens(7), tokens(5)),
+    "joined text": lambda: (Model(joins_text), tokens(7), tokens(5)),
+    "frames": lambda: (Model(in_frames), tokens(12)),
+    "grouped heads": lambda: (Model(grouped, heads=4), tokens(7)),
+    "repeated heads": lambda: (Model(repeated), tokens(7)),
+    "two streams": lambda: (Joint(), tokens(7), tokens(5), torch.tensor([500.0])),
+    "joined before": lambda: (JoinedBefore(), tokens(7), tokens(5)),
+    "written before": lambda: (WritesLate(), tokens(7), tokens(5)),
+    "no rule": lambda: (Model(sorts), tokens(7)),
+    "written along tokens": lambda: (Model(counts), tokens(7)),
+}
+
+
+@functools.cache
+def graphs():
+    torch.manual_seed(0)
+    return {name: capture(*make()) for name, make in CASES.items()}
