@@ -95,7 +95,7 @@ def attend(
     if not _fits_kernels(query, key, value, mask):
         return _by_products(query, key, value, mask, scale)
     out, lse = _kernel_of(query, mask)(*map(_dense, (query, key, value)), mask, scale)
-    out, lse = out.to(lse.dtype), lse[..., : query.shape[-2]]
+    out, lse = out.to(lse.dtype), lse.narrow(-1, 0, query.shape[-2])
     if mask is None:
         return out, lse
     is_seen = (mask > -torch.inf).any(-1)  # kernels return 0 for the log-sum-exp of queries that see no key
@@ -167,7 +167,9 @@ def _fits_kernels(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     tensors = query, key, value
     if any(each.dim() != 4 or each.dtype != query.dtype for each in tensors) or (mask is not None and mask.dim() != 4):
         return False
-    if any(size == 0 if isinstance(size, int) else has_free_unbacked_symbols(size) for x in tensors for size in x.shape):
+    if any(
+        size == 0 if isinstance(size, int) else has_free_unbacked_symbols(size) for x in tensors for size in x.shape
+    ):
         return False
     is_alike = all(same(each.shape[axis], query.shape[axis]) for each in tensors for axis in (0, 1, 3))
     is_aligned = query.device.type == "cpu" or query.shape[-1] * query.element_size() % 16 == 0
@@ -201,7 +203,7 @@ def _efficient(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, s
     if mask is not None:
         columns = key.shape[-2]
         mask = mask.to(query.dtype).expand(*query.shape[:-1], columns)
-        mask = torch.nn.functional.pad(mask, (0, -columns % 16))[..., :columns]
+        mask = torch.nn.functional.pad(mask, (0, -columns % 16)).narrow(-1, 0, columns)
     return aten._scaled_dot_product_efficient_attention(query, key, value, mask, True, scale=scale)[:2]
 
 

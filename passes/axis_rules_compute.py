@@ -263,10 +263,12 @@ def attention(call: Call) -> Step | None:
         return _own_queries(call, query, len(sizes[0]))
     if not isinstance(key, Cut) or key != value or key.axis != tokens:
         return None
-    ulysses, axis = call.ranks // call.ring, None
-    if ulysses > 1 and (axis := _heads(call, sizes, ulysses)) is None:
+    if call.ring == call.ranks:
+        return _in_ring(call, query, key, None, sizes)
+    axis = _heads(call, sizes, call.ranks // call.ring)
+    if axis is None:
         return _own_queries(call, query, len(sizes[0]))
-    return _all_to_all(call, query, key, axis, sizes) if call.ring == 1 else _in_ring(call, query, key, axis, sizes)
+    return _in_ring(call, query, key, axis, sizes) if call.ring > 1 else _all_to_all(call, query, key, axis, sizes)
 
 
 def _batched(call: Call, cut: Cut, sizes: Sequence[Sequence[Size]]) -> Step | None:

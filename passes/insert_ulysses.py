@@ -65,7 +65,8 @@ class ContextParallel(Interface):
     @property
     def note(self) -> str:
         """A sentence for people."""
-        text = f"{'ring' if self.rings and not self.exchanges else 'ulysses'}: the ranks divide {self.share:.0%} of the work of the chain's linear layers"
+        name = "ring" if self.rings and not self.exchanges else "ulysses"
+        text = f"{name}: the ranks divide {self.share:.0%} of the work of the chain's linear layers"
         if self.rings:
             text += f"; keys and values of {self.rings} calls of attention pass around a ring"
         if self.in_float8:
@@ -197,9 +198,9 @@ class _Rewriter:
         """A call of a function of `collectives` with these cuts, in the module that a node belongs to."""
         node = self.graph.call_function(target, (value,))
         is_of_ulysses = any(cut is not None and cut.is_of_ulysses for cut in cuts)
-        groups = (self.ulysses if is_of_ulysses else self.group,)
+        groups = [self.ulysses if is_of_ulysses else self.group]
         if is_of_ulysses and target is collectives.exchange:
-            groups += (self.ring,)
+            groups.append(self.ring)
         node.args = (value, *self.lengths.named([part for cut in cuts for part in _along(cut)]), *groups)
         kept = ("nn_module_stack", "stack_trace") if module is not None else ()
         node.meta = {key: module.meta[key] for key in kept if module is not None and key in module.meta}

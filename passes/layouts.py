@@ -68,7 +68,7 @@ class Cut:
         axis: counted from the first, from 0.
         segments: of the axis as a whole, in the model's order.
         rows: of scores of attention that are cut by heads: the segments of the axis that the queries were cut along.
-        is_of_ulysses: whether only the ranks of Ulysses share the axis. The ranks of a ring then have equal parts of it.
+        is_of_ulysses: whether only the ranks of Ulysses share the axis, so that the ranks of a ring have equal parts.
     """
 
     axis: int

@@ -230,19 +230,26 @@ def _grid_in(mesh: Mesh, sizes: Sizes) -> Grid:
         Ranks(groups[name].group_name, size, groups[name], sizes.words) if size > 1 else None
         for name, size in zip(Sizes._fields, sizes, strict=True)
     )
-    members = mesh.mesh
+    members = mesh.mesh.permute([names.index(name) for name in Sizes._fields if name in names])
     everyone = _ranks_among(members.flatten().tolist(), sizes.words)
     coordinate = mesh.get_coordinate()
     if "cfg" in names and coordinate is not None:
-        members = members.select(names.index("cfg"), coordinate[names.index("cfg")])
+        members = members[coordinate[names.index("cfg")]]
+    if any(bool((members.diff(dim=axis) < 0).any()) for axis in range(members.dim())):
+        raise OptionError(
+            f"ulysses_mesh has the ranks {members.tolist()}: those of a row must ascend, since torch.distributed sorts "
+            "the ranks of a group"
+        )
     tokens = _ranks_among(members.flatten().tolist(), sizes.words) if sizes.tokens > 1 else None
     return Grid(everyone, cfg, tokens, ring, ulysses)
 
 
 def _ranks_among(members: Sequence[int], words: str) -> Ranks:
-    """The group of these ranks, which alone make it."""
+    """The group of these ranks in this order, which alone make it."""
     title = f"cachedit_{'_'.join(map(str, members))}"
-    group = _known(title) or dist.new_group(list(members), group_desc=title, use_local_synchronization=True)
+    group = _known(title) or dist.new_group(
+        list(members), group_desc=title, use_local_synchronization=True, sort_ranks=False
+    )
     return Ranks(group.group_name, len(members), group, words)
 
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-
 from lib import models
 from lib.helpers import capture
+from torch import nn
 
 WIDTH = 16
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lib import toys
+from lib.marks import only_in
 from lib.ranks import close, on_ranks, ranks_of
 from lib.shared import SharedCapture
 from torch import nn
@@ -23,6 +24,12 @@ pytestmark = [pytest.mark.keep_compiled, pytest.mark.xdist_group("ulysses")]
 
 CACHE: dict[str, Any] = {"Fn_compute_blocks": 1, "max_warmup_steps": 1, "residual_diff_threshold": 0.9}
 OPTIONS = CACHE | {"ulysses_size": 2}
+GROUPS: dict[str, dict[str, Any]] = {
+    "ulysses_size=2": {"ulysses_size": 2},
+    "ring_size=2": {"ring_size": 2},
+}
+"""Ways to share a sample, by the words of errors. The part `parallel` has those that are not the first."""
+BY_DEFAULT = ["ulysses_size=2"]
 TIMEOUT = 1.5
 """The group's time-out in seconds, for ranks that hang."""
 AT_ONCE = 1.2
@@ -61,11 +68,11 @@ def arguments():
     return {"hidden_states": toys.noise(), "timestep": torch.tensor([900.0]), "encoder_hidden_states": text}
 
 
-def leaving(rank):
+def leaving(rank, words):
     """What rank 0 meets with while rank 1 leaves in one way after the other, and comes back each time."""
     module, found = Flagged().requires_grad_(False), {}
     expected = module(**arguments())
-    options = OPTIONS | {"inner_backend": "eager"}
+    options = CACHE | GROUPS[words] | {"inner_backend": "eager"}
 
     def call(**more):
         """The first of the two steps of a generation."""
@@ -89,7 +96,7 @@ def leaving(rank):
     cachedit_fx.enable_cache(module, **options)
     together("disabled")
     if rank:
-        cachedit_fx.enable_cache(module, **options | {"ulysses_size": 1})
+        cachedit_fx.enable_cache(module, **options | dict.fromkeys(GROUPS[words], 1))
     alone("another size", call)
     cachedit_fx.enable_cache(module, **options)
     together("another size")
@@ -112,8 +119,8 @@ def leaving(rank):
 
 
 @functools.cache
-def left():
-    return on_ranks(leaving, seconds=30)
+def left(words):
+    return on_ranks(functools.partial(leaving, words=words), seconds=30)
 
 
 REASONS = {
@@ -124,25 +131,25 @@ REASONS = {
 
 
 @pytest.mark.parametrize("fault", REASONS)
-def test_a_rank_that_left_is_named_at_once(fault):
-    (_, found), _ = left()
+@pytest.mark.parametrize("words", only_in("parallel", GROUPS, but=BY_DEFAULT))
+def test_a_rank_that_left_is_named_at_once(words, fault):
+    (_, found), _ = left(words)
     error, _, seconds = found[fault]
-    assert error.startswith(
-        f"RankMissing: ulysses_size=2: rank 1 takes no part in the call of Flagged: it {REASONS[fault]}."
-    )
+    assert error.startswith(f"RankMissing: {words}: rank 1 takes no part in the call of Flagged: it {REASONS[fault]}.")
     assert seconds < 10  # the capture, and the way of rank 1 to its fault
 
 
 @pytest.mark.parametrize("fault", REASONS)
-def test_a_rank_that_left_computes_alone_and_may_come_back(fault):
-    for rank, (expected, found) in enumerate(left()):
+@pytest.mark.parametrize("words", only_in("parallel", GROUPS, but=BY_DEFAULT))
+def test_a_rank_that_left_computes_alone_and_may_come_back(words, fault):
+    for rank, (expected, found) in enumerate(left(words)):
         assert close(found[f"after {fault}"], expected)
         if rank:
             assert close(found[fault], expected)
 
 
 def test_ranks_that_call_other_graphs_are_told_the_first_operation_that_differs():
-    errors = [found["another graph"] for _, found in left()]
+    errors = [found["another graph"] for _, found in left("ulysses_size=2")]
     assert errors[0] == errors[1]
     assert "ranks 0 and 1 differ in their calls: the operation " in errors[0]
     assert errors[0].endswith("is nothing on rank 0, mul(2.0) on rank 1")
@@ -241,10 +248,10 @@ def test_a_group_is_not_disturbed_by_ranks_of_another_one():
 # Ranks that hang or end
 
 
-def late(rank):
+def late(rank, words):
     """Rank 1 comes too late to the first call, then in time; then too late to a step."""
     shared, found = captured(), {}
-    shared.compile_anew(**OPTIONS)
+    shared.compile_anew(**CACHE | GROUPS[words])
     if rank == 0:
         found["first call"] = error_of(step, shared, 0)
     else:
@@ -258,11 +265,12 @@ def late(rank):
     return found
 
 
-def test_a_rank_that_hangs_is_named_after_the_time_out():
+@pytest.mark.parametrize("words", only_in("parallel", GROUPS, but=BY_DEFAULT))
+def test_a_rank_that_hangs_is_named_after_the_time_out(words):
     captured()
-    first, second = on_ranks(late, seconds=TIMEOUT)
+    first, second = on_ranks(functools.partial(late, words=words), seconds=TIMEOUT)
     error, _, seconds = first["first call"]
-    assert error.startswith("RankMissing: ulysses_size=2: rank 1 did not come to the call of the model within 1.5 s")
+    assert error.startswith(f"RankMissing: {words}: rank 1 did not come to the call of the model within 1.5 s")
     assert TIMEOUT <= seconds < TIMEOUT + 1
     assert first["retry"][0] == second["retry"][0] == ""
     for found, limit in ((first, TIMEOUT + AT_ONCE), (second, AT_ONCE)):
@@ -273,9 +281,9 @@ def test_a_rank_that_hangs_is_named_after_the_time_out():
         assert found["calls"] == 0  # the next call starts a generation, and is compared
 
 
-def ending(rank, place):
+def ending(rank, words, place):
     shared, found = captured(), []
-    shared.compile_anew(**OPTIONS)
+    shared.compile_anew(**CACHE | GROUPS[words])
     for number in range(3):
         if rank and number == place:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -284,12 +292,13 @@ def ending(rank, place):
 
 
 @pytest.mark.parametrize("place", [0, 1])
-def test_a_rank_that_ends_is_named_at_once(place):
+@pytest.mark.parametrize("words", only_in("parallel", GROUPS, but=BY_DEFAULT))
+def test_a_rank_that_ends_is_named_at_once(words, place):
     captured()
-    errors, _ = on_ranks(functools.partial(ending, place=place), ending=[1])
+    errors, _ = on_ranks(functools.partial(ending, words=words, place=place), ending=[1])
     assert all(not error for error, *_ in errors[:place])
     for error, _, seconds in errors[place:]:
-        assert error.startswith("RankMissing: ulysses_size=2: rank 1 ended before or during the call of the model.")
+        assert error.startswith(f"RankMissing: {words}: rank 1 ended before or during the call of the model.")
         assert seconds < AT_ONCE
     assert [cause for _, cause, _ in errors[place:]] == [["RuntimeError", None][place == 0], None, None][: 3 - place]
 

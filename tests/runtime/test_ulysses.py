@@ -14,15 +14,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from diffusers import FluxTransformer2DModel
 from lib import models
+from lib.generations import DBCACHE, STEPS, bundled, check_pictures, generation, odd_flux, pictures
 from lib.marks import only_in
 from lib.ranks import close, on_ranks, ranks_of
 from lib.shared import SharedCapture
 from lib.zoo import ZOO
-from lib.zoo.base import packed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.utils._pytree import tree_leaves
 
 import cachedit_fx
 from cachedit_fx import AttentionConfig, DBPruneConfig, DMDCalibratorConfig, TaylorSeerCalibratorConfig
@@ -36,8 +34,6 @@ from cachedit_fx.shapes import generate, held_out_prompts, load_pipeline
 
 pytestmark = [pytest.mark.keep_compiled, pytest.mark.xdist_group("ulysses")]
 
-STEPS = 6
-DBCACHE: dict[str, Any] = {"Fn_compute_blocks": 1, "max_warmup_steps": 1, "residual_diff_threshold": 0.9}
 SETTINGS: dict[str, dict[str, Any]] = {
     "uncached": {"cache": None},
     "dbcache": DBCACHE,
@@ -50,28 +46,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "float8": DBCACHE | {"ulysses_float8": "with_keys"},
     "attention": DBCACHE | {"attention": AttentionConfig("math", own_first_steps=1)},
 }
-
-
-TOKENS = {1: (3, 5, 7), 2: (5, 5, 3), 3: (3, 4, 5)}
-"""Size -> height and width in image tokens, and text tokens. At size 2 the second rank has one token of the text."""
-
-
-def odd_flux(heads=2, dtype=torch.float32):
-    """A small FLUX, and its inputs at the sizes in `TOKENS`."""
-    sizes = {"in_channels": 4, "attention_head_dim": 8, "joint_attention_dim": 12, "pooled_projection_dim": 10}
-    torch.manual_seed(0)
-    module = FluxTransformer2DModel(
-        num_layers=2, num_single_layers=3, num_attention_heads=heads, axes_dims_rope=(2, 2, 4), **sizes
-    )
-
-    def inputs(size):
-        height, width, text = TOKENS[size]
-        given = packed(height, width, text=text)
-        given |= {"pooled_projections": torch.randn(1, 10), "timestep": torch.tensor([0.5]), "guidance": None}
-        given = {name: value.to(dtype) if torch.is_tensor(value) else value for name, value in given.items()}
-        return given | {"return_dict": False}
-
-    return module.to(dtype).eval().requires_grad_(False), inputs
 
 
 MODELS: dict[str, Any] = {
@@ -98,19 +72,6 @@ BY_DEFAULT = [
     *(("odd lengths", setting) for setting in ("dbcache", "taylorseer", "dbprune", "last block")),
 ]
 """Cases of the default part. The part `parallel` has the other ones."""
-
-
-def generation(shared, arguments):
-    """The results of a generation whose sample moves less and less, and what the statistics say of it."""
-    sample = next(name for name in ("hidden_states", "sample") if name in arguments)
-    outputs = []
-    for step in range(STEPS):
-        moved = arguments[sample] * (1 + 0.3 / (1 + step) ** 2)
-        timestep = arguments["timestep"] * (1 - 0.1 * step)
-        changes = {sample: moved, "timestep": timestep.to(arguments["timestep"].dtype)}
-        outputs += [x.clone() for x in tree_leaves(shared(**arguments | changes)) if torch.is_tensor(x)]
-    stats = shared.summary()
-    return outputs, [(entry.cached_steps, entry.pruned_blocks) for entry in stats], sum(e.bytes_held for e in stats)
 
 
 def generations(model, setting, ranks):
@@ -360,9 +321,9 @@ def test_without_a_process_group_nothing_is_compiled(monkeypatch):
 @pytest.mark.budget(90, "captures the bundled model, and two ranks compile it")
 def test_the_bundled_model_in_its_pipeline():
     pipe, shared = bundled()
-    expected = pictures(pipe, shared, 1)
+    expected = pictures(pipe, shared)
     assert expected[0][1] == [[]] and any(expected[1][1])
-    for found in on_ranks(lambda rank: pictures(pipe, shared, 2)):
+    for found in on_ranks(lambda rank: pictures(pipe, shared, ulysses_size=2)):
         check_pictures(found, expected)
 
 
@@ -370,8 +331,8 @@ def test_the_bundled_model_in_its_pipeline():
 @pytest.mark.budget(90, "four ranks capture the bundled model")
 def test_the_bundled_model_on_four_ranks_that_capture_for_themselves():
     pipe, shared = bundled()
-    expected = pictures(pipe, shared, 1)
-    for found in on_ranks(lambda rank: pictures(load_pipeline(), None, 4), 4):
+    expected = pictures(pipe, shared)
+    for found in on_ranks(lambda rank: pictures(load_pipeline(), None, ulysses_size=4), 4):
         check_pictures(found, expected)
 
 
@@ -398,31 +359,3 @@ def test_pictures_with_exchanges_in_float8():
             quality = [psnr(image, reference)[0] for (image, _), (reference, _) in pairs]
             assert 40 <= sum(quality) / len(quality) < math.inf
             assert all(steps == expected for (_, steps), (_, expected) in pairs)
-
-
-def bundled():
-    """The bundled pipeline, and its transformer, which is captured once for all ranks."""
-    pipe = load_pipeline()
-    shared = SharedCapture(pipe.transformer)
-    pipe.transformer._compiled_call_impl = shared._call
-    return pipe, shared
-
-
-def pictures(pipe, shared, ranks):
-    """Pictures without and with reuse, and the cached steps."""
-    found = []
-    for threshold in (0.0, 0.9):
-        options: dict[str, Any] = DBCACHE | {"residual_diff_threshold": threshold, "ulysses_size": ranks}
-        if shared is not None:
-            shared.compile(**options)
-        else:
-            cachedit_fx.enable_cache(pipe, **options, inner_backend="eager")
-        images = generate(pipe, ["a large red circle at the center on white"], num_inference_steps=5, seed=0)
-        stats = cachedit_fx.summary(pipe) if shared is None else shared.summary()
-        found.append((images, [each.cached_steps for each in stats]))
-    return found
-
-
-def check_pictures(found, expected):
-    for (images, cached), (images_of_one, cached_of_one) in zip(found, expected, strict=True):
-        assert cached == cached_of_one and close(images, images_of_one)
