@@ -75,6 +75,7 @@ class Covered:
         attention: whether the model with another attention is cached as exactly; None if that was not tried.
         attention_note: why not, for people; empty if it is.
         calls: its calls of attention; None if they were not counted, or there are none.
+        ring: as `share`, of two ranks that pass keys and values around.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Covered:
     attention: bool | None = None
     attention_note: str = ""
     calls: AttentionCounts | None = None
+    ring: Share | None = None
 
     @property
     def is_full(self) -> bool:
@@ -318,7 +320,7 @@ def check_all(zoo: Zoo, tell: Tell) -> Iterator[Covered]:
         tell(name)
         row = check(name, make, zoo.blocks.get(name))
         if row.is_full:
-            row.reads, row.share, row.calls = counts_of(name, make)
+            row.reads, row.share, row.ring, row.calls = counts_of(name, make)
             row.int8, row.int8_note = check_quantized(make)
             row.attention, row.attention_note = check_attention(make)
         yield row
@@ -389,7 +391,7 @@ def markdown(rows: Sequence[Covered], made_by: str, excluded: Mapping[str, str])
             *([f"**variants**: {VARIANTS}."] if any(row.variants for row in rows) else []),
         ],
         table(rows),
-        *count_tables([row.reads for row in rows], [row.share for row in rows]),
+        *count_tables([row.reads for row in rows], [row.share for row in rows], [row.ring for row in rows]),
         *counts_table([row.calls for row in rows]),
         *titled_list("Rows that fall short", short),
         *titled_list("Not in int8", [f"**{row.name}**: {row.int8_note}" for row in rows if row.int8_note]),

@@ -53,12 +53,14 @@ class CoverageRecord:
 
 def _covered(row: Mapping[str, Any]) -> Covered:
     """A row as `asdict` and JSON have left it."""
-    variants, reads, share, calls = (row[name] for name in ("variants", "reads", "share", "calls"))
-    values = {
+    variants, reads, calls = (row[name] for name in ("variants", "reads", "calls"))
+    values: dict[str, Any] = {
         "loops": tuple(row["loops"]),
         "variants": None if variants is None else tuple(VariantResult(**variant) for variant in variants),
         "reads": None if reads is None else Reads(**reads),
         "calls": None if calls is None else AttentionCounts(**calls),
-        "share": None if share is None else Share(**{**share, "tokens": tuple(share["tokens"])}),
     }
+    for name in ("share", "ring"):
+        counted = row[name]
+        values[name] = None if counted is None else Share(**{**counted, "tokens": tuple(counted["tokens"])})
     return Covered(**{**row, **values})

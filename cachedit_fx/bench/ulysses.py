@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -22,12 +22,14 @@ from cachedit_fx.capture import copy_of
 from cachedit_fx.config.options import parse_options
 from cachedit_fx.passes.base import Traced
 from cachedit_fx.passes.block_loops import Detection
+from cachedit_fx.passes.graph_aliases import arguments_of
 from cachedit_fx.passes.graph_cost import bytes_of
 from cachedit_fx.passes.graph_values import op_counts, tensor_of
 from cachedit_fx.passes.insert_ulysses import ContextParallel
 from cachedit_fx.passes.manager import Outcome
 from cachedit_fx.passes.plan_regions import RegionReport
 from cachedit_fx.report.tables import Table
+from cachedit_fx.ring import COMMUNICATING, ring_attention
 
 RANKS = (8, 64, 256)
 
@@ -64,6 +66,7 @@ class Share:
         whole: the chain's operations that need values whole, with their number.
         sent: bytes that the rank sends in a step.
         stored: bytes of the results that the cache keeps, in the model's dtype.
+        rings: calls of attention that pass keys and values around.
     """
 
     model: str
@@ -76,6 +79,7 @@ class Share:
     sent: int
     stored: int
     whole: str = ""
+    rings: int = 0
 
 
 @contextmanager
@@ -98,9 +102,15 @@ def capture(name: str) -> tuple[nn.Module, fx.GraphModule]:
     return module, largest_graph(module, arguments)
 
 
-def count(name: str, module: nn.Module, gm: fx.GraphModule, ranks: int) -> Share | None:
+def count(
+    name: str,
+    module: nn.Module,
+    gm: fx.GraphModule,
+    ranks: int,
+    by: Literal["ulysses_size", "ring_size"] = "ulysses_size",
+) -> Share | None:
     """What one of `ranks` ranks does in a step of a model. None: the ranks divide nothing."""
-    settings = {"ulysses_size": ranks, "Fn_compute_blocks": 1, "inner_backend": "aot_eager"}
+    settings = {by: ranks, "Fn_compute_blocks": 1, "inner_backend": "aot_eager"}
     off = ("outline_blocks", "hoist_invariants", "insert_cache_branch", "gather_inputs")
     options = parse_options(settings | {"passes": dict.fromkeys(off, False)})
     with pretended(ranks):
@@ -113,7 +123,7 @@ def _share(name: str, ranks: int, outcome: Outcome) -> Share:
     counts = op_counts(outcome.graph_module)
     entering = tensor_of(detection.chain_loops[0].carried[detection.hidden[0]].inputs[0])
     assert entering is not None
-    nodes = [node for node in outcome.graph_module.graph.nodes if node.target in collectives.COMMUNICATING]
+    nodes = [node for node in outcome.graph_module.graph.nodes if node.target in COMMUNICATING]
     return Share(
         name,
         ranks,
@@ -125,11 +135,18 @@ def _share(name: str, ranks: int, outcome: Outcome) -> Share:
         sum(sent_by(node, ranks) for node in nodes),
         sum(region.result_bytes for region in outcome.facts[RegionReport].regions),
         ", ".join(f"{operation} ({number})" for operation, number in parallel.gathers.items()),
+        parallel.rings,
     )
 
 
 def sent_by(node: fx.Node, ranks: int) -> int:
-    """Bytes that each rank sends for a collective: what others need of its part; for a sum, twice."""
+    """Bytes that each rank sends for a collective: what others need of its part; for a sum, twice.
+
+    Around a ring, keys and values of one rank after the other.
+    """
+    if node.target is ring_attention:
+        arguments = arguments_of(node)
+        return sum(bytes_of(arguments[name]) for name in ("key", "value")) * (ranks - 1)
     size = bytes_of(node.all_input_nodes[0])
     if node.target is collectives.gather_sequence:
         return size * (ranks - 1)

@@ -38,11 +38,11 @@ class ParallelismBackend(Enum):
 
 @dataclass
 class ParallelismConfig:
-    """How the ranks of torch.distributed share the work on a sample: `ulysses_size` of them, by their tokens.
+    """How `ring_size * ulysses_size` ranks of torch.distributed share the work on a sample, by their tokens.
 
     The script starts the ranks, by torchrun and `torch.distributed.init_process_group`. Lengths and heads may be of any
-    size, with and without `ulysses_anything`. `ulysses_float8` is the option of that name. `ring_size` and
-    `ulysses_async` have no effect yet. `tp_size`, `extra_parallel_modules` and `use_ray` decide what a device must
+    size, with and without `ulysses_anything`. `ulysses_float8` is the option of that name.
+    `ulysses_async` has no effect yet. `tp_size`, `extra_parallel_modules` and `use_ray` decide what a device must
     hold, so `enable_cache` raises NotImplementedError on them.
     """
 
@@ -105,16 +105,9 @@ class ParallelismConfig:
                     f"ParallelismConfig({name}): cachedit_fx shares no weights out among devices, and would run out of "
                     "memory; use quantize, pipe.enable_model_cpu_offload() or diffusers' enable_group_offload"
                 )
-        without_effect = {
-            f"ring_size={self.ring_size}": (self.ring_size or 1) > 1,
-            "ulysses_async=True": self.ulysses_async,
-        }
-        asked = [name for name, is_asked in without_effect.items() if is_asked]
-        if asked:
+        if self.ulysses_async:
             warn(
-                f"ParallelismConfig({', '.join(asked)}) has no effect yet: ulysses_size alone shares the work, and "
-                "waits for what it sends",
-                SettingWarning,
+                "ParallelismConfig(ulysses_async=True) has no effect yet: ranks wait for what they send", SettingWarning
             )
         if self.cp_plan is not None:
             warn("ParallelismConfig(cp_plan=...) is ignored: what to cut is found in the graph", SettingWarning)

@@ -210,14 +210,14 @@ def test_other_settings_alone_switch_no_cache_on():
 def test_what_has_no_effect_is_kept_and_said():
     model = make()
     config = cache_dit.ParallelismConfig(
-        ring_size=2,
+        ring_size=1,
         cp_plan={"": {}},
         parallel_kwargs={"experimental_ulysses_async": True, "attention_backend": "_native_npu"},
     )
     with pytest.warns(SettingWarning) as said:
         cache_dit.enable_cache(model, always(), parallelism_config=config, **EAGER)
     words = (
-        "ring_size=2, ulysses_async=True) has no effect yet",
+        "ulysses_async=True) has no effect yet",
         "cp_plan=...) is ignored",
         "'_native_npu' has no eff",
     )
@@ -226,7 +226,7 @@ def test_what_has_no_effect_is_kept_and_said():
     (stats,) = cache_dit.summary(model, logging=False)
     assert stats.parallelism_config is config and config.ulysses_async
     assert kept_of(model).attention_backend == "_native_npu"
-    assert cache_dit.strify(stats) == f"DBCache_F1B0_W2I1M0MC0_R1.0_T0O0_Ring2_UAS_S{len(REST)}"
+    assert cache_dit.strify(stats) == f"DBCache_F1B0_W2I1M0MC0_R1.0_T0O0_Ring1_UAS_S{len(REST)}"
     with pytest.warns(SettingWarning, match="changes no global setting"):
         cache_dit.set_compile_configs(descent_tuning=True)
 
@@ -268,7 +268,7 @@ def test_a_back_end_that_is_not_there_is_an_error(name, words):
 
 
 def test_ranks_share_with_and_without_a_cache_and_until_another_config_comes():
-    """`ulysses_size` is the option of that name, whatever calls come between."""
+    """`ulysses_size` and `ring_size` are the options of these names, whatever calls come between."""
 
     def sizes(_):
         model = make_small()
@@ -279,21 +279,22 @@ def test_ranks_share_with_and_without_a_cache_and_until_another_config_comes():
             {"cache_config": always()},
             {"attention_backend": "native"},
             {"parallelism_config": cache_dit.ParallelismConfig(ulysses_size=1)},
-            {"parallelism_config": two},
+            {"parallelism_config": cache_dit.ParallelismConfig(ring_size=2)},
             {"cache_config": DBCacheConfig(cache_type=cache_dit.NONE)},
         )
         found = []
         for settings in calls:
             cache_dit.enable_cache(model, **settings, **EAGER)
-            found += [(state.options.cache is not None, state.options.ulysses_size) for state in states_of(model)[:1]]
+            options = [state.options for state in states_of(model)[:1]]
+            found += [(each.cache is not None, each.ulysses_size, each.ring_size) for each in options]
         output = denoise(model, FALLING[:1])
         cache_dit.disable_cache(model)
         assert close(output, denoise(model, FALLING[:1]))
         assert not states_of(model) and kept_of(model).parallelism_config is None
         return found
 
-    without, with_cache = (False, 2), (True, 2)
-    expected = [without, with_cache, with_cache, (True, 1), with_cache, without]
+    without, with_cache = (False, 2, 1), (True, 2, 1)
+    expected = [without, with_cache, with_cache, (True, 1, 1), (True, 1, 2), (False, 1, 2)]
     assert on_ranks(sizes) == [expected, expected]
 
 

@@ -118,7 +118,7 @@ def held(grid):
     checks = {"order": collectives.place_in(tokens)[0] == 2 * at + neighbour}
     for name, segments in SEGMENTS.items():
         length = sum(count * unit for count, unit in segments)
-        ordered, parts = [], []
+        ordered, parts = list[Any](), list[Any]()
         for index, each in enumerate(("query", "key", "value")):
             whole = drawn((1, HEADS, length, 8), seed=index)
             part = collectives.cut_sequence(whole, 2, segments, tokens)
@@ -137,9 +137,11 @@ def held(grid):
         mask[..., lengths[0] :] &= length > 5  # the queries see nothing of the second rank's keys
         for given_mask, is_causal in ((None, False), (mask, False), (None, True)):
             options: dict[str, Any] = {"attn_mask": given_mask, "is_causal": is_causal}
-            names = {"queries": segments, "keys": segments, "ring": ring_name, "ulysses": ulysses}
-            result = ring.ring_attention(*parts, **options, **names)
-            expected = F.scaled_dot_product_attention(*ordered, **options)
+            names: dict[str, Any] = {"queries": segments, "keys": segments, "ring": ring_name, "ulysses": ulysses}
+            query, key, value = parts
+            result = ring.ring_attention(query, key, value, **options, **names)
+            query, key, value = ordered
+            expected = F.scaled_dot_product_attention(query, key, value, **options)
             run = expected[:, own_heads].split(lengths, 2)[at]
             checks[f"attention, {name}, {given_mask is not None}, {is_causal}"] = close(result, run)
     return checks

@@ -92,11 +92,16 @@ def graphs_of(name):
     raise AssertionError("dynamo captures nothing")
 
 
+FORMS = [("ulysses_size", name) for name in CAPTURED] + [("ring_size", name) for name in CAPTURED]
+
+
 @pytest.mark.budget(60, "captures a class, and two ranks run it")
-@pytest.mark.parametrize("name", only_in("parallel", CAPTURED, but=BY_DEFAULT))
-def test_every_class_is_right_on_two_ranks(name):
+@pytest.mark.parametrize(
+    ("size", "name"), only_in("parallel", FORMS, but=[("ulysses_size", name) for name in BY_DEFAULT])
+)
+def test_every_class_is_right_on_two_ranks(size, name):
     module, graphs = graphs_of(name)
-    options = parse_options({"ulysses_size": 2, "cache": None, "passes": {"outline_blocks": False}})
+    options = parse_options({size: 2, "cache": None, "passes": {"outline_blocks": False}})
     with pretended(2):  # all ranks run one graph text, so it is made once
         outcomes = [rewrite(copy_of(gm), options, Traced.of(module)) for gm, *_ in graphs]
 

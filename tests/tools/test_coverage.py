@@ -149,6 +149,7 @@ def test_rows_survive_the_file(tmp_path):
         False,
         "why",
         AttentionCounts("Good", 2, 1, {"sage": 1}),
+        SHARE,
     )
     defaults = Covered("Good")
     assert all(getattr(row, item.name) != getattr(defaults, item.name) for item in fields(Covered)[1:])

@@ -44,6 +44,14 @@ def test_more_ranks_than_heads_gather_keys_and_values(captured):
     assert share.exchanges == 0 and share.gathers == 2 * 8 + 1
 
 
+def test_a_ring_passes_keys_and_values_around(captured):
+    two, eight = (share_of("tiny", captured[0], captured[1], ranks, "ring_size") for ranks in (2, 8))
+    blocks, width = 8, 16
+    assert two.rings == eight.rings == blocks and two.exchanges == 0 and two.gathers == eight.gathers == 1
+    tokens = (16 + 6) // 2
+    assert two.sent == 2 * blocks * tokens * width * 4 + 8 * 4 * 4  # keys and values of each block; and the result
+
+
 def test_the_table_has_a_line_for_each_number_of_ranks(captured):
     rows = [share_of("tiny", captured[0], captured[1], ranks) for ranks in (2, 8)]
     assert [line.cells[1] for line in table(rows).lines] == ["2", "8"]
