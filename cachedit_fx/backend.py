@@ -92,8 +92,8 @@ def compile_graph(
     if state is not None and state.observe is not None:
         state.observe(outcome.facts)
     parallel = outcome.facts.get(ContextParallel)
-    if parallel is None and options.ulysses_inputs == "equal":  # no rank needs another one in this graph
-        compared = None
+    if parallel is None and options.ulysses_inputs == "equal" and not options.cfg_parallel:
+        compared = None  # no rank needs another one in this graph
     if parallel is not None and parallel.gathers:
         warn(parallel.note)
     attention = outcome.facts.get(ReplacedAttention)

@@ -23,6 +23,7 @@ from cachedit_fx.config.parallel import ParallelOptions
 from cachedit_fx.config.precision import PrecisionConfig, as_precision
 from cachedit_fx.config.rules import OptionError, Rule, check_fields, choice, integer, optional, reject_unknown, setting
 from cachedit_fx.runtime.calibrators import CALIBRATORS, as_config, calibrator_of
+from cachedit_fx.runtime.grid import Mesh
 from cachedit_fx.runtime.policies.base import Policy, policy_of
 
 Scope: TypeAlias = Literal["model", "loop"]
@@ -278,6 +279,8 @@ class Options(ParallelOptions):
                 f"not scope={self.scope!r}, cache={self.cache!r}"
             )
         self._check_sizes()
+        if self.cfg_parallel:
+            self._check_branches()
         if self.time_weights == "host":
             self._check_host()
         if self.precision is not None:
@@ -297,6 +300,24 @@ class Options(ParallelOptions):
                 raise OptionError(f"cache={name!r} brings its own calibrator: leave out calibrator={calibrator!r}")
             if calibrator is not None and calibrator.calibrator_cache_type == "output":
                 self._check_output_target(policy.structure())
+
+    def _check_branches(self) -> None:
+        """Raise on settings under which ranks cannot compute the branches of guidance apart."""
+        if self.cache is None:
+            raise OptionError(
+                "cfg_parallel tells branches by the cache's count of calls, and cache=None switches it off: leave out "
+                "one of them; DBCacheConfig(residual_diff_threshold=0) computes every step"
+            )
+        if self.ulysses_inputs == "first_rank":
+            raise OptionError(
+                "cfg_parallel computes two calls at once, and ulysses_inputs='first_rank' lets each call wait for the "
+                "first rank: leave out one of them"
+            )
+        if any(not policy.config.cfg_diff_compute_separate for policy, _ in self.loop_settings):
+            raise OptionError(
+                "cfg_parallel decides about each branch where it is computed, and cfg_diff_compute_separate=False lets "
+                "one branch take the difference of the other: leave out one of them"
+            )
 
     def _check_host(self) -> None:
         """Raise on settings under which no weight can lie on the host."""
@@ -421,13 +442,18 @@ class Options(ParallelOptions):
             time_weights="device",
             precision=None,
             attention=None,
+            cfg_parallel=False,
+            ulysses_mesh=None,
         )
         cuts = tuple(policy.structure() for policy, _ in self.loop_settings)
-        return (self.time_weights, copies, attention, bare), self.predicts_output, cuts
+        ranks = self.cfg_parallel, self.ulysses_mesh
+        return (self.time_weights, copies, attention, ranks, bare), self.predicts_output, cuts
 
 
 Structure: TypeAlias = tuple[
-    tuple[TimeWeights, PrecisionConfig | None, AttentionConfig | None, Options], bool, tuple[Cut, ...]
+    tuple[TimeWeights, PrecisionConfig | None, AttentionConfig | None, "tuple[bool, Mesh | None]", Options],
+    bool,
+    tuple[Cut, ...],
 ]
 
 

@@ -34,7 +34,7 @@ from cachedit_fx.passes.graph_values import is_of_module, tensor_of, value_of
 from cachedit_fx.runtime.checksum import checksum
 from cachedit_fx.runtime.drift import Drift
 from cachedit_fx.runtime.presence import RanksDisagree
-from cachedit_fx.runtime.ranks import Ranks
+from cachedit_fx.runtime.ranks import Gathering, Ranks
 from cachedit_fx.runtime.samples import parts_of, samples_of
 from cachedit_fx.runtime.shared_inputs import SharedInputs
 
@@ -87,6 +87,22 @@ def _operation(node: fx.Node) -> str:
 _CONSTANTS = (bool, float, complex, str, torch.dtype)
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What one rank tells of a call.
+
+    Attributes:
+        row: the numbers that ranks compare, [SLOTS] int64.
+        kinds: slot -> what it stands for, and the texts that its number was made of.
+        arguments: the call's inputs, by name.
+    """
+
+    row: torch.Tensor
+    kinds: Mapping[int, tuple[str, Mapping[Any, Hashable]]]
+    arguments: Mapping[str, Any]
+    state: ModelState
+
+
 class Agreement:
     """What the ranks of a group have compared, of one graph and one model.
 
@@ -94,15 +110,20 @@ class Agreement:
         ranks: those that share a sample.
         captured: the graph.
         state: the model's.
+        shares_branches: whether ranks compute the branches of guidance apart. Then a step's further branches are
+            compared without waiting: the next call tells the outcome.
     """
 
-    def __init__(self, ranks: Ranks, captured: Captured, state: ModelState) -> None:
+    def __init__(self, ranks: Ranks, captured: Captured, state: ModelState, shares_branches: bool = False) -> None:
         self.ranks, self.captured, self.model = ranks, captured, state.title or captured.model
+        self._shares_branches = shares_branches and state.grid is not None and state.grid.branches is not None
         takes_first = state.options.ulysses_inputs == "first_rank"
         self._shared_inputs = SharedInputs(ranks) if takes_first else None
         self._drift = Drift(ranks, list(captured.arguments.values()))
-        self._forms: Hashable = None
-        """Of the latest comparison."""
+        self._forms: set[Hashable] = set()
+        """Of all comparisons since ranks disagreed."""
+        self._begun: tuple[Comparison, Gathering] | None = None
+        """A comparison that nobody has waited for yet, and the ranks' rows on their way."""
         self._branches: weakref.WeakKeyDictionary[Session, tuple[int, frozenset[int | None]]] = (
             weakref.WeakKeyDictionary()
         )
@@ -123,7 +144,7 @@ class Agreement:
             with self.ranks.presence.watch(self.model):
                 yield
         except RanksDisagree:
-            self._forms = None
+            self._forms, self._begun = set(), None
             self._drift.restart()
             raise
 
@@ -141,14 +162,14 @@ class Agreement:
         arguments = (inputs[index] for index in self.captured.arguments)
         forms = tuple((x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else type(x) for x in arguments)
         if call is None:  # nothing tells generations
-            is_first = all(agreement._forms is None for agreement in state.agreements)
+            is_first = not any(agreement._forms for agreement in state.agreements)
         else:
             call.forms = forms
             is_first = call.begins_by_clock or call.begins_afresh
-        if forms == self._forms and not is_first:
+        if forms in self._forms and not is_first:
             return False
         self._compare(inputs, state, is_later=not is_first)
-        self._forms = forms
+        self._forms.add(forms)
         return is_first
 
     def end(self, session: Session) -> None:
@@ -163,6 +184,15 @@ class Agreement:
                 self._check_drift(session)
 
     def _check_drift(self, session: Session | None = None) -> None:
+        """Tell the outcome of comparisons that nobody has waited for.
+
+        Raises:
+            RanksDisagree: on all ranks, if calls differed.
+        """
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            comparison, gathering = begun
+            self._judge(comparison, gathering.rows().tolist())
         number = self._drift.calls
         names = self._drift.differing(session)
         if names:
@@ -211,8 +241,12 @@ class Agreement:
         if branch in compared:
             self.follow(inputs, session, is_compared)
             return
-        if not is_compared:
-            self._compare(inputs, session.state, is_later=call.position is not None and call.position.step > 0)
+        is_later = call.position is not None and call.position.step > 0
+        if self._shares_branches and not is_compared and not is_later:
+            comparison = self._comparison(inputs, session.state)
+            self._begun = comparison, Gathering(self.ranks, comparison.row)
+        elif not is_compared:
+            self._compare(inputs, session.state, is_later)
         self._branches[session] = session.generation, compared | {branch}
 
     def follow(self, inputs: Sequence[Any], session: Session, is_compared: bool) -> None:
@@ -226,31 +260,39 @@ class Agreement:
 
     def _compare(self, inputs: Sequence[Any], state: ModelState, is_later: bool = False) -> None:
         """Compare a call: to the bit, or with `is_later` on all ranks up to rounding of what ranks compute."""
+        comparison = self._comparison(inputs, state, is_later)
+        self._drift.restart()
+        with self.ranks.presence.meeting(self.model):
+            state.is_apart = False
+            self._judge(comparison, self.ranks.tables(comparison.row))
+
+    def _comparison(self, inputs: Sequence[Any], state: ModelState, is_later: bool = False) -> Comparison:
+        """What this rank tells of a call."""
         arguments = {name: inputs[index] for index, name in self.captured.arguments.items()}
         settings = {each.name: _text(getattr(state.options, each.name)) for each in fields(state.options)}
         forms = {name: _form_of(value) for name, value in arguments.items()}
         weights = [inputs[index] for index in self.captured.weights]
         operations = dict(enumerate(self.captured.operations))
         values = [self._number_of(value) for value in arguments.values()]
-        self._drift.restart()
         texts = map(_hash, (settings, forms, operations))
         row = _in_slots([int(is_later), *texts, _number_of_weights(weights, state), *values])
-        with self.ranks.presence.meeting(self.model):
-            state.is_apart = False
-            rows = self.ranks.tables(row)
-            slots = [slot for slot in range(OPTIONS, SLOTS) if len({row[slot] for row in rows}) > 1]
-            if all(row[IS_LATER] for row in rows):
-                slots = self._beyond_rounding(slots, arguments, state)
-            if slots:
-                kinds: dict[int, tuple[str, Mapping[Any, Hashable]]] = {
-                    OPTIONS: ("option", settings),
-                    FORMS: ("input", forms),
-                    GRAPH: ("operation", operations),
-                }
-                slot = slots[0]
-                what = self._difference(*kinds[slot]) if slot in kinds else _other_values(slot, list(arguments))
-                ranks = f"{self.ranks.presence.heading}{self._places(rows, slot)}"
-                raise RanksDisagree(f"{ranks} differ in their calls: {what}")
+        kinds: dict[int, tuple[str, Mapping[Any, Hashable]]] = {
+            OPTIONS: ("option", settings),
+            FORMS: ("input", forms),
+            GRAPH: ("operation", operations),
+        }
+        return Comparison(row, kinds, arguments, state)
+
+    def _judge(self, comparison: Comparison, rows: Sequence[Sequence[int]]) -> None:
+        """Raise if the ranks' rows show that their calls differ. All ranks must call it together."""
+        slots = [slot for slot in range(OPTIONS, SLOTS) if len({row[slot] for row in rows}) > 1]
+        if all(row[IS_LATER] for row in rows):
+            slots = self._beyond_rounding(slots, comparison.arguments, comparison.state)
+        if slots:
+            slot, kinds = slots[0], comparison.kinds
+            what = self._difference(*kinds[slot]) if slot in kinds else _other_values(slot, list(comparison.arguments))
+            ranks = f"{self.ranks.presence.heading}{self._places(rows, slot)}"
+            raise RanksDisagree(f"{ranks} differ in their calls: {what}")
 
     def _beyond_rounding(self, slots: list[int], arguments: Mapping[str, Any], state: ModelState) -> list[int]:
         """Those slots in which calls differ by more than rounding. All ranks must call it together."""

@@ -112,6 +112,7 @@ class Call:
         graphs: our graphs that began in the call so far.
         chains: names of loops -> the number of chains with regions through these loops so far.
         is_located: whether a region asked for the position.
+        signature: that with which the position was found.
         position: generation, step and branch; None for a call after the last step of the pipeline's schedule, and until
             `is_located`.
         is_shared: whether a graph was reached that ranks share.
@@ -129,6 +130,7 @@ class Call:
         self.graphs: list[RewrittenGraph] = []
         self.chains: dict[tuple[str, ...], int] = {}
         self.is_located = False
+        self.signature: Hashable = None
         self.position: Position | None = None
         self.route: Route | None = None
         self.is_shared = False
@@ -213,7 +215,7 @@ class Call:
         session, tracker = self.session, self.session.tracker
         before = tracker.generation
         self.on_failure(lambda: tracker.restore(before))
-        self.is_located = True
+        self.is_located, self.signature = True, signature
         evidence = Evidence(signature, self.branch_name, self.tick, self.time)
         joins_aside = tracker.joins_aside(evidence)
         self.position = tracker.observe(evidence)
@@ -224,6 +226,15 @@ class Call:
         begins = self.position.generation != session.generation
         if begins:
             self.on_failure(session.begin(self.position.generation))
+        return begins
+
+    def locate_region(self, signature: Hashable) -> bool:
+        """Find the position of a call with regions. Returns whether a generation begins."""
+        begins = self.locate(signature)
+        if self.position is None:
+            self.on_success(lambda: self.session.record_uncached(LATE))
+        if begins and self.route is not None:
+            self.route.generation_begins()
         return begins
 
     def now(self) -> float | None:

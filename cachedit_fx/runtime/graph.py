@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 
 from cachedit_fx.capture import ends_at_break
 from cachedit_fx.passes.base import Facts
@@ -14,6 +15,7 @@ from cachedit_fx.passes.block_loops import Detection
 from cachedit_fx.passes.find_timestep import TimestepSource, timestep_of
 from cachedit_fx.passes.gather_inputs import GatheredInputs
 from cachedit_fx.passes.graph_aliases import writes_to_inputs
+from cachedit_fx.passes.graph_values import tensor_of
 from cachedit_fx.passes.hoist_invariants import Hoisted
 from cachedit_fx.passes.insert_attention_forms import AttentionByStep
 from cachedit_fx.passes.insert_cache_branch import CacheBranch
@@ -21,6 +23,7 @@ from cachedit_fx.passes.insert_low_precision import LowPrecision
 from cachedit_fx.passes.manager import Outcome
 from cachedit_fx.passes.plan_regions import RegionReport
 from cachedit_fx.runtime.agreement import Agreement, Captured
+from cachedit_fx.runtime.branches import Branches
 from cachedit_fx.runtime.call import NO_LOOP, Call, Uncached, current_call
 from cachedit_fx.runtime.forms import CallForms
 from cachedit_fx.runtime.hoisted_memory import ComputedValues, HoistedCode, HoistedMemory
@@ -51,11 +54,17 @@ class RewrittenGraph:
     def __init__(self) -> None:
         self._agreements: weakref.WeakKeyDictionary[ModelState, Agreement] = weakref.WeakKeyDictionary()
 
+    @property
+    def shares_branches(self) -> bool:
+        """Whether ranks compute the branches of guidance apart."""
+        return False
+
     def agreement(self, state: ModelState) -> Agreement | None:
         """What the ranks have compared, of this graph and the state's model; None if they share nothing in it."""
         agreement = self._agreements.get(state)
         if agreement is None and self.captured is not None and state.ranks is not None:
-            agreement = self._agreements[state] = Agreement(state.ranks, self.captured, state)
+            agreement = Agreement(state.ranks, self.captured, state, self.shares_branches)
+            self._agreements[state] = agreement
             state.agreements.add(agreement)
         return agreement
 
@@ -113,6 +122,7 @@ class CachedGraph(RewrittenGraph):
         hoisted: the graph's hoisted pieces. `forward` then takes the hoisted values after the inputs, as a sequence.
         copied: places of the inputs that low precision replaces by quantized copies.
         has_forms: whether regions have other forms beside the first.
+        sizes_are_known: whether the forms of the results follow from those of the inputs.
     """
 
     def __init__(
@@ -126,12 +136,20 @@ class CachedGraph(RewrittenGraph):
         hoisted: HoistedCode | None = None,
         copied: Sequence[int] = (),
         has_forms: bool = False,
+        sizes_are_known: bool = True,
     ) -> None:
         super().__init__()
         self.forward, self.finder, self.regions, self.timestep = forward, finder, regions, timestep
+        self.sizes_are_known = sizes_are_known
         self.is_whole, self.hoisted, self.copied, self.has_forms = is_whole, hoisted, copied, has_forms
         self.values_last = is_whole and not writes_to_inputs
         self._memories: weakref.WeakKeyDictionary[ModelState, HoistedMemory] = weakref.WeakKeyDictionary()
+        self._branches: weakref.WeakKeyDictionary[ModelState, Branches] = weakref.WeakKeyDictionary()
+
+    @property
+    def shares_branches(self) -> bool:
+        """Whether the graph can: its results are all that a call leaves."""
+        return self.values_last and self.sizes_are_known
 
     def __call__(self, *inputs: Any) -> Any:
         return self.run(inputs)
@@ -177,10 +195,26 @@ class CachedGraph(RewrittenGraph):
     ) -> Any:
         keys = call.enter(self, self.regions, timestep_of(self.timestep, inputs))
         on_enter()
-        try:
-            return self._results(call, keys, inputs, on_locate)
-        except StaleValues:  # raised before a region ran: nothing is stored yet
-            return self._results(call, keys, inputs, on_locate)
+
+        def compute() -> Any:
+            try:
+                return self._results(call, keys, inputs, on_locate)
+            except StaleValues:  # raised before a region ran: nothing is stored yet
+                return self._results(call, keys, inputs, on_locate)
+
+        branches = self._branches_of(call.session.state)
+        if branches is None:
+            return compute()
+        return branches.results(call, inputs, on_locate, compute)
+
+    def _branches_of(self, state: ModelState) -> Branches | None:
+        """The branches of guidance that ranks compute apart; None if each rank computes all."""
+        if state.grid is None or state.grid.branches is None or not self.shares_branches:
+            return None
+        branches = self._branches.get(state)
+        if branches is None:
+            branches = self._branches[state] = Branches(state.grid.branches, state.title)
+        return branches
 
     def _results(
         self,
@@ -243,8 +277,19 @@ def _graph_of(
     low = facts.get(LowPrecision)
     copied = () if low is None else low.inputs
     has_forms = low is not None or AttentionByStep in facts
-    is_whole = not ends_at_break(gm)
-    return CachedGraph(sequence_forward, finder, regions, timestep, is_whole, has_writes, code, copied, has_forms)
+    results = [value for node in gm.graph.output_node().all_input_nodes if (value := tensor_of(node)) is not None]
+    return CachedGraph(
+        sequence_forward,
+        finder,
+        regions,
+        timestep,
+        is_whole=not ends_at_break(gm),
+        writes_to_inputs=has_writes,
+        hoisted=code,
+        copied=copied,
+        has_forms=has_forms,
+        sizes_are_known=not any(map(has_free_unbacked_symbols, results)),
+    )
 
 
 def _unpacking(forward: Callable[..., Any], code: HoistedCode | None) -> Callable[..., Any]:

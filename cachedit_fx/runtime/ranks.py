@@ -49,6 +49,11 @@ class Ranks:
                 "disable_cache, and each process computes alone"
             )
 
+    @property
+    def rank(self) -> int:
+        """This process's place in the group."""
+        return dist.get_rank(self.group)
+
     @cached_property
     def presence(self) -> Presence:
         """Which of the ranks take part."""
@@ -61,7 +66,7 @@ class Ranks:
 
     def from_first(self, values: torch.Tensor) -> torch.Tensor:
         """The first rank's tensor; in place on the others. All ranks must call it together, with equal shapes."""
-        sent = values.to(self.device_for(values))
+        sent = values.to(self.device_for(values.device))
         dist.broadcast(sent, src=self.presence.members[0], group=self.group)
         return sent
 
@@ -71,15 +76,15 @@ class Ranks:
         Args:
             row: int64, of one length on all ranks.
         """
-        device = self.device_for(row)
+        device = self.device_for(row.device)
         rows = [torch.empty_like(row, device=device) for _ in range(self.size)]
         dist.all_gather(rows, row.to(device), group=self.group)
         tables: list[list[int]] = torch.stack(rows).tolist()
         return tables
 
-    def device_for(self, values: torch.Tensor) -> torch.device:
-        """The device on which the group exchanges these values: gloo needs them on the host."""
-        return torch.device("cpu") if dist.get_backend(self.group) == "gloo" else values.device
+    def device_for(self, device: torch.device) -> torch.device:
+        """The device on which the group exchanges values of a device: gloo needs them on the host."""
+        return torch.device("cpu") if dist.get_backend(self.group) == "gloo" else device
 
     def objects(self, value: Any) -> list[Any]:
         """Every rank's value, by rank. All ranks must call it together."""
@@ -97,7 +102,7 @@ class Gathering:
     """
 
     def __init__(self, ranks: Ranks, own: torch.Tensor) -> None:
-        own = own.to(ranks.device_for(own))
+        own = own.to(ranks.device_for(own.device))
         self._event: torch.cuda.Event | None = None
         if own.device.type != "cuda":
             self._rows, self._work = self._send(ranks, own)

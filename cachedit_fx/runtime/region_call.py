@@ -16,7 +16,7 @@ from cachedit_fx.config.calibrators import CalibratorConfig
 from cachedit_fx.config.options import LoopSettings
 from cachedit_fx.config.rules import ContractError
 from cachedit_fx.runtime.calibrators import Moment, calibrator_of, coefficients, values_kept
-from cachedit_fx.runtime.call import LATE, STRAY, Call
+from cachedit_fx.runtime.call import STRAY, Call
 from cachedit_fx.runtime.forms import CallForms, Forms
 from cachedit_fx.runtime.guard import Residual, read_differences
 from cachedit_fx.runtime.memory import BranchMemory, copy_of
@@ -247,12 +247,7 @@ class RegionCall:
                 values, (number,) = read_differences(residual, previous, call.time.unread, ranks=ranks)
                 differences = dict(zip(references, values, strict=True))
                 call.time.set(number)
-        begins = call.locate(signature)
-        if call.position is None:
-            call.on_success(lambda: self.session.record_uncached(LATE))
-        if begins and call.route is not None:
-            call.route.generation_begins()
-        return {} if begins else differences
+        return {} if call.locate_region(signature) else differences
 
     def _references(self, key: RegionKey, signature: Hashable) -> dict[int, torch.Tensor]:
         """Branch -> reference that r may be compared with, for every branch that the call may belong to."""

@@ -108,6 +108,7 @@ _OF_A_GENERATION = (
     "stats",
     "watches",
     "uncached",
+    "elsewhere",
     "shared_differences",
     "failed_calls",
     "tick",
@@ -141,6 +142,8 @@ class Session:
         self.stats: dict[ChainKey, CacheStats] = {}
         self.configs: dict[ChainKey, DBCacheConfig] = {}
         self.uncached: Counter[str] = Counter()
+        self.elsewhere: Counter[int] = Counter()
+        """Branch -> its calls that other ranks computed."""
         self.aside: Counter[str] | None = None
         """Causes of calls that are no steps, of a generation that had no step yet; None if there is none."""
         self.failed_calls = 0
@@ -177,6 +180,7 @@ class Session:
         self.stats = {}
         self.watches = []
         self.uncached = Counter()
+        self.elsewhere = Counter()
         self.shared_differences = {}
         self.failed_calls = self._failures
         self.tick = None
@@ -321,6 +325,7 @@ class Session:
                 first=info.first,
                 last=info.last,
                 uncached_causes=self.uncached,
+                elsewhere=self.elsewhere,
                 prunes_blocks=block is not None,
                 loop=info.loop,
             )
@@ -331,6 +336,10 @@ class Session:
         counts = self.uncached if is_step or self.aside is None else self.aside
         counts[cause] += 1
 
+    def record_elsewhere(self, branch: int) -> None:
+        """Count a call that another rank computes."""
+        self.elsewhere[branch] += 1
+
     def end_aside(self, is_joined: bool) -> None:
         """A step comes. If it joins the generation of the calls that are no steps, they count in its generation."""
         aside, self.aside = self.aside, None
@@ -340,8 +349,8 @@ class Session:
     def summary(self) -> list[CacheStats]:
         """The present generation's statistics: one entry for each region, or with DBPrune for each chain.
 
-        They are copies, which later calls do not change. If no region ran in the generation, uncached and failed calls
-        are in one entry without blocks.
+        They are copies, which later calls do not change. If no region ran in the generation, uncached and failed calls,
+        and those that other ranks computed, are in one entry without blocks.
         """
         with self.lock:
             self._warn_of_inert_thresholds()
@@ -353,8 +362,11 @@ class Session:
             self._measure_bytes()
             uncached = self.uncached if self.aside is None else self.aside
             entries = [stats.copy() for stats in self.stats.values()] if self.aside is None else []
-            if not entries and (uncached or self.failed_calls):
-                entries = [CacheStats("uncached", 0, 0, 0, uncached_causes=Counter(uncached))]
+            if not entries and (uncached or self.failed_calls or self.elsewhere):
+                name = "uncached" if uncached or self.failed_calls else "elsewhere"
+                entries = [
+                    CacheStats(name, 0, 0, 0, uncached_causes=Counter(uncached), elsewhere=self.elsewhere.copy())
+                ]
             for stats in entries:
                 stats.session, stats.failed_calls = self.name, self.failed_calls
         return entries

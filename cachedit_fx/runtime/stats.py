@@ -123,6 +123,8 @@ class CacheStats:
     """Size of the values stored for reuse, all branches, in bytes."""
     uncached_causes: Counter[str] = field(default_factory=Counter)
     """Cause -> number of calls that ran uncached, without a decision of the policy."""
+    elsewhere: Counter[int] = field(default_factory=Counter)
+    """Branch -> number of its calls that other ranks computed (`cfg_parallel`)."""
     failed_calls: int = 0
     """Calls of the generation that raised. They left no other trace."""
     session: str = ""
@@ -148,6 +150,7 @@ class CacheStats:
             self,
             branches=[branch.copy() for branch in self.branches],
             uncached_causes=Counter(self.uncached_causes),
+            elsewhere=Counter(self.elsewhere),
             compute_seconds=list(self.compute_seconds),
             reuse_seconds=list(self.reuse_seconds),
         )
@@ -337,5 +340,7 @@ class CacheStats:
             yield f"; {self.failed_calls} calls failed"
         if self.non_finite:
             yield f"; differences not finite: {self.non_finite}"
+        for branch, calls in self.elsewhere.items():
+            yield f"; {calls} calls of branch {branch} computed by other ranks"
         for cause, calls in self.uncached_causes.items():
             yield f"; uncached calls: {calls} ({cause})"

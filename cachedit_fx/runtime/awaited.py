@@ -1,0 +1,153 @@
+"""A result of a model that another rank computes: a tensor that waits for its values at its first use.
+
+    result = model(...)        returns at once: shape, dtype and device are known
+    result[:, 64:]             a view, which does not wait either
+    result * 2.0               waits, and is a plain tensor
+
+torch's own tensors of this kind cannot say which rank did not come, or has failed.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.utils._pytree import tree_map_only
+
+from cachedit_fx.runtime.presence import Presence, RankMissing
+
+
+class Arrival:
+    """A message on its way from another rank.
+
+    Args:
+        work: of the collective that brings it.
+        header: its number and whether its rank has failed, once it is here: int64 [2].
+        number: the one that is expected.
+        presence: of the ranks.
+        owner: the rank that sends it, in the group.
+        model: name of the class, for errors.
+    """
+
+    def __init__(
+        self, work: dist.Work, header: torch.Tensor, number: int, presence: Presence, owner: int, model: str
+    ) -> None:
+        self._work, self._header, self._number = work, header, number
+        self._presence, self._owner, self._model = presence, presence.members[owner], model
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._event: torch.cuda.Event | None = None
+        self._is_here = False
+        self._lock = threading.Lock()
+
+    def kept_on(self, device: torch.device, content: torch.Tensor) -> torch.Tensor:
+        """A part of the message on a device, for after the wait."""
+        if content.device == device:
+            return content
+        copy = torch.empty_like(content, device=device)
+        self._copies.append((copy, content))
+        return copy
+
+    def wait(self) -> None:
+        """Wait for the message. On an accelerator its stream waits, and not the host.
+
+        Raises:
+            RankMissing: if the other rank does not send, or has failed.
+        """
+        with self._lock:
+            if self._is_here:
+                return
+            with self._presence.watch(self._model):
+                self._work.wait()
+            for copy, content in self._copies:
+                copy.copy_(content)
+            if self._header.device.type == "cpu":
+                self._judge()
+            else:  # the host looks at it when the next call begins
+                header = torch.empty(self._header.shape, dtype=self._header.dtype, pin_memory=True)
+                self._header = header.copy_(self._header, non_blocking=True)
+                self._event = torch.cuda.current_stream(self._header.device).record_event()
+            self._is_here = True
+
+    def check(self) -> None:
+        """Look at the message's header, if `wait` has not.
+
+        Raises:
+            RankMissing: if the other rank has failed.
+        """
+        self.wait()
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
+            self._judge()
+
+    def _judge(self) -> None:
+        number, has_failed = self._header.tolist()
+        heading = f"{self._presence.heading}rank {self._owner}"
+        if has_failed:
+            raise RankMissing(
+                f"{heading} failed in its branch of {self._model or 'the model'}. Its own output says why. Start all "
+                "ranks again"
+            )
+        if number != self._number:
+            raise RankMissing(
+                f"{heading} sent the result of another call of {self._model or 'the model'}: the ranks have not called "
+                "the model equally often. Start all ranks again"
+            )
+
+
+class Awaited(AsyncCollectiveTensor):  # torch's compilers ask such tensors to wait
+    """A tensor whose values another rank sends.
+
+    Args:
+        elem: where the values arrive.
+        arrival: of the message.
+    """
+
+    _arrival: Arrival
+
+    @staticmethod
+    def __new__(cls, elem: torch.Tensor, arrival: Arrival) -> Awaited:
+        tensor: Awaited = AsyncCollectiveTensor.__new__(cls, elem)
+        tensor._arrival = arrival
+        return tensor
+
+    def __init__(self, elem: torch.Tensor, arrival: Arrival) -> None:
+        super().__init__()
+
+    def trigger_wait(self) -> torch.Tensor:
+        """The plain tensor, once its values are here.
+
+        Raises:
+            RankMissing: if the other rank does not send them.
+        """
+        if not self.completed:
+            self._arrival.wait()
+            self.completed = True
+        return self.elem
+
+    wait = trigger_wait
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return repr(self.trigger_wait())
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Views wait for nothing; all other operations get plain tensors."""
+        first = args[0] if args else None
+        if _is_view(func) and isinstance(first, Awaited) and not first.completed:
+            views = func(first.elem, *args[1:], **(kwargs or {}))
+            return tree_map_only(torch.Tensor, lambda view: Awaited(view, first._arrival), views)
+        plain_args, plain_kwargs = tree_map_only(Awaited, Awaited.trigger_wait, (args, kwargs or {}))
+        return func(*plain_args, **plain_kwargs)
+
+
+def _is_view(func: Any) -> bool:
+    """Whether an operator returns views of its first argument, and writes to nothing."""
+    arguments, results = func._schema.arguments, func._schema.returns
+    aliases = [arguments[0].alias_info, *(result.alias_info for result in results)] if arguments else []
+    return len(aliases) > 1 and all(alias is not None and not alias.is_write for alias in aliases)

@@ -1,0 +1,239 @@
+"""Lets two halves of a sample's ranks compute the branches of guidance: each call is computed once, and sent.
+
+    step               rank 0                         rank 1
+    call of branch 0   computes, sends ────────────►  returns at once: a result that is awaited at its first use
+    call of branch 1   returns at once ◄────────────  computes, sends
+
+A branch belongs to one half of the ranks, which alone keeps its stored values. So decisions are those of one process,
+and no rank waits for a call that never comes: a step of one call, or of three, is right, and saves less.
+
+Before a call has run, neither its place nor the form of its results is known. So the first call of each form is
+computed on all ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from cachedit_fx.runtime.awaited import Arrival, Awaited
+from cachedit_fx.runtime.presence import RanksDisagree
+from cachedit_fx.runtime.ranks import Ranks
+from cachedit_fx.runtime.tracker import Position
+
+if TYPE_CHECKING:
+    from cachedit_fx.runtime.call import Call
+    from cachedit_fx.runtime.session import Session
+
+HEADER = 16
+"""Bytes before the values of a message: its number, and whether its rank has failed; int64 each."""
+ALIGNMENT = 16
+"""Every tensor of a message begins at a multiple of it, in bytes."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A tensor without its values.
+
+    Attributes:
+        shape, dtype, device: its own.
+        order: its axes, from the one with the largest stride on.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    order: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Form:
+        """The form of a tensor."""
+        order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+        return cls(tensor.shape, tensor.dtype, tensor.device, tuple(order))
+
+    @property
+    def bytes(self) -> int:
+        """Size of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def sent(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of this form as bytes, in the order of its memory."""
+        return tensor.permute(self.order).contiguous().view(-1).view(torch.uint8)
+
+    def received(self, content: torch.Tensor) -> torch.Tensor:
+        """A tensor of this form, on the memory of its bytes."""
+        sizes = [self.shape[axis] for axis in self.order]
+        places = [self.order.index(axis) for axis in range(len(sizes))]
+        return content.view(self.dtype).view(sizes).permute(places)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What was learned from a call of some form.
+
+    Attributes:
+        signature: tells the shapes of the values that its first region reads.
+        results: of its graph; `Form` in place of tensors.
+    """
+
+    signature: Hashable
+    results: tuple[Any, ...]
+
+    def fits(self, results: Sequence[Any]) -> bool:
+        """Whether a call's results have these shapes and dtypes, and the same values of other kinds."""
+        pairs = zip(self.results, results, strict=True)
+        return all(
+            (form.shape, form.dtype) == (value.shape, value.dtype) if isinstance(form, Form) else form == value
+            for form, value in pairs
+        )
+
+    @property
+    def offsets(self) -> list[int]:
+        """Where each tensor begins in a message, and the message's end, in bytes."""
+        offsets = [HEADER]
+        for form in self.results:
+            size = form.bytes if isinstance(form, Form) else 0
+            offsets.append(offsets[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
+        return offsets
+
+
+class Branches:
+    """The calls of one graph and one model, shared out by the branches of guidance.
+
+    Args:
+        ranks: those that compute the same part of the tokens, one for each half.
+        model: name of its class, for errors.
+    """
+
+    def __init__(self, ranks: Ranks, model: str) -> None:
+        self.ranks, self.model = ranks, model
+        self._known: dict[Hashable, Known] = {}
+        """Form of a call -> what was learned from one."""
+        self._steps: weakref.WeakKeyDictionary[Session, tuple[tuple[int, int], int]] = weakref.WeakKeyDictionary()
+        """Session -> (generation, step) of its latest call, and the step's calls so far."""
+        self._messages = 0
+        self._pending: deque[tuple[int, Callable[[], Any]]] = deque()
+        """Number of a message -> what waits until it is sent, or received without a fault."""
+
+    def results(
+        self, call: Call, inputs: Sequence[Any], on_locate: Sequence[Callable[[], None]], compute: Callable[[], Any]
+    ) -> Sequence[Any]:
+        """The results of the graph: computed here and sent, or on their way from another rank.
+
+        Args:
+            inputs: of the graph.
+            on_locate: called in turn as soon as the call's position is known, unless `compute` is called before.
+            compute: returns the results.
+
+        Raises:
+            RankMissing: if another rank has failed.
+        """
+        if call.session.is_stray:  # it has no position
+            return compute()
+        self._check()
+        form = call.forms, tuple(value for value in inputs if not isinstance(value, torch.Tensor))
+        known = self._known.get(form)
+        if known is None:
+            results = compute()
+            call.on_success(lambda: self._learn(form, call.signature, results))
+            return results
+        if not call.is_located:
+            call.locate_region(known.signature)
+            for notice in on_locate:
+                notice()
+        if call.position is None:
+            return compute()
+        self._count(call, call.position)
+        branch = call.position.branch
+        owner = branch % self.ranks.size
+        if owner == self.ranks.rank:
+            return self._computed(known, compute)
+        call.on_success(lambda: call.session.record_elsewhere(branch))
+        return self._awaited(known, owner, call)
+
+    def _learn(self, form: Hashable, signature: Hashable, results: Sequence[Any]) -> None:
+        forms = (Form.of(value) if isinstance(value, torch.Tensor) else value for value in results)
+        self._known[form] = Known(signature, tuple(forms))
+
+    def _computed(self, known: Known, compute: Callable[[], Sequence[Any]]) -> Sequence[Any]:
+        """The results, computed here. The other ranks get them, or the news that this rank has failed."""
+        try:
+            results = compute()
+        except BaseException:
+            self._send(known, ())
+            raise
+        if not known.fits(results):
+            self._send(known, ())
+            raise RanksDisagree(
+                f"{self.ranks.presence.heading}the result of {self.model or 'the model'} has another form than before, "
+                "for inputs of the same form. Other ranks cannot await it: leave out cfg_parallel"
+            )
+        self._send(known, results)
+        return results
+
+    def _send(self, known: Known, results: Sequence[Any]) -> None:
+        """Begin to send results; none: this rank has failed."""
+        message = self._message(known)
+        message[:HEADER] = torch.tensor([self._messages, not results]).view(torch.uint8)
+        for form, value, start in zip(known.results, results, known.offsets, strict=False):
+            if isinstance(form, Form):
+                message[start : start + form.bytes] = form.sent(value)
+        self._note(self._broadcast(message, self.ranks.rank).wait)
+
+    def _awaited(self, known: Known, owner: int, call: Call) -> Sequence[Any]:
+        """The results on their way from their owner. Nothing waits."""
+        message = self._message(known)
+        work, header = self._broadcast(message, owner), message[:HEADER].view(torch.int64)
+        arrival = Arrival(work, header, self._messages, self.ranks.presence, owner, self.model)
+        self._note(arrival.check)
+        results = []
+        for form, start in zip(known.results, known.offsets, strict=False):
+            if isinstance(form, Form):
+                content = form.received(message[start : start + form.bytes])
+                results.append(Awaited(arrival.kept_on(form.device, content), arrival))
+            else:
+                results.append(form)
+        return tuple(results)
+
+    def _note(self, wait: Callable[[], Any]) -> None:
+        """A message has begun its way."""
+        self._pending.append((self._messages, wait))
+        self._messages += 1
+
+    def _message(self, known: Known) -> torch.Tensor:
+        """Memory for a message."""
+        device = next(form.device for form in known.results if isinstance(form, Form))
+        return torch.empty(known.offsets[-1], dtype=torch.uint8, device=self.ranks.device_for(device))
+
+    def _broadcast(self, message: torch.Tensor, owner: int) -> dist.Work:
+        source = self.ranks.presence.members[owner]
+        work: dist.Work = dist.broadcast(message, src=source, group=self.ranks.group, async_op=True)
+        return work
+
+    def _check(self) -> None:
+        """Look at what earlier steps have sent and received. The present step's messages may be on their way still.
+
+        Raises:
+            RankMissing: if another rank has failed.
+        """
+        while self._pending and self._pending[0][0] <= self._messages - self.ranks.size:
+            self._pending.popleft()[1]()
+
+    def _count(self, call: Call, position: Position) -> None:
+        """Count the calls of each step. Warns once if they do not keep all ranks busy."""
+        place = position.generation, position.step
+        latest, calls = self._steps.get(call.session, (place, 0))
+        self._steps[call.session] = place, calls + 1 if latest == place else 1
+        if latest != place and latest[0] == place[0] and calls != self.ranks.size:
+            call.session.state.warn_once(
+                f"{self.ranks.words}: a step had {calls} call{'s' * (calls > 1)}, of which each half of the ranks "
+                f"computes {'one' if calls == 1 else 'some'} while the other waits. Two calls a step keep both busy; "
+                "ulysses_size divides a single call"
+            )
