@@ -21,6 +21,7 @@ from cachedit_fx.passes.block_loops import BlockLoop, Detection
 from cachedit_fx.passes.hoist_invariants import Hoisted, HoistedShare
 from cachedit_fx.passes.infer_dependence import Dependence, Level
 from cachedit_fx.passes.insert_attention_forms import AttentionByStep
+from cachedit_fx.passes.insert_cfg_parallel import BatchParallel
 from cachedit_fx.passes.insert_low_precision import LowPrecision
 from cachedit_fx.passes.insert_ulysses import ContextParallel
 from cachedit_fx.passes.manager import Outcome
@@ -286,7 +287,9 @@ def _explanation(outcomes: Sequence[Outcome], notes: tuple[str, ...]) -> Explana
         note: None for detection in detections if detection.loops or len(outcomes) == 1 for note in detection.notes
     }
     remarks |= {refusal: None for report in reports for refusal in report.refusals}
-    remarks |= {each.note: None for outcome in outcomes if (each := outcome.facts.get(ContextParallel)) is not None}
+    for outcome in outcomes:
+        shared = outcome.facts.get(BatchParallel), outcome.facts.get(ContextParallel)
+        remarks |= {fact.note: None for fact in shared if fact is not None}
     attention, own_attention = _attention(outcomes)
     return Explanation(
         loops=loops,

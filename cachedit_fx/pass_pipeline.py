@@ -13,6 +13,7 @@ from cachedit_fx.passes.infer_dependence import InferDependence
 from cachedit_fx.passes.infer_sequence_axes import InferSequenceAxes
 from cachedit_fx.passes.insert_attention_forms import InsertAttentionForms
 from cachedit_fx.passes.insert_cache_branch import InsertCacheBranch
+from cachedit_fx.passes.insert_cfg_parallel import InferBatchAxis, InsertCfgParallel
 from cachedit_fx.passes.insert_low_precision import InsertLowPrecision
 from cachedit_fx.passes.insert_ulysses import InsertUlysses
 from cachedit_fx.passes.manager import PassManager
@@ -36,6 +37,7 @@ def pass_manager(options: Options, traced: Traced = NOTHING_KNOWN) -> PassManage
     off += [FuseRotary] if options.inner_backend == "eager" else []
     off += [ReplaceAttention] if options.attention is None else []
     off += [InsertAttentionForms] if options.attention is None or not options.attention.is_by_step else []
+    off += [InferBatchAxis, InsertCfgParallel] if not options.cfg_parallel else []
     off += [InferSequenceAxes, InsertUlysses] if options.sizes.tokens == 1 else []
     off += [SendFloat8] if options.ulysses_size == 1 or not options.ulysses_float8 else []
     return PassManager(pipeline(options, traced), dict(options.passes) | {pass_.name: False for pass_ in off})
@@ -44,8 +46,8 @@ def pass_manager(options: Options, traced: Traced = NOTHING_KNOWN) -> PassManage
 def pipeline(options: Options, traced: Traced) -> list[Pass]:
     """The passes in order, with their options."""
     grid = grid_of(options.sizes, options.ulysses_mesh)
-    dimensions = (grid.tokens, grid.ulysses, grid.ring) if grid is not None else (None, None, None)
-    groups = ["" if each is None else each.name for each in dimensions]
+    dimensions = (grid.branches, grid.tokens, grid.ulysses, grid.ring) if grid is not None else (None,) * 4
+    branches, *groups = ("" if each is None else each.name for each in dimensions)
     cuts = [settings.policy.structure() for settings in options.loop_settings]
     return [
         Normalize(),
@@ -53,6 +55,8 @@ def pipeline(options: Options, traced: Traced) -> list[Pass]:
         FindTimestep(options.timestep, traced.numbers),
         InferDependence(traced.sample),
         DetectBlockLoops(options.loops, traced=traced),
+        InferBatchAxis(options.sizes.cfg),
+        InsertCfgParallel(branches),
         InferSequenceAxes(options.sizes.tokens, options.ring_size),
         InsertUlysses(*groups),
         SendFloat8(options.ulysses_float8 == "with_keys"),

@@ -87,6 +87,8 @@ class InferSequenceAxes(Analysis[SequenceAxes]):
     name: ClassVar[str] = "infer_sequence_axes"
     requires: ClassVar[tuple[type, ...]] = (FlatGraph, Normalized, Detection)
     provides: ClassVar[type] = SequenceAxes
+    axes: ClassVar[slice] = slice(None)
+    """Those of a stream that may be cut."""
 
     def __init__(self, ranks: int, ring: int = 1) -> None:
         self.ranks, self.ring = ranks, ring
@@ -98,8 +100,8 @@ class InferSequenceAxes(Analysis[SequenceAxes]):
         chain = _Chain(gm, detection, self.ranks, self.ring)
         best = _Trial({}, chain)
         for stream in chain.streams:
-            best = max([best, *_trials_of(stream, best)], key=lambda trial: trial.merit)
-        return best.fact() if best.cut_flops else None
+            best = max([best, *_trials_of(stream, best, self.axes)], key=lambda trial: trial.merit)
+        return self.provides(*best.findings) if best.cut_flops else None
 
 
 class _Chain:
@@ -186,13 +188,12 @@ class _Trial:
         gathers = sum(gather.in_chain for gather in self.gathers)
         return self.cut_flops, -gathers, -self.exchanges, len(self.streams)
 
-    def fact(self) -> SequenceAxes:
-        """What the trial has found."""
+    @property
+    def findings(self) -> tuple[Any, ...]:
+        """The fields of `SequenceAxes`."""
         chain = self.chain
         work = self.cut_flops, sum(chain.linear.values())
-        return SequenceAxes(
-            chain.nodes[0], self.streams, self.steps, chain.written, tuple(self.gathers), self.exchanges, *work
-        )
+        return chain.nodes[0], self.streams, self.steps, chain.written, tuple(self.gathers), self.exchanges, *work
 
     def _is_cut(self, node: fx.Node) -> bool:
         step = self.steps.get(node)
@@ -251,10 +252,10 @@ class _Trial:
         self.exchanges += step.handed_on is not None
 
 
-def _trials_of(stream: fx.Node, best: _Trial) -> Iterator[_Trial]:
-    """The trials in which one more stream is cut, along each of its axes; and as nodes wish it, if they do."""
+def _trials_of(stream: fx.Node, best: _Trial, axes: slice) -> Iterator[_Trial]:
+    """The trials in which one more stream is cut, along each of these axes; and as nodes wish it, if they do."""
     chain, tensor = best.chain, tensor_of(stream)
-    for axis, size in enumerate(map(size_of, tensor.shape) if tensor is not None else ()):
+    for axis, size in list(enumerate(map(size_of, tensor.shape) if tensor is not None else ()))[axes]:
         if isinstance(size, int) and size < chain.ranks:
             continue
         trial = _Trial(best.streams | {stream: Cut.along(axis, size)}, chain)

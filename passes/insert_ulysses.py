@@ -95,11 +95,15 @@ class InsertUlysses(Rewrite):
     def run(self, gm: fx.GraphModule, facts: Facts) -> Rewritten:
         axes = facts[SequenceAxes]
         gathers = Counter(target_name(gather.node) for gather in axes.chain_gathers)
-        blocks = {node: block for loop in facts[Detection].loops for block in loop.blocks for node in block.nodes}
-        _Rewriter(gm, axes, blocks, self.group, self.ulysses, self.ring).run()
+        self.rewrite(gm, axes, facts[Detection])
         rings = sum(step.target is ring_attention for step in axes.steps.values())
         fact = ContextParallel(self.group, axes.share, gathers, axes.exchanges, rings=rings)
         return Rewritten(gm, len(axes.steps), (fact,))
+
+    def rewrite(self, gm: fx.GraphModule, axes: SequenceAxes, detection: Detection) -> None:
+        """Carry out what was planned."""
+        blocks = {node: block for loop in detection.loops for block in loop.blocks for node in block.nodes}
+        _Rewriter(gm, axes, blocks, self.group, self.ulysses, self.ring).run()
 
 
 class _Rewriter:

@@ -19,6 +19,7 @@ from cachedit_fx.passes.graph_values import tensor_of
 from cachedit_fx.passes.hoist_invariants import Hoisted
 from cachedit_fx.passes.insert_attention_forms import AttentionByStep
 from cachedit_fx.passes.insert_cache_branch import CacheBranch
+from cachedit_fx.passes.insert_cfg_parallel import BatchParallel
 from cachedit_fx.passes.insert_low_precision import LowPrecision
 from cachedit_fx.passes.manager import Outcome
 from cachedit_fx.passes.plan_regions import RegionReport
@@ -123,6 +124,7 @@ class CachedGraph(RewrittenGraph):
         copied: places of the inputs that low precision replaces by quantized copies.
         has_forms: whether regions have other forms beside the first.
         sizes_are_known: whether the forms of the results follow from those of the inputs.
+        divides_batch: whether ranks compute parts of the batch, so that they decide together.
     """
 
     def __init__(
@@ -137,10 +139,11 @@ class CachedGraph(RewrittenGraph):
         copied: Sequence[int] = (),
         has_forms: bool = False,
         sizes_are_known: bool = True,
+        divides_batch: bool = False,
     ) -> None:
         super().__init__()
         self.forward, self.finder, self.regions, self.timestep = forward, finder, regions, timestep
-        self.sizes_are_known = sizes_are_known
+        self.sizes_are_known, self.divides_batch = sizes_are_known, divides_batch
         self.is_whole, self.hoisted, self.copied, self.has_forms = is_whole, hoisted, copied, has_forms
         self.values_last = is_whole and not writes_to_inputs
         self._memories: weakref.WeakKeyDictionary[ModelState, HoistedMemory] = weakref.WeakKeyDictionary()
@@ -149,7 +152,7 @@ class CachedGraph(RewrittenGraph):
     @property
     def shares_branches(self) -> bool:
         """Whether the graph can: its results are all that a call leaves."""
-        return self.values_last and self.sizes_are_known
+        return self.values_last and self.sizes_are_known and not self.divides_batch
 
     def __call__(self, *inputs: Any) -> Any:
         return self.run(inputs)
@@ -225,7 +228,9 @@ class CachedGraph(RewrittenGraph):
     ) -> Any:
         session, notices = call.session, list(on_locate)
         forms = CallForms(call, inputs, self.copied) if self.has_forms else None
-        region_call = RegionCall(call, self.regions, keys, self.values_last, notices, forms)
+        grid = session.state.grid
+        ranks = None if grid is None else grid.everyone if self.divides_batch else grid.tokens
+        region_call = RegionCall(call, self.regions, keys, self.values_last, notices, forms, ranks)
         if self.hoisted is None:
             return self.forward(region_call, inputs)
         if session.is_stray:  # no generation begins with such a call, so changed weights would not be seen
@@ -288,6 +293,7 @@ def _graph_of(
         hoisted=code,
         copied=copied,
         has_forms=has_forms,
+        divides_batch=BatchParallel in facts,
         sizes_are_known=not any(map(has_free_unbacked_symbols, results)),
     )
 

@@ -51,6 +51,7 @@ class RegionCall:
         values_last: whether nothing writes to the regions' values before the call ends. If not, they are copied.
         on_locate: called in turn as soon as the call's position is known.
         forms: chooses the regions' forms; None if each has one only.
+        ranks: those that hold parts of the regions' values, and decide together; None if this one holds all.
     """
 
     def __init__(
@@ -61,12 +62,11 @@ class RegionCall:
         values_last: bool = True,
         on_locate: Sequence[Callable[[], None]] = (),
         forms: CallForms | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.call, self.regions, self.keys, self.values_last = call, regions, keys, values_last
-        self.on_locate, self.forms = on_locate, forms
+        self.on_locate, self.forms, self.ranks = on_locate, forms, ranks
         self.session = call.session
-        grid = call.session.state.grid
-        self.ranks = grid.tokens if grid is not None else None
         options = call.session.state.options
         self.settings = [options.settings_of(region.loop) for region in regions]
 
