@@ -25,8 +25,8 @@ RANKS = (
     "Of a step on two ranks that share a sample: with `ulysses_size=2`, the share of the blocks' linear FLOPs that the "
     "ranks divide, the values that change hands by an all-to-all, those that each rank gets whole, and the "
     "operations of the blocks that need them whole; with `ring_size=2`, the calls of attention that pass keys and "
-    "values around, and the values that each rank gets whole. Counted on the largest graph for ranks that do not exist; the "
-    "part `parallel` of the tests runs every class on two real ones. A class with one head in the zoo has fewer "
+    "values around, and the values that each rank gets whole. Counted on the largest graph for ranks that do not "
+    "exist; the part `parallel` of the tests runs every class on two real ones. A class with one head in the zoo has fewer "
     "heads than ranks."
 )
 
