@@ -1,10 +1,13 @@
-"""Lets several ranks share the work on one sample: cuts sequences, and puts collectives around attention (Ulysses).
+"""Lets ranks share the work on one sample: cuts sequences, and puts collectives around attention (Ulysses, ring).
 
     q = self.to_q(hidden)                       hidden_cut = cut(hidden, 1, ((1024, 1),))        once, before block 0
     y = attention(q, k, v)             ->       q = self.to_q(hidden_cut)
     out = self.proj(y)                          y = attention(exchange(q), exchange(k), exchange(v))
     ...                                         out = self.proj(exchange(y))
     output(norm_out(hidden_57))                 output(gather(norm_out(hidden_57)))
+
+With a ring, `attention` becomes `ring_attention`: each rank keeps its queries, and keys and values pass by. It comes
+alone, or between exchanges of heads.
 
 It carries out what `infer_sequence_axes` has planned. Values from before the chain are cut at the chain's first node,
 never where they are made: the prologue may still write to them. All ranks get the same graph text. What differs between
