@@ -34,8 +34,7 @@ DEPTH = 3
 """Blocks of each kind in the graph that is read: as few as a loop is found in. All of a kind are alike."""
 LATER = ("insert_ulysses", "plan_regions", "outline_blocks", "hoist_invariants", "insert_cache_branch", "gather_inputs")
 FLUX, QWEN, WAN = INPUTS
-WAN_480 = "Wan 2.1 14B, 480p"
-WAN_720 = "Wan 2.1 14B, 720p"
+WAN_480, WAN_720 = "Wan 480p", "Wan 720p"
 WAN_480_TOKENS = 21 * 30 * 52
 """Of 81 frames of 832 x 480: latents of 21 x 60 x 104, in patches of 1 x 2 x 2."""
 
@@ -122,9 +121,9 @@ H100 = Kind("H100 SXM", 989, 3350, "NVLink 4", 450, 8, 0.58)
 H200 = Kind("H200 SXM", 989, 4800, "NVLink 4", 450, 8, 0.58)
 KINDS = (L20, A100, H100_PCIE, H100, H200)
 RANKS = (2, 4, 8, 16, 32, 64)
-SPEEDS = (3, 6, 12, 25, 50, 100, 200, 400)
+SPEEDS = (3, 12, 25, 50, 100, 400)
 """GB/s of one direction inside a node."""
-BETWEEN_SPEEDS = (1, 2.5, 5, 10, 20, 40, 80)
+BETWEEN_SPEEDS = (1, 5, 10, 40, 80)
 """GB/s that a card gets between nodes."""
 
 SCAN = tuple(10 ** (place / 50) for place in range(151))
@@ -132,15 +131,23 @@ SCAN = tuple(10 ** (place / 50) for place in range(151))
 
 Fits = Callable[[Split], bool]
 FAMILIES: dict[str, Fits] = {
-    "Ulysses": lambda split: split.cfg == split.ring == 1 and not split.is_async,
-    "Ulysses, async": lambda split: split.cfg == split.ring == 1 and split.is_async,
-    "ring": lambda split: split.cfg == split.ulysses == 1,
-    "Ulysses x ring": lambda split: split.cfg == 1 and min(split.ring, split.ulysses) > 1,
-    "CFG x Ulysses": lambda split: split.cfg > split.ring == 1,
-    "CFG x ring": lambda split: split.cfg > split.ulysses == 1 < split.ring,
-    "CFG x Ulysses x ring": lambda split: min(split.cfg, split.ring, split.ulysses) > 1,
+    "U": lambda split: split.cfg == split.ring == 1 and not split.is_async,
+    "Ua": lambda split: split.cfg == split.ring == 1 and split.is_async,
+    "R": lambda split: split.cfg == split.ulysses == 1,
+    "R U": lambda split: split.cfg == 1 and min(split.ring, split.ulysses) > 1,
+    "C U": lambda split: split.cfg > split.ring == 1,
+    "C R": lambda split: split.cfg > split.ulysses == 1 < split.ring,
+    "C R U": lambda split: min(split.cfg, split.ring, split.ulysses) > 1,
 }
-"""What splits are called, with the rule for them. Those that are not called plain or async may be either."""
+"""Kinds of splits by the dimensions that they have, as in `title`. Of those after `Ua` either form may be taken."""
+NAMES = dict(
+    zip(
+        FAMILIES,
+        ("Ulysses", "Ulysses, async", "ring", "ring x Ulysses", "CFG x Ulysses", "CFG x ring", "CFG x ring x Ulysses"),
+        strict=True,
+    )
+)
+"""Of the kinds, for people."""
 
 
 def fastest(model: Model, cards: Cards, ranks: int, fits: Fits) -> tuple[Split, Cost] | None:
@@ -174,29 +181,20 @@ def cards_table() -> Table:
 
 def models_table(some: Sequence[Model]) -> Table:
     """The inputs: models, by the kinds of their blocks."""
-    headings = (
-        "model",
-        "blocks",
-        "tokens",
-        "heads",
-        "branches",
-        "linear\nTFLOP",
-        "beside\nattention",
-        "attention\nTFLOP",
-    )
-    result = Table((*headings, "weights\nGB", "result\nMB"), (0, 1, 2))
+    headings = ("model", "blocks", "tokens", "heads", "branches", "linear\nTFLOP", "beside", "attention", "weights\nGB")
+    result = Table((*headings, "result\nMB"), (0, 2))
     for model in some:
         for each in model.blocks:
             work = each.token_flops, each.beside_flops, each.attention_flops
             result.add(
                 model.name,
-                f"{each.count} {each.name}",
+                str(each.count),
                 " + ".join(map(str, each.segments)),
                 f"{each.heads} x {each.head_size}",
                 str(model.branches),
-                *(f"{each.count * flops / 1e12:.2f}" for flops in work),
-                f"{each.count * each.weight_bytes / 1e9:.2f}",
-                f"{model.result_bytes / 1e6:.2f}",
+                *(f"{each.count * flops / 1e12:.1f}" for flops in work),
+                f"{each.count * each.weight_bytes / 1e9:.1f}",
+                f"{model.result_bytes / 1e6:.1f}",
             )
     return result
 
@@ -237,17 +235,17 @@ def speeds_table(some: Sequence[Model], cards: Cards, ranks: int, is_between: bo
 
 def parts_table(some: Sequence[Model], cards: Cards, ranks: int) -> Table:
     """What the time of each family's fastest split is made of, and what a rank sends."""
-    waits = ("ulysses", "ring", "gather", "branches")
-    headings = ("model", "split", "ms", "linear", "attention", "packing", *(f"waiting:\n{kind}" for kind in waits))
-    result = Table((*headings, "GB\nsent"), (0, 1))
+    headings = ("model", "split", "ms", "linear", "attention", "packing", "heads", "ring", "results", "GB\nsent")
+    result = Table(headings, (0, 1))
     for model in some:
         found = (fastest(model, cards, ranks, fits) for fits in FAMILIES.values())
         rows = [(Split(), cost(model, cards, Split())), *(each for each in found if each is not None)]
         for split, each in rows:
-            seconds = each.seconds, each.linear, each.attention, each.packing
-            cells = (milliseconds(part) for part in (*seconds, *(each.waiting.get(kind, 0.0) for kind in waits)))
+            heads, ring = (each.waiting.get(kind, 0.0) for kind in ("ulysses", "ring"))
+            results = sum(each.waiting.values()) - heads - ring
+            seconds = each.seconds, each.linear, each.attention, each.packing, heads, ring, results
             sent = f"{sum(each.sent.values()) / 1e9:.2f}"
-            result.add(model.name, title(split), *cells, sent, ends_group=split is rows[-1][0])
+            result.add(model.name, title(split), *map(milliseconds, seconds), sent, ends_group=split is rows[-1][0])
     return result
 
 
@@ -294,8 +292,8 @@ def _ranges(model: Model, cards: Cards, ranks: int) -> str:
         name = min(times, key=lambda each: times[each])
         if not runs or runs[-1][0] != name:
             runs.append((name, speed))
-    texts = [f"{name} from {speed:.0f} GB/s on" for name, speed in runs]
-    return f"{runs[0][0]} at every speed" if len(runs) == 1 else ", ".join(texts)
+    texts = [f"{NAMES[name]} from {speed:.0f} GB/s on" for name, speed in runs]
+    return f"{NAMES[runs[0][0]]} at every speed" if len(runs) == 1 else ", ".join(texts)
 
 
 def last_gains(some: Sequence[Model]) -> list[str]:
@@ -321,7 +319,7 @@ def title(split: Split) -> str:
     """A few letters for a split: `C2 R2 U4a`; `a` for asynchronous."""
     letters = (("C", split.cfg), ("R", split.ring), ("U", split.ulysses))
     words = " ".join(f"{letter}{size}" for letter, size in letters if size > 1) or "alone"
-    return words + ("a" if split.is_async else "")
+    return words + ("a" if split.is_async else "") + (" float8" if split.float8 else "")
 
 
 def milliseconds(seconds: float) -> str:

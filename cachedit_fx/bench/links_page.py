@@ -14,13 +14,13 @@ from cachedit_fx.report.tables import Heading, Part
 
 ABOUT = (
     "Milliseconds of a denoising step by formulas, for as many cards as share one picture or film. Nothing was run on "
-    "any card: the page says what to expect, and what `choose` of `cachedit_fx.parallel_plan` takes. Published times "
-    "check it below. FLUX.1-dev at 1024 x 1024 has one branch, since its guidance is distilled; Qwen-Image at 1024 x "
-    "1024 and Wan 2.1 14B with 81 frames have two, one after the other."
+    "any card: the page says what to expect, and what `choose` of `cachedit_fx.parallel_plan` takes. FLUX.1-dev at "
+    "1024 x 1024 has one branch, since its guidance is distilled. Qwen-Image at 1024 x 1024 and Wan 2.1 14B with 81 "
+    "frames of 832 x 480 or 1280 x 720 have two, one after the other."
 )
 LETTERS = (
-    "C2: the two branches of guidance, U: Ulysses, R: ring, each with its number of cards; `a`: exchanges of heads run "
-    "beside the computation (`ulysses_async`). Exchanges are in 16 bits unless said otherwise."
+    "C2: the two branches of guidance. R: ring, U: Ulysses, each with its number of cards. `a`: exchanges of heads run "
+    "beside the computation (`ulysses_async`)."
 )
 INPUTS = (
     "Dense bfloat16 by data sheets, one direction of links. What a card reaches of its TFLOP/s follows from the "
@@ -44,9 +44,13 @@ CHOSEN = (
 )
 BY_SPEED = (
     "Milliseconds with the H100's TFLOP/s and memory, by the bandwidth that is reached. Of each kind of split the "
-    "fastest that the formulas know, without doubts; splits not called plain may be asynchronous."
+    "fastest by the formulas alone; all but U may be asynchronous."
 )
 BETWEEN = "The same at 64 cards in 8 nodes, 360 GB/s inside a node, by what one card gets between nodes."
+PARTS = (
+    "Milliseconds on 8 cards L20 in one node, and what each sends. The last columns of milliseconds are waiting: for "
+    "exchanges of heads, for the ring, and for results of branches and of the whole."
+)
 FORMS = "Milliseconds at 8 cards in one node. In eight bits: 0.64 of the bytes, with keys 0.52, and more packing."
 DRAWN = (
     "Drawn is the time over a perfect division's, whose milliseconds stand in brackets: that of one card over the "
@@ -89,7 +93,7 @@ def parts(models: Sequence[Model]) -> list[Part]:
         BETWEEN,
         links.speeds_table(models, h100, 64, is_between=True),
         Heading("What a step is made of", 2),
-        "Milliseconds on 8 cards L20 in one node, and what each sends.",
+        PARTS,
         links.parts_table(models, links.L20.cards(), 8),
         Heading("Forms of the exchange of heads", 2),
         FORMS,
@@ -117,7 +121,10 @@ def save_picture(models: Sequence[Model], path: Path) -> None:
         [
             Panel(
                 f"{model.name}, {ranks} cards ({links.milliseconds(alone(model) / ranks)} ms)",
-                {name: links.curve(model, cards, ranks, fits, is_between) for name, fits in links.FAMILIES.items()},
+                {
+                    links.NAMES[kind]: links.curve(model, cards, ranks, fits, is_between)
+                    for kind, fits in links.FAMILIES.items()
+                },
             )
             for model in models
         ]

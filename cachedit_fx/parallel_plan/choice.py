@@ -14,8 +14,8 @@ from cachedit_fx.parallel_plan.costs import Cost, cost, refusal
 from cachedit_fx.parallel_plan.descriptions import Cards, Float8, Model, Split
 
 ASYNC_DOUBT, RING_DOUBT = 0.01, 0.1
-"""Shares of the time that these must gain before they are chosen. Published times of rings are longer than the formulas
-say, by 6 to 12 %; those of other splits lie within 7 %, on both sides (docs/performance/links.md)."""
+"""Shares of the time that these must gain before they are chosen. The formulas have published rings too fast, by 6 to
+11 %, and other splits on the same cards by -3 to 6 % (docs/performance/links.md)."""
 
 
 @dataclass(frozen=True)
