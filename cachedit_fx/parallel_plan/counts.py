@@ -8,7 +8,9 @@ attention(q, k, v), only q cut              counts as linear layers do
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from torch import fx
 
@@ -22,39 +24,51 @@ from cachedit_fx.passes.replace_attention import Call, attention_calls
 
 
 def blocks_of(gm: fx.GraphModule, detection: Detection, axes: SequenceAxes) -> tuple[Blocks, ...]:
-    """The blocks of the chain's loops that attend over cut tokens, one entry for each loop; empty if there are none.
+    """The blocks of the chain's loops, on one sample: an entry for each self-attention over cut tokens.
+
+    The first of a block has the block's other work too. It is empty if no heads change hands.
 
     Args:
         detection, axes: facts of this graph, for any number of ranks above 1.
     """
     calls = {call.node: call for call in attention_calls(gm)}
-    found = (_blocks_of(loop, calls, axes) for loop in detection.chain_loops)
-    return tuple(blocks for blocks in found if blocks is not None)
+    return tuple(blocks for loop in detection.chain_loops for blocks in _blocks_of(loop, calls, axes))
 
 
-def _blocks_of(loop: BlockLoop, calls: Mapping[fx.Node, Call], axes: SequenceAxes) -> Blocks | None:
+def _blocks_of(loop: BlockLoop, calls: Mapping[fx.Node, Call], axes: SequenceAxes) -> Iterator[Blocks]:
     nodes = loop.blocks[0].nodes
-    own = [(calls[node], cut) for node in nodes if node in calls and (cut := _exchanged(node, axes)) is not None]
-    if not own:
-        return None
-    (call, cut), inside = own[0], set(nodes)
-    query = tensor_of(call.arguments["query"])
-    assert query is not None
-    divided = [node for node in nodes if node is not call.node and is_compute(node) and _is_divided(node, axes)]
-    before = _reached(call.node, inside, lambda node: node.all_input_nodes)
-    after = _reached(call.node, inside, lambda node: node.users)
+    own = {node: cut for node in nodes if node in calls and (cut := _exchanged(node, axes)) is not None}
+    inside = set(nodes)
+    divided = [node for node in nodes if node not in own and is_compute(node) and _is_divided(node, axes)]
     weights = {weight for node in divided for weight in node.all_input_nodes if _is_matrix(weight)}
-    return Blocks(
-        name=loop.name,
-        count=len(loop.blocks),
-        segments=tuple(hint(segment.length) for segment in cut.segments),
-        heads=hint(query.shape[-3]),
-        head_size=hint(query.shape[-1]),
-        width=next(size for node in divided if node in before and (size := inner_size(node)) is not None),
-        token_flops=sum(map(cost_of, divided)),
-        beside_flops=sum(cost_of(node) for node in divided if node not in before | after),
-        weight_bytes=sum(map(bytes_of, weights)),
-    )
+    tied = set[fx.Node]()
+    for node in own:
+        tied |= _reached(node, inside, lambda each: each.all_input_nodes)
+        tied |= _reached(node, inside, lambda each: each.users)
+    for place, (node, cut) in enumerate(own.items()):
+        query = tensor_of(calls[node].arguments["query"])
+        assert query is not None
+        *leading, heads, _, head_size = map(hint, query.shape)
+        before = _reached(node, inside, lambda each: each.all_input_nodes)
+        widths = (size for each in divided if each in before and (size := inner_size(each)) is not None)
+        blocks = Blocks(
+            name=loop.name,
+            count=len(loop.blocks),
+            segments=tuple(hint(segment.length) for segment in cut.segments),
+            heads=heads,
+            head_size=head_size,
+            width=next(widths, heads * head_size),
+            token_flops=0,
+        )
+        if not place:
+            samples = math.prod(leading)
+            blocks = replace(
+                blocks,
+                token_flops=sum(map(cost_of, divided)) // samples,
+                beside_flops=sum(cost_of(each) for each in divided if each not in tied) // samples,
+                weight_bytes=sum(map(bytes_of, weights)),
+            )
+        yield blocks
 
 
 def _exchanged(node: fx.Node, axes: SequenceAxes) -> Cut | None:

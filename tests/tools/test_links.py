@@ -34,13 +34,16 @@ def captured():
     return module, largest_graph(module, inputs(1))
 
 
-@pytest.fixture(scope="module")
-def blocks(captured):
-    module, gm = captured
+def blocks_in(module, gm):
     settings = {"ulysses_size": 2, "inner_backend": "aot_eager", "passes": dict.fromkeys(links.LATER, False)}
     with pretended(2):
         outcome = rewrite(copy_of(gm), parse_options(settings), Traced.of(module))
     return blocks_of(outcome.graph_module, outcome.facts[Detection], outcome.facts[SequenceAxes])
+
+
+@pytest.fixture(scope="module")
+def blocks(captured):
+    return blocks_in(*captured)
 
 
 @pytest.mark.budget(40, "captures a model")
@@ -65,6 +68,15 @@ def test_blocks_are_read_off_a_graph(blocks):
         **kept,
     )
     assert double.attention_flops == 4 * tokens**2 * width and double.projection_flops == linear
+
+
+@pytest.mark.full("parallel")
+@pytest.mark.budget(40, "captures a model")
+def test_a_second_self_attention_has_an_entry_without_the_work_of_the_first():
+    module, inputs = ZOO["SD3Transformer2DModel"]()
+    first, second = blocks_in(module, largest_graph(module, inputs(1)))
+    assert first.segments == (16, 5) and first.token_flops and first.weight_bytes
+    assert second == replace(first, segments=(16,), token_flops=0, weight_bytes=0)
 
 
 def test_bytes_are_those_that_the_graph_sends(captured, blocks):
