@@ -12,8 +12,8 @@ With P = ring x ulysses ranks that share the tokens N of a call, and ceilings fo
                     each beside attention to one chunk: waiting = max(0, sending - attention / ring)
     guidance        one result for the other half of the ranks
 
-Sources: DeepSpeed-Ulysses (arXiv 2309.14509, section 3.2) for the four exchanges; Ring Attention (arXiv 2310.01889,
-section 3) and USP (arXiv 2405.07719) for passes beside attention; the roofline model (Williams, 2009) for weights.
+Sources: DeepSpeed-Ulysses (arXiv 2309.14509) for the four exchanges; Ring Attention (arXiv 2310.01889) and USP (arXiv
+2405.07719) for passes beside attention; the roofline model (Williams, 2009) for weights.
 
 What is left out: prologue and epilogue, what does not depend on the sample (it is kept between steps), launches by the
 host, and that sending takes processors of the card from computing.
