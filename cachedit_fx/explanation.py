@@ -24,6 +24,7 @@ from cachedit_fx.passes.insert_attention_forms import AttentionByStep
 from cachedit_fx.passes.insert_low_precision import LowPrecision
 from cachedit_fx.passes.insert_ulysses import ContextParallel
 from cachedit_fx.passes.manager import Outcome
+from cachedit_fx.passes.overlap_collectives import OverlappedCollectives
 from cachedit_fx.passes.plan_regions import RegionPlan, RegionReport
 from cachedit_fx.passes.replace_attention import ReplacedAttention
 from cachedit_fx.runtime.compiled_call import CompiledCall
@@ -286,7 +287,9 @@ def _explanation(outcomes: Sequence[Outcome], notes: tuple[str, ...]) -> Explana
         note: None for detection in detections if detection.loops or len(outcomes) == 1 for note in detection.notes
     }
     remarks |= {refusal: None for report in reports for refusal in report.refusals}
-    remarks |= {each.note: None for outcome in outcomes if (each := outcome.facts.get(ContextParallel)) is not None}
+    for outcome in outcomes:
+        parallel, overlapped = outcome.facts.get(ContextParallel), outcome.facts.get(OverlappedCollectives)
+        remarks |= {each.note: None for each in (parallel, overlapped) if each is not None}
     attention, own_attention = _attention(outcomes)
     return Explanation(
         loops=loops,

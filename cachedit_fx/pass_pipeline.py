@@ -18,6 +18,7 @@ from cachedit_fx.passes.insert_ulysses import InsertUlysses
 from cachedit_fx.passes.manager import PassManager
 from cachedit_fx.passes.normalize import Normalize
 from cachedit_fx.passes.outline_blocks import OutlineBlocks
+from cachedit_fx.passes.overlap_collectives import OverlapCollectives
 from cachedit_fx.passes.plan_regions import PlanRegions
 from cachedit_fx.passes.replace_attention import ReplaceAttention
 from cachedit_fx.passes.send_float8 import SendFloat8
@@ -38,6 +39,7 @@ def pass_manager(options: Options, traced: Traced = NOTHING_KNOWN) -> PassManage
     off += [InsertAttentionForms] if options.attention is None or not options.attention.is_by_step else []
     off += [InferSequenceAxes, InsertUlysses] if options.ulysses_size == 1 else []
     off += [SendFloat8] if options.ulysses_size == 1 or not options.ulysses_float8 else []
+    off += [OverlapCollectives] if options.ulysses_size == 1 or not options.ulysses_async else []
     return PassManager(pipeline(options, traced), dict(options.passes) | {pass_.name: False for pass_ in off})
 
 
@@ -56,6 +58,7 @@ def pipeline(options: Options, traced: Traced) -> list[Pass]:
         InsertUlysses(ulysses.name if ulysses is not None else ""),
         SendFloat8(options.ulysses_float8 == "with_keys"),
         ReplaceAttention(options.attention),
+        OverlapCollectives(),
         PlanRegions(cuts, options.scope or "model", options.predicts_output, traced.kept),
         OutlineBlocks(options.granularity, canonical_layout=options.inner_backend != "eager"),
         HoistInvariants(options.compiles),

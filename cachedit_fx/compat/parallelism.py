@@ -41,8 +41,8 @@ class ParallelismConfig:
     """How the ranks of torch.distributed share the work on a sample: `ulysses_size` of them, by their tokens.
 
     The script starts the ranks, by torchrun and `torch.distributed.init_process_group`. Lengths and heads may be of any
-    size, with and without `ulysses_anything`. `ulysses_float8` is the option of that name. `ring_size` and
-    `ulysses_async` have no effect yet. `tp_size`, `extra_parallel_modules` and `use_ray` decide what a device must
+    size, with and without `ulysses_anything`. `ulysses_float8` and `ulysses_async` are the options of these
+    names. `ring_size` has no effect yet. `tp_size`, `extra_parallel_modules` and `use_ray` decide what a device must
     hold, so `enable_cache` raises NotImplementedError on them.
     """
 
@@ -107,13 +107,11 @@ class ParallelismConfig:
                 )
         without_effect = {
             f"ring_size={self.ring_size}": (self.ring_size or 1) > 1,
-            "ulysses_async=True": self.ulysses_async,
         }
         asked = [name for name, is_asked in without_effect.items() if is_asked]
         if asked:
             warn(
-                f"ParallelismConfig({', '.join(asked)}) has no effect yet: ulysses_size alone shares the work, and "
-                "waits for what it sends",
+                f"ParallelismConfig({', '.join(asked)}) has no effect yet: ulysses_size alone shares the work",
                 SettingWarning,
             )
         if self.cp_plan is not None:

@@ -217,7 +217,7 @@ def test_what_has_no_effect_is_kept_and_said():
     with pytest.warns(SettingWarning) as said:
         cache_dit.enable_cache(model, always(), parallelism_config=config, **EAGER)
     words = (
-        "ring_size=2, ulysses_async=True) has no effect yet",
+        "ring_size=2) has no effect yet",
         "cp_plan=...) is ignored",
         "'_native_npu' has no eff",
     )
@@ -268,11 +268,12 @@ def test_a_back_end_that_is_not_there_is_an_error(name, words):
 
 
 def test_ranks_share_with_and_without_a_cache_and_until_another_config_comes():
-    """`ulysses_size` is the option of that name, whatever calls come between."""
+    """`ulysses_size` and `ulysses_async` are the options of these names, whatever calls come between."""
 
     def sizes(_):
         model = make_small()
-        two = cache_dit.ParallelismConfig(ulysses_size=2, backend="native_diffuser", ulysses_anything=True)
+        own = {"ulysses_anything": True, "experimental_ulysses_async": True}
+        two = cache_dit.ParallelismConfig(ulysses_size=2, backend="native_diffuser", parallel_kwargs=own)
         calls = (
             {"parallelism_config": cache_dit.ParallelismConfig(ulysses_size=1)},
             {"parallelism_config": two},
@@ -285,15 +286,16 @@ def test_ranks_share_with_and_without_a_cache_and_until_another_config_comes():
         found = []
         for settings in calls:
             cache_dit.enable_cache(model, **settings, **EAGER)
-            found += [(state.options.cache is not None, state.options.ulysses_size) for state in states_of(model)[:1]]
+            options = [state.options for state in states_of(model)[:1]]
+            found += [(each.cache is not None, each.ulysses_size, each.ulysses_async) for each in options]
         output = denoise(model, FALLING[:1])
         cache_dit.disable_cache(model)
         assert close(output, denoise(model, FALLING[:1]))
         assert not states_of(model) and kept_of(model).parallelism_config is None
         return found
 
-    without, with_cache = (False, 2), (True, 2)
-    expected = [without, with_cache, with_cache, (True, 1), with_cache, without]
+    without, with_cache = (False, 2, True), (True, 2, True)
+    expected = [without, with_cache, with_cache, (True, 1, False), with_cache, without]
     assert on_ranks(sizes) == [expected, expected]
 
 

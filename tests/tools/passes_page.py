@@ -28,6 +28,7 @@ MEASURED = {
     "insert_ulysses": ("1.1", "8 ranks: an eighth of the linear layers' work each, 674 MiB sent a step"),
     "replace_attention": ("0.28", "another kernel for all 57 calls of attention, and no processor set"),
     "send_float8": ("0.3", "exchanges of attention send 0.64 of the bytes, with keys 0.52"),
+    "overlap_collectives": ("SECONDS", "a step waits 0.31 as long for collectives of 20 ms each"),
     "plan_regions": ("0.06", "no rule per model for the results of its blocks"),
     "outline_blocks": ("0.48", "compiling takes 15 s; 132 s by plain `torch.compile`"),
     "hoist_invariants": ("0.4", "a step reads 27 % fewer weights, once their results are kept"),
