@@ -1,9 +1,10 @@
 """The whole way on one screen: from dynamo's graph to a callable that reuses the results of earlier steps.
 
     graph ─► normalize ─► fuse_rotary ─► find_timestep ─► infer_dependence ─► detect_block_loops
-          ─► infer_sequence_axes ─► insert_ulysses ─► send_float8 ─► replace_attention ─► plan_regions
-          ─► outline_blocks ─► hoist_invariants ─► insert_cache_branch ─► gather_inputs ─► insert_low_precision
-          ─► insert_attention_forms ─► lower ─► CachedGraph
+          ─► infer_batch_axis ─► insert_cfg_parallel ─► infer_sequence_axes ─► insert_ulysses ─► send_float8
+          ─► replace_attention ─► overlap_collectives ─► plan_regions ─► outline_blocks ─► hoist_invariants
+          ─► insert_cache_branch ─► gather_inputs ─► insert_low_precision ─► insert_attention_forms
+          ─► lower ─► CachedGraph
 
 `torch.compile(model, backend="cachedit", options={...})` finds `cachedit` below through an entry point.
 `cachedit_fx.compile` binds `compile_graph` to one module's state.

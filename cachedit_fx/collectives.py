@@ -9,12 +9,16 @@ Segments are pairs (count, unit), as in `passes.layouts`: of each segment a rank
 ranks one more if the ranks do not divide them. Lengths follow from the whole lengths, so ranks never tell each other
 lengths. Only an all-gather pads a part, by the units that the first rank has more.
 
+Each collective has two halves in `HALVES`: one starts it, the other waits for it. Other work may run between them.
+
 All functions are traceable: inductor sees functional collectives of torch.distributed. Which collective runs does not
 depend on whether a length is a number or a symbol, since that may differ between ranks.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-import cachedit_fx.kernels.quant_fp8  # noqa: F401 - registers the operators
+from cachedit_fx.kernels.quant_fp8 import SCALE_BYTES  # registers the operators too
 
 Segments = Sequence[tuple[Any, Any]]
 """(count, unit) of each segment of an axis as a whole."""
@@ -41,12 +45,25 @@ def cut_sequence(x: torch.Tensor, axis: int, segments: Segments, group: str) -> 
 
 def gather_sequence(x: torch.Tensor, axis: int, segments: Segments, group: str) -> torch.Tensor:
     """The whole tensor, from all ranks' parts."""
+    return wait_gather_sequence(start_gather_sequence(x, axis, segments, group), x, axis, segments, group)
+
+
+def start_gather_sequence(x: torch.Tensor, axis: int, segments: Segments, group: str) -> torch.Tensor:
+    """Begin what `wait_gather_sequence` ends."""
     rank, ranks = place_in(group)
-    lengths = [_length(segments, each, ranks) for each in range(ranks)]
     flat = x.movedim(axis, 0).contiguous()
-    if isinstance(missing := lengths[0] - lengths[rank], torch.SymInt) or missing:
+    if isinstance(missing := _length(segments, 0, ranks) - _length(segments, rank, ranks), torch.SymInt) or missing:
         flat = torch.cat([flat, flat.new_zeros(missing, *flat.shape[1:])])
-    whole = _sent(flat, lambda real: torch.ops._c10d_functional.all_gather_into_tensor(real, ranks, group))
+    return _start(flat, lambda real: torch.ops._c10d_functional.all_gather_into_tensor(real, ranks, group))
+
+
+def wait_gather_sequence(
+    started: torch.Tensor, x: torch.Tensor, axis: int, segments: Segments, group: str
+) -> torch.Tensor:
+    """The result of what was started with these arguments. Of `x` only the form is read."""
+    _, ranks = place_in(group)
+    lengths = [_length(segments, each, ranks) for each in range(ranks)]
+    whole = _wait(started, x)
     if len(segments) > 1 or not _are_equal(lengths):
         sent = whole.split([size for length in lengths for size in (length, lengths[0] - length)])[::2]
         parts = [part.split(_lengths(segments, each, ranks)) for each, part in enumerate(sent)]
@@ -70,24 +87,45 @@ def exchange(
     Args:
         ring: another group. Its ranks share the tokens, the later one of the two axes, with those of `group`.
     """
-    rank, ranks = place_in(group)
-    rings = (ring, "") if axis > new_axis else ("", ring)
-    old, new = (_parts(each, group, at) for each, at in zip((segments, new_segments), rings, strict=True))
+    started = start_exchange(x, axis, segments, new_axis, new_segments, group, ring)
+    return wait_exchange(started, x, axis, segments, new_axis, new_segments, group, ring)
+
+
+def start_exchange(
+    x: torch.Tensor,
+    axis: int,
+    segments: Segments,
+    new_axis: int,
+    new_segments: Segments,
+    group: str,
+    ring: str = "",
+) -> torch.Tensor:
+    """Begin what `wait_exchange` ends."""
+    rank, _ = place_in(group)
+    old, new = _parts_of_both(axis, segments, new_axis, new_segments, group, ring)
     sent = x.movedim((new_axis, axis), (0, 1)).contiguous()
-    rest = sent.shape[2:]
-    width = 1
-    for size in rest:
-        width = width * size
+    width = _product(sent.shape[2:])
     received_lengths = [new[rank] * length * width for length in old]
     sent_lengths = [length * old[rank] * width for length in new]
-    received = _all_to_all(sent.flatten(), received_lengths, sent_lengths, group)
-    if _are_equal(old):
-        parts = received.view(ranks, new[rank], old[rank], *rest)
-        joined = parts.transpose(0, 1).reshape(new[rank], ranks * old[rank], *rest)
-    else:
-        pieces = received.split(received_lengths)
-        joined = torch.cat([p.view(new[rank], n, *rest) for p, n in zip(pieces, old, strict=True)], 1)
-    return joined.movedim((0, 1), (new_axis, axis))
+    return _start(
+        sent.flatten(),
+        lambda real: torch.ops._c10d_functional.all_to_all_single(real, received_lengths, sent_lengths, group),
+    )
+
+
+def wait_exchange(
+    started: torch.Tensor,
+    x: torch.Tensor,
+    axis: int,
+    segments: Segments,
+    new_axis: int,
+    new_segments: Segments,
+    group: str,
+    ring: str = "",
+) -> torch.Tensor:
+    """The result of what was started with these arguments. Of `x` only the form is read."""
+    rest = x.movedim((new_axis, axis), (0, 1)).shape[2:]
+    return _from_ranks(_wait(started, x), rest, axis, segments, new_axis, new_segments, group, ring)
 
 
 def exchange_float8(
@@ -106,8 +144,37 @@ def exchange_float8(
     Args:
         x: float16, bfloat16 or float32, with [..., head_dim] as the last dimension, which is whole.
     """
+    started = start_exchange_float8(x, axis, segments, new_axis, new_segments, group, ring)
+    return wait_exchange_float8(started, x, axis, segments, new_axis, new_segments, group, ring)
+
+
+def start_exchange_float8(
+    x: torch.Tensor,
+    axis: int,
+    segments: Segments,
+    new_axis: int,
+    new_segments: Segments,
+    group: str,
+    ring: str = "",
+) -> torch.Tensor:
+    """Begin what `wait_exchange_float8` ends."""
     packed = torch.ops.cachedit_fx.quant_fp8(torch.where(x.isinf(), torch.nan, x).unsqueeze(-2))
-    received = exchange(packed, axis, segments, new_axis, new_segments, group, ring)
+    return start_exchange(packed, axis, segments, new_axis, new_segments, group, ring)
+
+
+def wait_exchange_float8(
+    started: torch.Tensor,
+    x: torch.Tensor,
+    axis: int,
+    segments: Segments,
+    new_axis: int,
+    new_segments: Segments,
+    group: str,
+    ring: str = "",
+) -> torch.Tensor:
+    """The result of what was started with these arguments. Of `x` only the form is read."""
+    rest = (*x.movedim((new_axis, axis), (0, 1)).shape[2:-1], x.shape[-1] + SCALE_BYTES)
+    received = _from_ranks(_wait(started, x), rest, axis, segments, new_axis, new_segments, group, ring)
     values: torch.Tensor = torch.ops.cachedit_fx.dequant_fp8(received, 1, x.dtype)
     return values.squeeze(-2)
 
@@ -125,11 +192,42 @@ def exchange_centred_float8(
 
     Keys often share a large offset, which would take most of the codes.
     """
+    started = start_exchange_centred_float8(x, axis, segments, new_axis, new_segments, group, ring)
+    return wait_exchange_centred_float8(started, x, axis, segments, new_axis, new_segments, group, ring)
+
+
+def start_exchange_centred_float8(
+    x: torch.Tensor,
+    axis: int,
+    segments: Segments,
+    new_axis: int,
+    new_segments: Segments,
+    group: str,
+    ring: str = "",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Begin what `wait_exchange_centred_float8` ends: two collectives."""
     rank, ranks = place_in(group)
+    length = max(_parts(segments, group, ring)[rank], 1)
+    mean = (x.sum(axis, keepdim=True, dtype=torch.float32) / length).to(x.dtype)
+    values = start_exchange_float8(x - mean, axis, segments, new_axis, new_segments, group, ring)
+    return values, start_exchange(mean, axis, ((ranks, 1),), new_axis, new_segments, group)
+
+
+def wait_exchange_centred_float8(
+    started: tuple[torch.Tensor, torch.Tensor],
+    x: torch.Tensor,
+    axis: int,
+    segments: Segments,
+    new_axis: int,
+    new_segments: Segments,
+    group: str,
+    ring: str = "",
+) -> torch.Tensor:
+    """The result of what was started with these arguments. Of `x` only the form is read."""
+    _, ranks = place_in(group)
     lengths = _parts(segments, group, ring)
-    mean = (x.sum(axis, keepdim=True, dtype=torch.float32) / max(lengths[rank], 1)).to(x.dtype)
-    received = exchange_float8(x - mean, axis, segments, new_axis, new_segments, group, ring)
-    means = exchange(mean, axis, ((ranks, 1),), new_axis, new_segments, group)
+    received = wait_exchange_float8(started[0], x, axis, segments, new_axis, new_segments, group, ring)
+    means = wait_exchange(started[1], x, axis, ((ranks, 1),), new_axis, new_segments, group)
     each = [
         part.expand(*part.shape[:axis], length, *part.shape[axis + 1 :])
         for part, length in zip(means.split(1, axis), lengths, strict=True)
@@ -139,7 +237,17 @@ def exchange_centred_float8(
 
 def sum_over_ranks(x: torch.Tensor, group: str) -> torch.Tensor:
     """The sum of all ranks' tensors."""
-    return _sent(x.contiguous(), lambda real: torch.ops._c10d_functional.all_reduce(real, "sum", group))
+    return wait_sum_over_ranks(start_sum_over_ranks(x, group), x, group)
+
+
+def start_sum_over_ranks(x: torch.Tensor, group: str) -> torch.Tensor:
+    """Begin what `wait_sum_over_ranks` ends."""
+    return _start(x.contiguous(), lambda real: torch.ops._c10d_functional.all_reduce(real, "sum", group))
+
+
+def wait_sum_over_ranks(started: torch.Tensor, x: torch.Tensor, group: str) -> torch.Tensor:
+    """The result of what was started with these arguments. Of `x` only the form is read."""
+    return _wait(started, x)
 
 
 def order_by_rank(x: torch.Tensor, axis: int, segments: Segments, group: str) -> torch.Tensor:
@@ -183,7 +291,15 @@ def whole_size(x: torch.Tensor, axis: int, segments: Segments, asked: int | None
     return sizes if asked is None else sizes[asked]
 
 
-COMMUNICATING = frozenset({gather_sequence, exchange, exchange_float8, exchange_centred_float8, sum_over_ranks})
+HALVES: dict[Callable[..., Any], tuple[Callable[..., Any], Callable[..., Any]]] = {
+    gather_sequence: (start_gather_sequence, wait_gather_sequence),
+    exchange: (start_exchange, wait_exchange),
+    exchange_float8: (start_exchange_float8, wait_exchange_float8),
+    exchange_centred_float8: (start_exchange_centred_float8, wait_exchange_centred_float8),
+    sum_over_ranks: (start_sum_over_ranks, wait_sum_over_ranks),
+}
+"""Collective -> its halves: `f(*arguments)` is `wait_f(start_f(*arguments), *arguments)`."""
+COMMUNICATING = frozenset(HALVES).union(start for start, _ in HALVES.values())
 """The functions that all ranks of a group must call together."""
 LOCAL = frozenset({cut_sequence, order_by_rank, take_segments, split_segments, write_segments_, whole_size})
 """The other ones that rewritten graphs call."""
@@ -236,6 +352,14 @@ def lengths_in_ring(segments: Segments, ring: str, ulysses: str) -> list[Any]:
     return [sum(each[at * ranks : (at + 1) * ranks]) for at in range(rings)]
 
 
+def _parts_of_both(
+    axis: int, segments: Segments, new_axis: int, new_segments: Segments, group: str, ring: str
+) -> tuple[list[Any], list[Any]]:
+    """The lengths of the group's parts along both axes of an exchange. A ring shares the later axis, the tokens."""
+    rings = (ring, "") if axis > new_axis else ("", ring)
+    return _parts(segments, group, rings[0]), _parts(new_segments, group, rings[1])
+
+
 def _are_equal(lengths: Sequence[Any]) -> bool:
     """Whether all are the same number. Symbols count as unequal, since comparing them would fix them."""
     return all(isinstance(length, int) for length in lengths) and len(set(lengths)) == 1
@@ -245,14 +369,39 @@ def _joined(parts: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), axis)
 
 
-def _all_to_all(x: torch.Tensor, received: Sequence[Any], sent: Sequence[Any], group: str) -> torch.Tensor:
-    """Runs of the first axis, of these lengths, go to the ranks in order, and come from them."""
-    return _sent(x, lambda real: torch.ops._c10d_functional.all_to_all_single(real, received, sent, group))
+def _product(sizes: Sequence[Any]) -> Any:
+    return functools.reduce(operator.mul, sizes, 1)
 
 
-def _sent(x: torch.Tensor, collective: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """The result of a collective, waited for. Complex numbers travel as pairs, since gloo knows no others."""
-    result: torch.Tensor = torch.ops._c10d_functional.wait_tensor(
-        collective(torch.view_as_real(x) if x.is_complex() else x)
-    )
+def _from_ranks(
+    received: torch.Tensor,
+    rest: Sequence[Any],
+    axis: int,
+    segments: Segments,
+    new_axis: int,
+    new_segments: Segments,
+    group: str,
+    ring: str,
+) -> torch.Tensor:
+    """The result of an exchange, from what the ranks sent: one after another, flat. `rest` are the other sizes."""
+    rank, ranks = place_in(group)
+    old, new = _parts_of_both(axis, segments, new_axis, new_segments, group, ring)
+    own = new[rank]
+    if _are_equal(old):
+        parts = received.view(ranks, own, old[rank], *rest)
+        joined = parts.transpose(0, 1).reshape(own, ranks * old[rank], *rest)
+    else:
+        pieces = received.split([own * length * _product(rest) for length in old])
+        joined = torch.cat([p.view(own, n, *rest) for p, n in zip(pieces, old, strict=True)], 1)
+    return joined.movedim((0, 1), (new_axis, axis))
+
+
+def _start(x: torch.Tensor, collective: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Begin a collective. Complex numbers travel as pairs, since gloo knows no others."""
+    return collective(torch.view_as_real(x) if x.is_complex() else x)
+
+
+def _wait(started: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The result of a collective that `_start` began, of the dtype of `x`."""
+    result: torch.Tensor = torch.ops._c10d_functional.wait_tensor(started)
     return torch.view_as_complex(result) if x.is_complex() else result

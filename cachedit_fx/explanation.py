@@ -25,6 +25,7 @@ from cachedit_fx.passes.insert_cfg_parallel import BatchParallel
 from cachedit_fx.passes.insert_low_precision import LowPrecision
 from cachedit_fx.passes.insert_ulysses import ContextParallel
 from cachedit_fx.passes.manager import Outcome
+from cachedit_fx.passes.overlap_collectives import OverlappedCollectives
 from cachedit_fx.passes.plan_regions import RegionPlan, RegionReport
 from cachedit_fx.passes.replace_attention import ReplacedAttention
 from cachedit_fx.runtime.compiled_call import CompiledCall
@@ -288,7 +289,8 @@ def _explanation(outcomes: Sequence[Outcome], notes: tuple[str, ...]) -> Explana
     }
     remarks |= {refusal: None for report in reports for refusal in report.refusals}
     for outcome in outcomes:
-        shared = outcome.facts.get(BatchParallel), outcome.facts.get(ContextParallel)
+        facts = outcome.facts
+        shared = facts.get(BatchParallel), facts.get(ContextParallel), facts.get(OverlappedCollectives)
         remarks |= {fact.note: None for fact in shared if fact is not None}
     attention, own_attention = _attention(outcomes)
     return Explanation(

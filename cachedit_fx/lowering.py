@@ -124,7 +124,12 @@ def inner_compiler(options: Options) -> InnerCompiler:
         from torch._inductor import list_mode_options
         from torch._inductor.compile_fx import compile_fx
 
-        patches = (list_mode_options(options.mode) if options.mode else {}) | extra
+        patches = list_mode_options(options.mode) if options.mode else {}
+        if options.ulysses_async:
+            from cachedit_fx.kept_order import SETTINGS
+
+            patches |= SETTINGS
+        patches |= extra
         if patches.get("triton.cudagraphs"):
             # A CUDA graph is recorded for fixed addresses of its weights, or copies the weights in at every replay. A
             # piece that serves many blocks has many weights.

@@ -9,16 +9,18 @@ from cachedit_fx.passes.find_timestep import FindTimestep
 from cachedit_fx.passes.fuse_rotary import FuseRotary
 from cachedit_fx.passes.gather_inputs import GatherInputs
 from cachedit_fx.passes.hoist_invariants import HoistInvariants
+from cachedit_fx.passes.infer_batch_axis import InferBatchAxis
 from cachedit_fx.passes.infer_dependence import InferDependence
 from cachedit_fx.passes.infer_sequence_axes import InferSequenceAxes
 from cachedit_fx.passes.insert_attention_forms import InsertAttentionForms
 from cachedit_fx.passes.insert_cache_branch import InsertCacheBranch
-from cachedit_fx.passes.insert_cfg_parallel import InferBatchAxis, InsertCfgParallel
+from cachedit_fx.passes.insert_cfg_parallel import InsertCfgParallel
 from cachedit_fx.passes.insert_low_precision import InsertLowPrecision
 from cachedit_fx.passes.insert_ulysses import InsertUlysses
 from cachedit_fx.passes.manager import PassManager
 from cachedit_fx.passes.normalize import Normalize
 from cachedit_fx.passes.outline_blocks import OutlineBlocks
+from cachedit_fx.passes.overlap_collectives import OverlapCollectives
 from cachedit_fx.passes.plan_regions import PlanRegions
 from cachedit_fx.passes.replace_attention import ReplaceAttention
 from cachedit_fx.passes.send_float8 import SendFloat8
@@ -40,6 +42,7 @@ def pass_manager(options: Options, traced: Traced = NOTHING_KNOWN) -> PassManage
     off += [InferBatchAxis, InsertCfgParallel] if not options.cfg_parallel else []
     off += [InferSequenceAxes, InsertUlysses] if options.sizes.tokens == 1 else []
     off += [SendFloat8] if options.ulysses_size == 1 or not options.ulysses_float8 else []
+    off += [OverlapCollectives] if options.ulysses_size == 1 or not options.ulysses_async else []
     return PassManager(pipeline(options, traced), dict(options.passes) | {pass_.name: False for pass_ in off})
 
 
@@ -61,6 +64,7 @@ def pipeline(options: Options, traced: Traced) -> list[Pass]:
         InsertUlysses(*groups),
         SendFloat8(options.ulysses_float8 == "with_keys"),
         ReplaceAttention(options.attention),
+        OverlapCollectives(),
         PlanRegions(cuts, options.scope or "model", options.predicts_output, traced.kept),
         OutlineBlocks(options.granularity, canonical_layout=options.inner_backend != "eager"),
         HoistInvariants(options.compiles),

@@ -188,7 +188,7 @@ def own_source(gm: fx.GraphModule, node: fx.Node) -> Source:
         return Source.NONE
     if node.target in COMMUNICATING:
         return Source.SAMPLE
-    if node.op == "call_module" or _is_random(gm, node) or _has_data_dependent_size(value_of(node)):
+    if node.op == "call_module" or is_random(gm, node) or _has_data_dependent_size(value_of(node)):
         return Source.SAMPLE
     is_form = node.all_input_nodes and not _value_inputs(node)
     return Source.CONDITION if is_form else Source.NONE
@@ -201,12 +201,12 @@ def _has_data_dependent_size(value: Any) -> bool:
     return any(isinstance(size, torch.SymInt) and has_free_unbacked_symbols(size) for size in sizes)
 
 
-def _is_random(gm: fx.GraphModule, node: fx.Node) -> bool:
+def is_random(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node, or a graph that it calls, draws random numbers. A dropout outside training does not."""
     if node.op not in ("call_function", "call_method"):
         return False
     bodies = [getattr(gm, str(each.target), None) for each in node.all_input_nodes if each.op == "get_attr"]
-    if any(_is_random(body, each) for body in bodies if isinstance(body, fx.GraphModule) for each in body.graph.nodes):
+    if any(is_random(body, each) for body in bodies if isinstance(body, fx.GraphModule) for each in body.graph.nodes):
         return True
     is_tagged = any(torch.Tag.nondeterministic_seeded in overload.tags for overload in overloads_of(node.target))
     if not is_tagged and target_name(node) not in _RANDOM_FUNCTIONS:

@@ -2,10 +2,9 @@
 
     y = blocks(hidden [2, 1024, 3072])     ->     y = gather(blocks(cut(hidden, 0) [1, 1024, 3072]), 0)
 
-Samples do not meet inside a block, so nothing is sent between the cut and the gathering. A model whose samples do meet
-is left as it is. A batch of one sample is too: then ranks share the calls of a step (`runtime.branches`).
-
-It works as `insert_ulysses` does, and before it: that one cuts the tokens of what is left of the batch.
+It carries out what `infer_batch_axis` has planned, as `insert_ulysses` does, and before it: that one cuts the tokens of
+what is left of the batch. A batch of one sample stays as it is: then ranks share the calls of a step
+(`runtime.branches`).
 """
 
 from __future__ import annotations
@@ -17,30 +16,9 @@ from torch import fx
 
 from .base import Facts, FlatGraph, Interface, Rewritten
 from .block_loops import Detection
-from .infer_sequence_axes import InferSequenceAxes, SequenceAxes
+from .infer_batch_axis import BatchAxes
 from .insert_ulysses import InsertUlysses
 from .normalize import Normalized
-
-
-@dataclass(frozen=True)
-class BatchAxes(SequenceAxes):
-    """Fact: how the nodes from the chain's first one on run on parts of the batch."""
-
-
-class InferBatchAxis(InferSequenceAxes):
-    """Follows parts of the batch to the end of the graph. There is no fact if samples meet in the chain.
-
-    Args:
-        ranks: how many share the batch.
-    """
-
-    name: ClassVar[str] = "infer_batch_axis"
-    provides: ClassVar[type] = BatchAxes
-    axes: ClassVar[slice] = slice(0, 1)
-
-    def run(self, gm: fx.GraphModule, facts: Facts) -> SequenceAxes | None:
-        axes = super().run(gm, facts)
-        return None if axes is None or axes.exchanges or axes.chain_gathers else axes
 
 
 @dataclass(frozen=True)

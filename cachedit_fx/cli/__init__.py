@@ -16,6 +16,7 @@ from cachedit_fx.cli.coverage import coverage
 from cachedit_fx.cli.demo import demo
 from cachedit_fx.cli.fusion import fusion
 from cachedit_fx.cli.kernels import attention, bandwidth, kernels, verify
+from cachedit_fx.cli.links import links
 from cachedit_fx.cli.metrics import metrics
 from cachedit_fx.cli.motion import motion
 from cachedit_fx.cli.overhead import overhead
@@ -78,7 +79,7 @@ benches = typer.Typer(
     rich_markup_mode="rich",
 )
 benches.callback(help=_unwrapped(bench))(bench)
-_add(benches, overhead=overhead, cold=cold, motion=motion, quantized=quantized, ulysses=ulysses)
+_add(benches, overhead=overhead, cold=cold, motion=motion, quantized=quantized, ulysses=ulysses, links=links)
 app.add_typer(benches)
 _add(app, coverage=coverage, metrics=metrics, sensitivity=sensitivity)
 _add(kernels, verify=verify, bench=bandwidth, attention=attention, fusion=fusion)

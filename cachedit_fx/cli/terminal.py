@@ -6,7 +6,7 @@ import logging
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -114,11 +114,19 @@ def show(*parts: Part) -> None:
                 console.print(f"- {text}", markup=False)
 
 
-def save(file: Path, title: str, parts: Sequence[Part]) -> None:
-    """Show tables that were counted on diffusers' models, and write them as a page that names the command."""
+def save(
+    file: Path, title: str, parts: Sequence[Part], pictures: Mapping[str, Callable[[Path], None]] | None = None
+) -> None:
+    """Show tables that were counted on diffusers' models, and write them as a page that names the command.
+
+    Args:
+        pictures: name of a file beside the page -> draws it.
+    """
     show(*parts)
     libraries = ", ".join(f"{name} {version}" for name, version in versions("torch", "diffusers").items())
     made_by = f"`{command_line()}`, on {machine()}, {libraries}."
     with whole_files(file.parent) as folder:
         (folder / file.name).write_text(page(Heading(title), made_by, *parts))
+        for name, draw in (pictures or {}).items():
+            draw(folder / name)
     console.print(f"\n{file}  [dim]these tables[/dim]")

@@ -39,7 +39,13 @@ Model = TypeVar("Model")
 _OWN_OPTIONS = {each.name for each in fields(Options)} - {"cache", "calibrator", "params_modifiers"}
 _OWN_OPTIONS |= {"fullgraph", "dynamic", "recompile_limit", "guards"}
 
-_DEFAULTS = {"ulysses_size": 1, "ring_size": 1, "ulysses_float8": False, "attention": None}
+_DEFAULTS = {
+    "ulysses_size": 1,
+    "ring_size": 1,
+    "ulysses_float8": False,
+    "ulysses_async": False,
+    "attention": None,
+}
 """Of the options that settings beside the cache stand for."""
 
 ONE_CHAIN = {"FluxTransformer2DModel"}
@@ -123,8 +129,12 @@ def _ranks_of(config: ParallelismConfig | None) -> dict[str, Any]:
     """The options that a config stands for, if it has some."""
     if config is None or (config.ulysses_size is None and config.ring_size is None):
         return {}
-    sizes = {"ulysses_size": config.ulysses_size or 1, "ring_size": config.ring_size or 1}
-    return sizes | ({"ulysses_float8": True} if config.ulysses_float8 else {})
+    own = {
+        "ulysses_size": config.ulysses_size or 1,
+        "ring_size": config.ring_size or 1,
+        "ulysses_async": config.ulysses_async,
+    }
+    return own | ({"ulysses_float8": True} if config.ulysses_float8 else {})
 
 
 def set_attn_backend(pipe_or_adapter: Any, attention_backend: str | None = None) -> None:

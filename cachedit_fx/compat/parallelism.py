@@ -41,8 +41,8 @@ class ParallelismConfig:
     """How `ring_size * ulysses_size` ranks of torch.distributed share the work on a sample, by their tokens.
 
     The script starts the ranks, by torchrun and `torch.distributed.init_process_group`. Lengths and heads may be of any
-    size, with and without `ulysses_anything`. `ulysses_float8` is the option of that name.
-    `ulysses_async` has no effect yet. `tp_size`, `extra_parallel_modules` and `use_ray` decide what a device must
+    size, with and without `ulysses_anything`. `ulysses_float8` and `ulysses_async` are the options of these names.
+    `tp_size`, `extra_parallel_modules` and `use_ray` decide what a device must
     hold, so `enable_cache` raises NotImplementedError on them.
     """
 
@@ -105,10 +105,6 @@ class ParallelismConfig:
                     f"ParallelismConfig({name}): cachedit_fx shares no weights out among devices, and would run out of "
                     "memory; use quantize, pipe.enable_model_cpu_offload() or diffusers' enable_group_offload"
                 )
-        if self.ulysses_async:
-            warn(
-                "ParallelismConfig(ulysses_async=True) has no effect yet: ranks wait for what they send", SettingWarning
-            )
         if self.cp_plan is not None:
             warn("ParallelismConfig(cp_plan=...) is ignored: what to cut is found in the graph", SettingWarning)
 

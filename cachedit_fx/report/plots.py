@@ -39,12 +39,12 @@ GREY, FAINT, SHADE = "#6B6B6B", "#BBBBBB", "#EDEDED"
 DASHES = (0, (5, 3))
 
 
-def _figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
+def new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
     """An empty figure; the sides are in inches."""
     return Figure(figsize=(width, height), dpi=120, facecolor="white", layout=layout)
 
 
-def _tidy(axes: Any) -> None:
+def tidy(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
 
@@ -73,7 +73,7 @@ def save_quality(rows: Sequence[Measured], front: Sequence[Measured], title: str
         path: the file.
     """
     rows, front = ([row for row in some if math.isfinite(row.mean_psnr)] for some in (rows, front))
-    figure = _figure(9, 5.6)
+    figure = new_figure(9, 5.6)
     axes = figure.subplots()
     axes.plot(
         [row.work for row in front],
@@ -99,7 +99,7 @@ def save_quality(rows: Sequence[Measured], front: Sequence[Measured], title: str
     axes.margins(y=0.12)
     axes.grid(color=SHADE, linewidth=0.6)
     axes.set_axisbelow(True)
-    _tidy(axes)
+    tidy(axes)
     axes.legend(frameon=False, fontsize=9, loc="lower right")
     axes.set_title(title, fontsize=9.5, loc="left")
     _label(figure, axes, rows, front)
@@ -192,7 +192,7 @@ def save_grid(strips: Sequence[Strip], prompts: Sequence[str], path: Path) -> No
     """Pictures: a row for each strip, a column for each prompt."""
     heading = 0.14 * max(len(_wrapped(prompt).splitlines()) for prompt in prompts) + 0.12
     width, height = _LABELS + _COLUMN * len(prompts), heading + _ROW * len(strips)
-    figure = _figure(width, height, layout=None)
+    figure = new_figure(width, height, layout=None)
     for number, strip in enumerate(strips):
         top = height - heading - _ROW * number
         weight, color = ("normal", GREY) if strip.is_quiet else ("bold", "black")
@@ -220,7 +220,7 @@ def _wrapped(prompt: str) -> str:
 
 def save_differences(panels: Sequence[tuple[float, CacheStats]], path: Path) -> None:
     """The measured difference by step, and the decisions. A panel for each threshold and its run's statistics."""
-    figure = _figure(8, 0.75 + 1.75 * len(panels))
+    figure = new_figure(8, 0.75 + 1.75 * len(panels))
     rows = figure.subplots(len(panels), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for axes, (threshold, stats) in zip(rows, panels, strict=True):
         decisions = stats.branch(0).decisions
@@ -239,7 +239,7 @@ def save_differences(panels: Sequence[tuple[float, CacheStats]], path: Path) -> 
         counts = f"{len(stats.cached_steps)} of {stats.executed_steps} steps cached, work {stats.work:.0%}"
         axes.set_title(f"threshold {threshold:g}: {counts}", loc="left", fontsize=9.5)
         axes.set_xlim(-0.7, max(decisions) + 0.7)
-        _tidy(axes)
+        tidy(axes)
     rows[0].set_ylim(0, None)
     rows[-1].set_xlabel("denoising step", fontsize=9)
     figure.supylabel("difference since the last computed step", fontsize=9)
@@ -263,7 +263,7 @@ def save_bandwidth(rows: Sequence[Timed], title: str, path: Path) -> None:
         list(dict.fromkeys(getattr(row, key) for row in rows)) for key in ("kernel", "shape", "dtype")
     )
     height = 0.19 * len(names) * len(shapes) + 0.5
-    figure = _figure(11, 1.0 + (height + 0.5) * len(dtypes))
+    figure = new_figure(11, 1.0 + (height + 0.5) * len(dtypes))
     figure.suptitle(title, fontsize=11)
     grid = figure.subplots(len(dtypes), 2, squeeze=False, sharey=True, sharex="col")
     thick = 0.8 / len(shapes)
@@ -283,7 +283,7 @@ def save_bandwidth(rows: Sequence[Timed], title: str, path: Path) -> None:
             axes.set_title(f"{dtype}: {heading}", fontsize=9, loc="left")
             axes.set_yticks(range(len(names)), names)
             axes.margins(x=0.12)
-            _tidy(axes)
+            tidy(axes)
         line[0].xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         line[0].set_ylim(len(names) - 0.5, -0.5)
     handles, labels = grid[0][0].get_legend_handles_labels()
@@ -306,7 +306,7 @@ def save_sensitivity(groups: Sequence[Measurement], chosen: Collection[tuple[str
     kinds, blocks, parts = (
         list(dict.fromkeys(getattr(group, key) for group in groups)) for key in ("kind", "block", "part")
     )
-    figure = _figure(max(7, 2 + 0.3 * len(blocks)), 1.6 + 2.6 * len(kinds))
+    figure = new_figure(max(7, 2 + 0.3 * len(blocks)), 1.6 + 2.6 * len(kinds))
     rows = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
     for axes, kind in zip(rows, kinds, strict=True):
         for number, part in enumerate(parts):
@@ -320,7 +320,7 @@ def save_sensitivity(groups: Sequence[Measurement], chosen: Collection[tuple[str
         axes.set_title(kind, loc="left", fontsize=9.5)
         axes.grid(color=SHADE, linewidth=0.6)
         axes.set_axisbelow(True)
-        _tidy(axes)
+        tidy(axes)
     rows[-1].set_xticks(range(len(blocks)), blocks, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
     handles = [_marker(_PARTS[at % len(_PARTS)][1], _PARTS[at % len(_PARTS)][0], "white", part)
                for at, part in enumerate(parts)]  # fmt: skip

@@ -217,7 +217,6 @@ def test_what_has_no_effect_is_kept_and_said():
     with pytest.warns(SettingWarning) as said:
         cache_dit.enable_cache(model, always(), parallelism_config=config, **EAGER)
     words = (
-        "ulysses_async=True) has no effect yet",
         "cp_plan=...) is ignored",
         "'_native_npu' has no eff",
     )
@@ -268,11 +267,12 @@ def test_a_back_end_that_is_not_there_is_an_error(name, words):
 
 
 def test_ranks_share_with_and_without_a_cache_and_until_another_config_comes():
-    """`ulysses_size` and `ring_size` are the options of these names, whatever calls come between."""
+    """Sizes and `ulysses_async` are the options of these names, whatever calls come between."""
 
     def sizes(_):
         model = make_small()
-        two = cache_dit.ParallelismConfig(ulysses_size=2, backend="native_diffuser", ulysses_anything=True)
+        own = {"ulysses_anything": True, "experimental_ulysses_async": True}
+        two = cache_dit.ParallelismConfig(ulysses_size=2, backend="native_diffuser", parallel_kwargs=own)
         calls = (
             {"parallelism_config": cache_dit.ParallelismConfig(ulysses_size=1)},
             {"parallelism_config": two},
@@ -286,15 +286,17 @@ def test_ranks_share_with_and_without_a_cache_and_until_another_config_comes():
         for settings in calls:
             cache_dit.enable_cache(model, **settings, **EAGER)
             options = [state.options for state in states_of(model)[:1]]
-            found += [(each.cache is not None, each.ulysses_size, each.ring_size) for each in options]
+            found += [
+                (each.cache is not None, each.ulysses_size, each.ring_size, each.ulysses_async) for each in options
+            ]
         output = denoise(model, FALLING[:1])
         cache_dit.disable_cache(model)
         assert close(output, denoise(model, FALLING[:1]))
         assert not states_of(model) and kept_of(model).parallelism_config is None
         return found
 
-    without, with_cache = (False, 2, 1), (True, 2, 1)
-    expected = [without, with_cache, with_cache, (True, 1, 1), (True, 1, 2), (False, 1, 2)]
+    without, with_cache = (False, 2, 1, True), (True, 2, 1, True)
+    expected = [without, with_cache, with_cache, (True, 1, 1, False), (True, 1, 2, False), (False, 1, 2, False)]
     assert on_ranks(sizes) == [expected, expected]
 
 

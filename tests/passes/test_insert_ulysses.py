@@ -10,6 +10,7 @@ import traceback
 from typing import Any
 
 import pytest
+import torch
 from lib.helpers import capture, outcome_of, run_graph
 from lib.mixing import CASES, graphs, tokens
 from lib.ranks import close, on_ranks, ranks_of
@@ -19,6 +20,7 @@ from cachedit_fx.passes.graph_values import op_counts
 from cachedit_fx.passes.infer_sequence_axes import InferSequenceAxes, SequenceAxes
 from cachedit_fx.passes.insert_ulysses import ContextParallel, InsertUlysses
 from cachedit_fx.passes.normalize import Normalize
+from cachedit_fx.passes.overlap_collectives import OverlapCollectives
 
 pytestmark = pytest.mark.xdist_group("ulysses rules")
 
@@ -29,27 +31,36 @@ FEW_HEADS = {name for name in CASES if name not in GATHERED} - {
 }  # fmt: skip
 """Cases whose two heads are fewer than three ranks."""
 
+OVERLAPPED = ("odd length", "rotary in place", "linear attention", "two streams", "no rule", "written along tokens")
+"""Cases that run once more, with collectives that run beside the computation."""
 
-def rewritten(name, ranks):
-    """The outcome of the passes on a case's graph, for all ranks."""
+
+def rewritten(name, ranks, *more):
+    """The outcome of the passes, and of `more`, on a case's graph, for all ranks."""
     group = ranks_of(ranks)
     assert group is not None
     passes = Normalize(), DetectBlockLoops(), InferSequenceAxes(ranks), InsertUlysses(group.name)
-    return outcome_of(graphs()[name].copy(), *passes)
+    return outcome_of(graphs()[name].copy(), *passes, *more)
 
 
 @functools.cache
 def results(ranks):
-    """For each rank: case -> (results, the fact, op counts), or the traceback of what it raised."""
+    """For each rank: case -> (results, the fact, op counts), or the traceback of what it raised.
+
+    ("overlapped", case) -> results and op counts with collectives that run beside the computation.
+    """
     graphs()
 
     def run(rank):
-        found: dict[str, Any] = {}
+        found: dict[Any, Any] = {}
         for name, graph in graphs().items():
             try:
                 outcome = rewritten(name, ranks)
                 outputs = run_graph(outcome.graph_module, graph.inputs)
                 found[name] = outputs, outcome.facts.get(ContextParallel), op_counts(outcome.graph_module)
+                if ranks == 2 and name in OVERLAPPED:
+                    overlapped = rewritten(name, ranks, OverlapCollectives()).graph_module
+                    found["overlapped", name] = run_graph(overlapped, graph.inputs), op_counts(overlapped)
             except Exception:
                 found[name] = traceback.format_exc()
         return found
@@ -57,6 +68,7 @@ def results(ranks):
     return on_ranks(run, ranks)
 
 
+@pytest.mark.budget(60, "captures all cases, and two or three ranks run them")
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_one_rank(case, ranks):
@@ -75,6 +87,14 @@ def test_gathers_only_where_it_must(case):
     assert bool(fact.gathers) == (case in GATHERED)
     assert ops["gather_sequence"] > 1 if case in GATHERED else ops["gather_sequence"] == 1  # one is for the result
     assert fact.share > 0.9 or case == "text" or case in GATHERED
+
+
+@pytest.mark.parametrize("case", OVERLAPPED)
+def test_overlap_changes_no_bit(case):
+    for found in results(2):
+        outputs, ops = found["overlapped", case]
+        assert all(torch.equal(a, b) for a, b in zip(outputs, found[case][0], strict=True))
+        assert not ops.keys().isdisjoint({"start_exchange", "start_gather_sequence", "start_sum_over_ranks"})
 
 
 @pytest.mark.parametrize("case", sorted(FEW_HEADS))

@@ -266,10 +266,13 @@ def test_the_order_of_the_backend():
         "find_timestep",
         "infer_dependence",
         "detect_block_loops",
+        "infer_batch_axis",
+        "insert_cfg_parallel",
         "infer_sequence_axes",
         "insert_ulysses",
         "send_float8",
         "replace_attention",
+        "overlap_collectives",
         "plan_regions",
         "outline_blocks",
         "hoist_invariants",
@@ -280,10 +283,13 @@ def test_the_order_of_the_backend():
     ]
     uncached = pass_manager(parse_options({"cache": None})).enabled
     assert {name for name, on in uncached.items() if not on} == {
+        "infer_batch_axis",
+        "insert_cfg_parallel",
         "infer_sequence_axes",
         "insert_ulysses",
         "send_float8",
         "replace_attention",
+        "overlap_collectives",
         "plan_regions",
         "insert_cache_branch",
         "insert_low_precision",

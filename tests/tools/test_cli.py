@@ -36,6 +36,7 @@ COMMANDS = (
     ["bench", "motion"],
     ["bench", "quantized"],
     ["bench", "ulysses"],
+    ["bench", "links"],
     ["coverage"],
     ["metrics"],
     ["sensitivity"],
