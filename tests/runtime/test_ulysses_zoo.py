@@ -35,6 +35,8 @@ GATHERING = {
     "SanaWMTransformer3DModel": "a convolution over neighbours, and sums over all tokens in both directions",
 }
 """Classes whose blocks need values whole, and for what."""
+IN_BFLOAT16 = {"SanaWMTransformer3DModel"}
+"""Classes that attend in bfloat16 whatever their dtype: the results of a ring's parts are rounded before they merge."""
 MORE_HEADS: dict[str, dict[str, int]] = {
     "AceStepTransformer1DModel": {"key_heads": 2},
     "BriaFibo2Transformer2DModel": {"heads": 2},
@@ -105,12 +107,14 @@ def test_every_class_is_right_on_two_ranks(size, name):
     with pretended(2):  # all ranks run one graph text, so it is made once
         outcomes = [rewrite(copy_of(gm), options, Traced.of(module)) for gm, *_ in graphs]
 
+    tolerance = 5e-3 if size == "ring_size" and name in IN_BFLOAT16 else 5e-5
+
     def run(rank):
         found: list[Any] = []
         for outcome, (_, real, expected) in zip(outcomes, graphs, strict=True):
             try:
                 results = [x for x in tree_leaves(run_graph(outcome.graph_module, real)) if torch.is_tensor(x)]
-                is_right = all(close(a, b, 5e-5) for a, b in zip(results, expected, strict=True))
+                is_right = all(close(a, b, tolerance) for a, b in zip(results, expected, strict=True))
                 detection = outcome.facts.get(Detection)
                 found.append((is_right, bool(detection and detection.chain), outcome.facts.get(ContextParallel)))
             except Exception:
