@@ -243,7 +243,7 @@ class Agreement:
             return
         is_later = call.position is not None and call.position.step > 0
         if self._shares_branches and not is_compared and not is_later:
-            comparison = self._comparison(inputs, session.state)
+            comparison = self._comparison(inputs, session.state, with_weights=False)
             self._begun = comparison, Gathering(self.ranks, comparison.row)
         elif not is_compared:
             self._compare(inputs, session.state, is_later)
@@ -266,12 +266,14 @@ class Agreement:
             state.is_apart = False
             self._judge(comparison, self.ranks.tables(comparison.row))
 
-    def _comparison(self, inputs: Sequence[Any], state: ModelState, is_later: bool = False) -> Comparison:
-        """What this rank tells of a call."""
+    def _comparison(
+        self, inputs: Sequence[Any], state: ModelState, is_later: bool = False, with_weights: bool = True
+    ) -> Comparison:
+        """What this rank tells of a call. A step's further branches leave out the weights, which have been compared."""
         arguments = {name: inputs[index] for index, name in self.captured.arguments.items()}
         settings = {each.name: _text(getattr(state.options, each.name)) for each in fields(state.options)}
         forms = {name: _form_of(value) for name, value in arguments.items()}
-        weights = [inputs[index] for index in self.captured.weights]
+        weights = [inputs[index] for index in self.captured.weights] if with_weights else []
         operations = dict(enumerate(self.captured.operations))
         values = [self._number_of(value) for value in arguments.values()]
         texts = map(_hash, (settings, forms, operations))
