@@ -115,7 +115,7 @@ def results(grid, is_default):
     return on_ranks(run, ranks)
 
 
-@pytest.mark.budget(120, "captures the models of a part, and up to four ranks run the cases of a grid")
+@pytest.mark.budget(240, "captures the models of a part, and up to four ranks run the cases of a grid")
 @pytest.mark.parametrize(("grid", "model", "setting"), only_in("parallel", CASES, but=BY_DEFAULT))
 def test_ranks_equal_one(grid, model, setting):
     case = grid, model, setting
