@@ -27,11 +27,14 @@ from cachedit_fx.passes.base import NOTHING_KNOWN, Facts, Traced
 from cachedit_fx.passes.find_timestep import FindTimestep
 from cachedit_fx.passes.graph_aliases import writes_to_inputs
 from cachedit_fx.passes.graph_values import is_of_module
+from cachedit_fx.passes.insert_cache_branch import CacheBranch
+from cachedit_fx.passes.insert_cfg_parallel import BatchParallel
 from cachedit_fx.passes.insert_low_precision import LowPrecision
 from cachedit_fx.passes.insert_ulysses import ContextParallel
 from cachedit_fx.passes.manager import Outcome
 from cachedit_fx.passes.replace_attention import ReplacedAttention
 from cachedit_fx.runtime.agreement import Captured
+from cachedit_fx.runtime.branches import branch_obstacle
 from cachedit_fx.runtime.graph import GRADIENTS, GRADIENTS_ON_RANKS, UncachedGraph, graph_of
 from cachedit_fx.runtime.host_pieces import claim_pieces, mark_weights, refuse_weights
 from cachedit_fx.runtime.model_state import ModelState
@@ -97,6 +100,10 @@ def compile_graph(
         compared = None  # no rank needs another one in this graph
     if parallel is not None and parallel.gathers:
         warn(parallel.note)
+    if options.cfg_parallel and BatchParallel not in outcome.facts:
+        obstacle = branch_obstacle(gm, writes_to_inputs(gm.graph))
+        if obstacle is not None and CacheBranch in outcome.facts:
+            warn(f"cfg_parallel: every rank computes all branches of {model_in_frame() or 'the model'}: {obstacle}")
     attention = outcome.facts.get(ReplacedAttention)
     if attention is not None and attention.warning is not None:
         warn(attention.warning)

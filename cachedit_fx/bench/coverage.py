@@ -25,14 +25,13 @@ import torch
 from torch import nn
 
 from cachedit_fx.bench.coverage_attention import ATTENTION, AttentionCounts, check_attention, counts_table
-from cachedit_fx.bench.coverage_counts import count_tables, counts_of
+from cachedit_fx.bench.coverage_counts import RankCounts, count_tables, counts_of
 from cachedit_fx.bench.coverage_quantized import INT8, check_quantized
 from cachedit_fx.bench.coverage_steps import FIRST, LATER, Inputs, Make, at_timestep, equal, tensors, timesteps_of
 from cachedit_fx.bench.coverage_subject import Subject
 from cachedit_fx.bench.errors import RequestError
 from cachedit_fx.bench.motion import Reads
 from cachedit_fx.bench.progress import Tell
-from cachedit_fx.bench.ulysses import Share
 from cachedit_fx.bench.variants import RUN, VariantOutcome, VariantResult
 from cachedit_fx.capture import uncompiled
 from cachedit_fx.config.cache import DBCacheConfig
@@ -69,13 +68,12 @@ class Covered:
         reason: why the model falls short, for people; empty if it does not.
         variants: what was seen of each variant; None if none was tried.
         reads: the weights that code motion takes out of a step; None if they were not counted.
-        share: what one of two ranks does in a step; None if that was not counted, or the ranks divide nothing.
+        ranks: what one of two ranks does in a step; None if that was not counted.
         int8: whether the model in int8 is cached as exactly; None if that was not tried.
         int8_note: why not, for people; empty if it is.
         attention: whether the model with another attention is cached as exactly; None if that was not tried.
         attention_note: why not, for people; empty if it is.
         calls: its calls of attention; None if they were not counted, or there are none.
-        ring: as `share`, of two ranks that pass keys and values around.
     """
 
     name: str
@@ -85,13 +83,12 @@ class Covered:
     reason: str = ""
     variants: tuple[VariantResult, ...] | None = None
     reads: Reads | None = None
-    share: Share | None = None
+    ranks: RankCounts | None = None
     int8: bool | None = None
     int8_note: str = ""
     attention: bool | None = None
     attention_note: str = ""
     calls: AttentionCounts | None = None
-    ring: Share | None = None
 
     @property
     def is_full(self) -> bool:
@@ -320,7 +317,7 @@ def check_all(zoo: Zoo, tell: Tell) -> Iterator[Covered]:
         tell(name)
         row = check(name, make, zoo.blocks.get(name))
         if row.is_full:
-            row.reads, row.share, row.ring, row.calls = counts_of(name, make)
+            row.reads, row.ranks, row.calls = counts_of(name, make)
             row.int8, row.int8_note = check_quantized(make)
             row.attention, row.attention_note = check_attention(make)
         yield row
@@ -391,7 +388,7 @@ def markdown(rows: Sequence[Covered], made_by: str, excluded: Mapping[str, str])
             *([f"**variants**: {VARIANTS}."] if any(row.variants for row in rows) else []),
         ],
         table(rows),
-        *count_tables([row.reads for row in rows], [row.share for row in rows], [row.ring for row in rows]),
+        *count_tables([row.reads for row in rows], [row.ranks for row in rows]),
         *counts_table([row.calls for row in rows]),
         *titled_list("Rows that fall short", short),
         *titled_list("Not in int8", [f"**{row.name}**: {row.int8_note}" for row in rows if row.int8_note]),

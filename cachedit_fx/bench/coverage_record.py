@@ -9,9 +9,9 @@ from typing import Any
 
 from cachedit_fx.bench.coverage import NO_ENTRY, Covered
 from cachedit_fx.bench.coverage_attention import AttentionCounts
+from cachedit_fx.bench.coverage_counts import RankCounts
 from cachedit_fx.bench.motion import Reads
 from cachedit_fx.bench.resume import kept_rows, save_page
-from cachedit_fx.bench.ulysses import Share
 from cachedit_fx.bench.variants import VariantResult
 
 
@@ -53,14 +53,12 @@ class CoverageRecord:
 
 def _covered(row: Mapping[str, Any]) -> Covered:
     """A row as `asdict` and JSON have left it."""
-    variants, reads, calls = (row[name] for name in ("variants", "reads", "calls"))
-    values: dict[str, Any] = {
+    variants, reads, ranks, calls = (row[name] for name in ("variants", "reads", "ranks", "calls"))
+    values = {
         "loops": tuple(row["loops"]),
         "variants": None if variants is None else tuple(VariantResult(**variant) for variant in variants),
         "reads": None if reads is None else Reads(**reads),
+        "ranks": None if ranks is None else RankCounts.read(ranks),
         "calls": None if calls is None else AttentionCounts(**calls),
     }
-    for name in ("share", "ring"):
-        counted = row[name]
-        values[name] = None if counted is None else Share(**{**counted, "tokens": tuple(counted["tokens"])})
     return Covered(**{**row, **values})

@@ -67,6 +67,7 @@ class Share:
         sent: bytes that the rank sends in a step.
         stored: bytes of the results that the cache keeps, in the model's dtype.
         rings: calls of attention that pass keys and values around.
+        in_float8: values that change hands in eight bits.
     """
 
     model: str
@@ -80,6 +81,7 @@ class Share:
     stored: int
     whole: str = ""
     rings: int = 0
+    in_float8: int = 0
 
 
 @contextmanager
@@ -108,9 +110,11 @@ def count(
     gm: fx.GraphModule,
     ranks: int,
     by: Literal["ulysses_size", "ring_size"] = "ulysses_size",
+    float8: bool = False,
 ) -> Share | None:
     """What one of `ranks` ranks does in a step of a model. None: the ranks divide nothing."""
     settings = {by: ranks, "Fn_compute_blocks": 1, "inner_backend": "aot_eager"}
+    settings |= {"ulysses_float8": "with_keys"} if float8 else {}
     off = ("outline_blocks", "hoist_invariants", "insert_cache_branch", "gather_inputs")
     options = parse_options(settings | {"passes": dict.fromkeys(off, False)})
     with pretended(ranks):
@@ -136,6 +140,7 @@ def _share(name: str, ranks: int, outcome: Outcome) -> Share:
         sum(region.result_bytes for region in outcome.facts[RegionReport].regions),
         ", ".join(f"{operation} ({number})" for operation, number in parallel.gathers.items()),
         parallel.rings,
+        parallel.in_float8,
     )
 
 

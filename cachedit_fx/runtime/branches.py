@@ -22,7 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 
+from cachedit_fx.capture import ends_at_break
+from cachedit_fx.passes.graph_values import tensor_of
 from cachedit_fx.runtime.awaited import Arrival, Awaited
 from cachedit_fx.runtime.presence import RanksDisagree
 from cachedit_fx.runtime.ranks import Ranks
@@ -102,6 +106,22 @@ class Known:
             size = form.bytes if isinstance(form, Form) else 0
             offsets.append(offsets[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
         return offsets
+
+
+def branch_obstacle(gm: fx.GraphModule, has_writes: bool) -> str | None:
+    """Why the calls of a captured graph cannot be left to other ranks; None if they can.
+
+    Args:
+        has_writes: whether the graph writes to its inputs.
+    """
+    if ends_at_break(gm):
+        return "its capture breaks"
+    if has_writes:
+        return "it writes to its inputs"
+    results = (tensor_of(node) for node in gm.graph.output_node().all_input_nodes)
+    if any(has_free_unbacked_symbols(value) for value in results if value is not None):
+        return "the sizes of its results depend on data"
+    return None
 
 
 class Branches:

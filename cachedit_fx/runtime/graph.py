@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 
 from cachedit_fx.capture import ends_at_break
 from cachedit_fx.passes.base import Facts
@@ -15,7 +14,6 @@ from cachedit_fx.passes.block_loops import Detection
 from cachedit_fx.passes.find_timestep import TimestepSource, timestep_of
 from cachedit_fx.passes.gather_inputs import GatheredInputs
 from cachedit_fx.passes.graph_aliases import writes_to_inputs
-from cachedit_fx.passes.graph_values import tensor_of
 from cachedit_fx.passes.hoist_invariants import Hoisted
 from cachedit_fx.passes.insert_attention_forms import AttentionByStep
 from cachedit_fx.passes.insert_cache_branch import CacheBranch
@@ -24,7 +22,7 @@ from cachedit_fx.passes.insert_low_precision import LowPrecision
 from cachedit_fx.passes.manager import Outcome
 from cachedit_fx.passes.plan_regions import RegionReport
 from cachedit_fx.runtime.agreement import Agreement, Captured
-from cachedit_fx.runtime.branches import Branches
+from cachedit_fx.runtime.branches import Branches, branch_obstacle
 from cachedit_fx.runtime.call import NO_LOOP, Call, Uncached, current_call
 from cachedit_fx.runtime.forms import CallForms
 from cachedit_fx.runtime.hoisted_memory import ComputedValues, HoistedCode, HoistedMemory
@@ -123,7 +121,7 @@ class CachedGraph(RewrittenGraph):
         hoisted: the graph's hoisted pieces. `forward` then takes the hoisted values after the inputs, as a sequence.
         copied: places of the inputs that low precision replaces by quantized copies.
         has_forms: whether regions have other forms beside the first.
-        sizes_are_known: whether the forms of the results follow from those of the inputs.
+        branch_obstacle: why ranks cannot compute the branches of guidance apart; None if they can.
         divides_batch: whether ranks compute parts of the batch, so that they decide together.
     """
 
@@ -138,12 +136,12 @@ class CachedGraph(RewrittenGraph):
         hoisted: HoistedCode | None = None,
         copied: Sequence[int] = (),
         has_forms: bool = False,
-        sizes_are_known: bool = True,
+        branch_obstacle: str | None = None,
         divides_batch: bool = False,
     ) -> None:
         super().__init__()
         self.forward, self.finder, self.regions, self.timestep = forward, finder, regions, timestep
-        self.sizes_are_known, self.divides_batch = sizes_are_known, divides_batch
+        self.branch_obstacle, self.divides_batch = branch_obstacle, divides_batch
         self.is_whole, self.hoisted, self.copied, self.has_forms = is_whole, hoisted, copied, has_forms
         self.values_last = is_whole and not writes_to_inputs
         self._memories: weakref.WeakKeyDictionary[ModelState, HoistedMemory] = weakref.WeakKeyDictionary()
@@ -151,8 +149,8 @@ class CachedGraph(RewrittenGraph):
 
     @property
     def shares_branches(self) -> bool:
-        """Whether the graph can: its results are all that a call leaves."""
-        return self.values_last and self.sizes_are_known and not self.divides_batch
+        """Whether the graph can, and each call is one branch."""
+        return self.branch_obstacle is None and not self.divides_batch
 
     def __call__(self, *inputs: Any) -> Any:
         return self.run(inputs)
@@ -282,7 +280,6 @@ def _graph_of(
     low = facts.get(LowPrecision)
     copied = () if low is None else low.inputs
     has_forms = low is not None or AttentionByStep in facts
-    results = [value for node in gm.graph.output_node().all_input_nodes if (value := tensor_of(node)) is not None]
     return CachedGraph(
         sequence_forward,
         finder,
@@ -294,7 +291,7 @@ def _graph_of(
         copied=copied,
         has_forms=has_forms,
         divides_batch=BatchParallel in facts,
-        sizes_are_known=not any(map(has_free_unbacked_symbols, results)),
+        branch_obstacle=branch_obstacle(gm, has_writes),
     )
 
 

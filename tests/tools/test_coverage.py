@@ -8,6 +8,7 @@ from lib.command_line import invoke, plain
 
 from cachedit_fx.bench.coverage import CHECKS, LEGEND, NO_ENTRY, Covered, table
 from cachedit_fx.bench.coverage_attention import AttentionCounts
+from cachedit_fx.bench.coverage_counts import RankCounts
 from cachedit_fx.bench.coverage_record import CoverageRecord
 from cachedit_fx.bench.motion import Reads
 from cachedit_fx.bench.ulysses import Share
@@ -99,6 +100,7 @@ def test_the_table_fits_a_terminal_of_80_columns(has_variants):
 
 
 SHARE = Share("Good", 2, (1, 8, 16), 0.9, 32, 1, 0, 2**20, 2**10, "conv2d (4)")
+RANKS = RankCounts(SHARE, None, 30, "it writes to its inputs")
 VARIANT = VariantResult("an_argument=True", "uncached", "no block loop")
 
 
@@ -143,13 +145,12 @@ def test_rows_survive_the_file(tmp_path):
         "why",
         (VARIANT,),
         Reads("Good", 1, 2, 3, 4, 5),
-        SHARE,
+        RANKS,
         False,
         "why",
         False,
         "why",
         AttentionCounts("Good", 2, 1, {"sage": 1}),
-        SHARE,
     )
     defaults = Covered("Good")
     assert all(getattr(row, item.name) != getattr(defaults, item.name) for item in fields(Covered)[1:])
