@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.cache_utils import CacheMixin
-from lib import toys
+from lib import toys, zoo
 from lib.marks import only_in
-from lib.ranks import on_ranks
+from lib.ranks import close, on_ranks
 from lib.toy_pipeline import ToyPipeline
+from torch.utils._pytree import tree_leaves
 
 import cachedit_fx
 from cachedit_fx import DBPruneConfig, RankMissing, RanksDisagree, TaylorSeerCalibratorConfig
@@ -140,6 +141,40 @@ def test_equals_one_rank(pipeline, setting):
             assert parts[0][2] + parts[1][2] == calls
     first, second = (found[-1][1] for found in both)
     assert {branch % 2 for _, branch, _, _ in first} <= {0} and {branch % 2 for _, branch, _, _ in second} <= {1}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every class of diffusers
+
+
+def guided_class(rank, name):
+    """The results of two steps of two branches, as a class of the zoo computes them plainly and on two ranks."""
+    module, inputs = zoo.ZOO[name]()
+    arguments = inputs(1)
+    settings = DBCACHE | {"residual_diff_threshold": 0.0, "enable_separate_cfg": True}
+    with torch.no_grad():
+        expected = flat(module(**arguments))
+        cachedit_fx.enable_cache(module, inner_backend="eager", cfg_parallel=True, **settings)
+        found = [flat(module(**arguments)) for _ in range(4)]
+    return expected, [[value + 0 for value in each] for each in found], decisions(module)[1]
+
+
+def flat(result):
+    return [leaf for leaf in tree_leaves(result) if torch.is_tensor(leaf)]
+
+
+ALONE = {name: "the capture breaks, or it writes to its inputs" for name in ()}
+"""Classes whose calls no rank can leave to another one, and why."""
+
+
+@pytest.mark.full("parallel")
+@pytest.mark.budget(120, "two ranks capture a class")
+@pytest.mark.parametrize("name", sorted(set(zoo.ZOO) - set(zoo.SHORT)))
+def test_every_class_is_right_on_two_ranks(name):
+    for expected, found, elsewhere in on_ranks(functools.partial(guided_class, name=name), seconds=60):
+        for results in found:
+            assert all(close(a, b, 5e-5) for a, b in zip(results, expected, strict=True))
+        assert bool(elsewhere) == (name not in ALONE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
