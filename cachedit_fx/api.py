@@ -85,7 +85,7 @@ def compile(module: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa
     previous_options = previous.torch_options if previous else {}
     torch_options: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT, **previous_options, **changes}
     guards = guards or (previous.guards if previous else "always")
-    is_same = state is not None and state.options.structure() == settings.structure() and not state.has_lost_ranks
+    is_same = state is not None and state.asked.structure() == settings.structure() and not state.has_lost_ranks
     if state and previous and torch_options == previous_options and is_same:
         previous.guards = guards
         state.set_options(settings)
@@ -274,8 +274,8 @@ def refresh_context(
             config = cache_config or state.config or DBCacheConfig()
             if num_inference_steps is not None:
                 config = config.reset(num_inference_steps=num_inference_steps)
-            options = replace(state.options, cache=config, calibrator=calibrator_config or state.options.calibrator)
-            if options.structure() == state.options.structure():
+            options = replace(state.asked, cache=config, calibrator=calibrator_config or state.asked.calibrator)
+            if options.structure() == state.asked.structure():
                 state.set_options(options)
             elif state is state_of_module(unwrapped(module)):
                 compile(unwrapped(module), **{field.name: getattr(options, field.name) for field in fields(Options)})

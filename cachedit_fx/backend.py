@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from cachedit_fx.auto_parallel import chosen
 from cachedit_fx.capture import copy_of, guard_storages, kept_results, model_in_frame, numbers_in_frame
 from cachedit_fx.config.options import Options, parse_options
 from cachedit_fx.config.rules import OptionError
@@ -64,7 +65,7 @@ def cachedit(
         )
     if parsed.attention is not None:
         parsed.attention.check(None)
-    if parsed.sizes.total == 1:
+    if parsed.is_alone:
         leave(model_in_frame(), "compiled the model with ulysses_size=1")
     return compile_graph(gm, example_inputs, parsed)
 
@@ -76,19 +77,29 @@ def compile_graph(
 
     `state` is that of the one module that the graph is for; None finds the state at each call by the weights.
     """
-    finder = StateFinder(options, state, anchors_of(gm, example_inputs))
+    anchors = anchors_of(gm, example_inputs)
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
         refuse_weights(example_inputs, "gradients are wanted")
         timestep = FindTimestep(options.timestep, numbers_in_frame()).run(gm, Facts())
-        uncached = GRADIENTS if options.sizes.total == 1 else GRADIENTS_ON_RANKS
+        uncached = GRADIENTS if options.is_alone else GRADIENTS_ON_RANKS
+        finder = StateFinder(options, state, anchors)
         return UncachedGraph(compile_whole(gm, example_inputs, options), finder, uncached, timestep)
     guard_storages(gm, example_inputs)
     traced, verifier = (state.traced, state.verifier) if state is not None else (NOTHING_KNOWN, None)
+    choice = state.choice if state is not None else None
+    if options.parallel is not None:
+        choice = chosen(gm, options, traced)
+        options = options if choice is None else choice.applied(options)
+        if choice is not None and state is not None:
+            state.settle(choice)
+    finder = StateFinder(options, state, anchors)
     captured = copy_of(gm) if verifier is not None else gm
-    compared = _compared(gm, options) if options.sizes.total > 1 else None
+    compared = None if options.is_alone else _compared(gm, options)
     if state is not None and state.copies is not None:
         state.copies.mark(gm, example_inputs)
     outcome = rewrite(gm, options, traced)
+    if choice is not None:
+        outcome.facts.put(choice)
     if state is not None and state.copies is not None:
         low = outcome.facts.get(LowPrecision)
         state.copies.keep(example_inputs, low.inputs if low is not None else ())

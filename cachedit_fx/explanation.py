@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from cachedit_fx.auto_parallel import ParallelChoice, chosen
 from cachedit_fx.backend import compile_graph, rewrite
 from cachedit_fx.capture import CAPTURE_ERRORS, capturing, ends_at_break, first_break, isolated_compile, uncompiled
 from cachedit_fx.config.options import Options, Verify
@@ -164,7 +165,11 @@ def explain(pipe_or_module: Any, *args: Any, verify: Verify | None = None, **kwa
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         if states and states[0].copies is not None:
             states[0].copies.mark(gm, example_inputs)
-        outcomes.append(rewrite(gm, options, traced))
+        choice = chosen(gm, options, traced) if options.parallel is not None else None
+        outcomes.append(rewrite(gm, options if choice is None else choice.applied(options), traced))
+        choice = choice or (states[0].choice if states else None)
+        if choice is not None:
+            outcomes[-1].facts.put(choice)
         if states and states[0].copies is not None:
             states[0].copies.keep(example_inputs, ())
         return stop if _has_chain(outcomes[-1]) and not ends_at_break(gm) else gm.forward
@@ -290,6 +295,8 @@ def _explanation(outcomes: Sequence[Outcome], notes: tuple[str, ...]) -> Explana
     remarks |= {refusal: None for report in reports for refusal in report.refusals}
     for outcome in outcomes:
         facts = outcome.facts
+        choice = facts.get(ParallelChoice)
+        remarks |= dict.fromkeys(choice.notes) if choice is not None else {}
         shared = facts.get(BatchParallel), facts.get(ContextParallel), facts.get(OverlappedCollectives)
         remarks |= {fact.note: None for fact in shared if fact is not None}
     attention, own_attention = _attention(outcomes)

@@ -24,7 +24,6 @@ from cachedit_fx.passes.overlap_collectives import OverlapCollectives
 from cachedit_fx.passes.plan_regions import PlanRegions
 from cachedit_fx.passes.replace_attention import ReplaceAttention
 from cachedit_fx.passes.send_float8 import SendFloat8
-from cachedit_fx.runtime.grid import grid_of
 
 
 def pass_manager(options: Options, traced: Traced = NOTHING_KNOWN) -> PassManager:
@@ -46,9 +45,18 @@ def pass_manager(options: Options, traced: Traced = NOTHING_KNOWN) -> PassManage
     return PassManager(pipeline(options, traced), dict(options.passes) | {pass_.name: False for pass_ in off})
 
 
+def analyses(options: Options, traced: Traced) -> PassManager:
+    """The passes that find the blocks, and whether two halves of the ranks could share the batch."""
+    kinds = Normalize, FindTimestep, InferDependence, DetectBlockLoops
+    first = [each for each in pipeline(options, traced) if isinstance(each, kinds)]
+    passes = [*first, InferBatchAxis(2)]
+    names = {each.name for each in passes}
+    return PassManager(passes, {name: is_on for name, is_on in options.passes if name in names})
+
+
 def pipeline(options: Options, traced: Traced) -> list[Pass]:
     """The passes in order, with their options."""
-    grid = grid_of(options.sizes, options.ulysses_mesh)
+    grid = options.grid()
     dimensions = (grid.branches, grid.tokens, grid.ulysses, grid.ring) if grid is not None else (None,) * 4
     branches, *groups = ("" if each is None else each.name for each in dimensions)
     cuts = [settings.policy.structure() for settings in options.loop_settings]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from cachedit_fx.bench.graphs import largest_graph
 from cachedit_fx.bench.known_models import make
 from cachedit_fx.bench.ulysses import INPUTS, pretended
 from cachedit_fx.config.options import parse_options
+from cachedit_fx.parallel_plan.cards import A100, BETWEEN_LATENCY, H100, H100_PCIE, H200, INSIDE_LATENCY, L20
 from cachedit_fx.parallel_plan.choice import choose, splits_of
 from cachedit_fx.parallel_plan.costs import Cost, cost, refusal
 from cachedit_fx.parallel_plan.counts import blocks_of
@@ -81,44 +82,6 @@ MODELS: dict[str, Callable[[Counted], Model]] = {
 # Cards
 # ---------------------------------------------------------------------------------------------------------------------
 
-WIRE_SHARE = 0.8
-"""Of a nominal bandwidth, of links and of memory, that is taken to be reached. Assumed."""
-INSIDE_LATENCY, BETWEEN_LATENCY = 20e-6, 30e-6
-"""Seconds of an exchange beyond its bytes. Assumed."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of card, by its data sheet.
-
-    Attributes:
-        tflops: dense bfloat16.
-        memory: GB/s.
-        link: nominal GB/s of one direction, inside a node.
-        adapters: of 400 Gb/s, in a node of 8 cards.
-        share: of the TFLOP/s that is taken to be reached.
-    """
-
-    name: str
-    tflops: float
-    memory: float
-    wire: str
-    link: float
-    adapters: int
-    share: float
-
-    def cards(self, share: float | None = None) -> Cards:
-        """Such cards, with another share of the TFLOP/s if told."""
-        inside = Link(self.link * WIRE_SHARE, INSIDE_LATENCY)
-        between = Link(50 * self.adapters / 8 * WIRE_SHARE, BETWEEN_LATENCY)
-        return Cards(self.name, self.tflops * (share or self.share), self.memory * WIRE_SHARE, inside, between)
-
-
-L20 = Kind("L20", 119.5, 864, "PCIe 4", 31.5, 1, 0.74)
-A100 = Kind("A100 SXM", 312, 2039, "NVLink 3", 300, 8, 0.65)
-H100_PCIE = Kind("H100 PCIe", 756, 2000, "PCIe 5", 63, 1, 0.58)
-H100 = Kind("H100 SXM", 989, 3350, "NVLink 4", 450, 8, 0.58)
-H200 = Kind("H200 SXM", 989, 4800, "NVLink 4", 450, 8, 0.58)
 KINDS = (L20, A100, H100_PCIE, H100, H200)
 RANKS = (2, 4, 8, 16, 32, 64)
 SPEEDS = (3, 12, 25, 50, 100, 400)

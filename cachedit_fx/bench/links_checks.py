@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from cachedit_fx.bench.links import FLUX, H200, L20, QWEN, Kind, title
+from cachedit_fx.bench.links import FLUX, QWEN, title
+from cachedit_fx.parallel_plan.cards import H200, L20, Kind
 from cachedit_fx.parallel_plan.costs import cost
 from cachedit_fx.parallel_plan.descriptions import Model, Split
 from cachedit_fx.report.tables import Table

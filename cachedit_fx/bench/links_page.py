@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cachedit_fx.bench import links, links_checks
 from cachedit_fx.parallel_plan import costs
+from cachedit_fx.parallel_plan.cards import H100, L20, WIRE_SHARE
 from cachedit_fx.parallel_plan.costs import cost
 from cachedit_fx.parallel_plan.descriptions import Model, Split
 from cachedit_fx.report.tables import Heading, Part
@@ -61,7 +62,7 @@ PICTURE = "links.png"
 
 def parts(models: Sequence[Model]) -> list[Part]:
     """The page for these models."""
-    h100 = links.H100.cards()
+    h100 = H100.cards()
     checked = [run for run in links_checks.RUNS if run.model in {model.name for model in models}]
     checks: list[Part] = [
         Heading("Against published times", 2),
@@ -88,13 +89,13 @@ def parts(models: Sequence[Model]) -> list[Part]:
         "The fastest kind of split, from 1 GB/s on:",
         links.winners(models, h100, 8),
         "The same with the L20's TFLOP/s and memory:",
-        links.winners(models, links.L20.cards(), 8),
+        links.winners(models, L20.cards(), 8),
         Heading("64 cards in eight nodes", 3),
         BETWEEN,
         links.speeds_table(models, h100, 64, is_between=True),
         Heading("What a step is made of", 2),
         PARTS,
-        links.parts_table(models, links.L20.cards(), 8),
+        links.parts_table(models, L20.cards(), 8),
         Heading("Forms of the exchange of heads", 2),
         FORMS,
         links.forms_table(models, 8),
@@ -112,7 +113,7 @@ def save_picture(models: Sequence[Model], path: Path) -> None:
     """Draw the time of a step by link speed, inside a node above and between nodes below."""
     from cachedit_fx.report.plots_links import Panel, save_links
 
-    cards = links.H100.cards()
+    cards = H100.cards()
 
     def alone(model: Model) -> float:
         return cost(model, cards, Split()).seconds
@@ -130,7 +131,7 @@ def save_picture(models: Sequence[Model], path: Path) -> None:
         ]
         for ranks, is_between in ((8, False), (64, True))
     ]
-    marks = {kind.wire: kind.link * links.WIRE_SHARE for kind in links.KINDS[:4]}
-    adapters = {f"{count} adapter{'s' * (count > 1)}": count * 50 / 8 * links.WIRE_SHARE for count in (1, 8)}
+    marks = {kind.wire: kind.link * WIRE_SHARE for kind in links.KINDS[:4]}
+    adapters = {f"{count} adapter{'s' * (count > 1)}": count * 50 / 8 * WIRE_SHARE for count in (1, 8)}
     labels = ("GB/s inside a node, 8 cards", "GB/s of a card between nodes, 8 nodes of 8 cards")
     save_links(rows, (marks, adapters), labels, (5, 20), path)

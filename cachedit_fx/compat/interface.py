@@ -164,7 +164,7 @@ def _present_options(module: torch.nn.Module) -> dict[str, Any]:
     state = next(iter(states_of(module)), None)
     if state is None:
         return {"cache": None}
-    return {each.name: getattr(state.options, each.name) for each in fields(Options)}
+    return {each.name: getattr(state.asked, each.name) for each in fields(Options)}
 
 
 def disable_cache(pipe_or_adapter: Model) -> Model:

@@ -421,7 +421,7 @@ class Options(ParallelOptions):
     def is_exact(self) -> bool:
         """Whether results without reuse equal the plain module's to the bit: nothing is fused, shared or replaced."""
         replaces = self.precision is not None or self.attention is not None
-        return self.inner_backend == "eager" and self.sizes.total == 1 and not replaces
+        return self.inner_backend == "eager" and self.is_alone and not replaces
 
     def compiles(self, kind: str) -> bool:
         """Whether the inner backend compiles pieces of this kind."""

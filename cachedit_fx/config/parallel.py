@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 from cachedit_fx.config.rules import OptionError, Rule, choice, integer, optional, setting
-from cachedit_fx.runtime.grid import Mesh, Sizes, is_mesh, sizes_of
+from cachedit_fx.runtime.grid import Grid, Mesh, Sizes, all_ranks, grid_of, is_mesh, sizes_of
 
 UlyssesInputs: TypeAlias = Literal["equal", "first_rank"]
+Parallel: TypeAlias = Literal["auto"]
 UlyssesFloat8: TypeAlias = bool | Literal["with_keys"]
 
 
@@ -16,6 +17,11 @@ UlyssesFloat8: TypeAlias = bool | Literal["with_keys"]
 class ParallelOptions:
     """The options of context parallelism."""
 
+    parallel: Parallel | None = setting(None, optional(choice(*get_args(Parallel))))
+    """"auto" = all ranks of torch.distributed share the work on one sample. The first call chooses how: the fastest way
+    by formulas of the graph's work, guidance, the number of ranks, and data sheets of the cards. It stands for
+    `cfg_parallel`, `ring_size`, `ulysses_size` and `ulysses_async`. `explain` says what was chosen and why. None = as
+    those options say."""
     ulysses_size: int = setting(None, optional(integer(1, "ranks")))
     """How many ranks of torch.distributed share the work on one sample: each computes a part of the tokens, and
     attention exchanges tokens for heads (Ulysses). 1 = each rank works alone. Consecutive ranks form a group, so the
@@ -62,6 +68,21 @@ class ParallelOptions:
         """How many ranks share a sample, in each dimension."""
         return Sizes(2 if self.cfg_parallel else 1, self.ring_size, self.ulysses_size)
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether each rank works alone."""
+        return self.parallel is None and self.sizes.total == 1
+
+    def grid(self) -> Grid | None:
+        """The ranks that share a sample with this one; None if it works alone. All processes must call it together.
+
+        Raises:
+            OptionError, RankMissing: as `grid_of`.
+        """
+        if self.parallel is not None:
+            return all_ranks(f"parallel={self.parallel!r}")
+        return grid_of(self.sizes, self.ulysses_mesh)
+
     def _canonical_sizes(self) -> dict[str, Any]:
         """The sizes, with those of the mesh for those that are left out."""
         mesh = self.ulysses_mesh
@@ -73,7 +94,16 @@ class ParallelOptions:
         }
 
     def _check_sizes(self) -> None:
-        """Raise if the sizes are not those of the mesh."""
+        """Raise if the sizes are not those of the mesh, or are given and to be chosen too."""
+        if self.parallel is not None:
+            words = [self.sizes.words] if self.sizes.total > 1 else []
+            words += ["ulysses_mesh"] if self.ulysses_mesh is not None else []
+            words += ["ulysses_async=True"] if self.ulysses_async else []
+            if words:
+                raise OptionError(
+                    f"parallel={self.parallel!r} chooses how ranks share a sample, and {words[0]} says it: leave out "
+                    "one of them"
+                )
         if self.ulysses_mesh is not None and self.sizes != (sizes := sizes_of(self.ulysses_mesh)):
             raise OptionError(
                 f"{self.sizes.words or 'ulysses_size=1'}, and ulysses_mesh has {sizes.total} ranks: leave out one of "

@@ -72,17 +72,21 @@ def _is_form(split: Split, of: Split) -> bool:
     return replace(split, is_async=of.is_async) == of
 
 
-def choose(model: Model, cards: Cards, ranks: int, *, with_async: bool = True, float8: Float8 = False) -> Plan:
+def choose(
+    model: Model, cards: Cards, ranks: int, *, with_async: bool = True, float8: Float8 = False, no_cfg: str = ""
+) -> Plan:
     """Every split of a step over exactly this many ranks, by the model of its cost.
 
     Args:
         with_async: whether exchanges may run beside the computation, which changes no bit.
         float8: what exchanges of heads send in eight bits. It changes numerics, so it is asked for, never chosen.
+        no_cfg: why the branches of guidance cannot be shared; empty if they can.
     """
     ranked, refused = [], []
     alone = cost(model, cards, Split()).seconds
     for split in splits_of(ranks, with_async, float8):
-        if obstacle := refusal(model, split):
+        obstacle = no_cfg if no_cfg and split.cfg > 1 else refusal(model, split)
+        if obstacle:
             refused.append((split, obstacle))
         else:
             found = cost(model, cards, split)

@@ -21,15 +21,16 @@ from cachedit_fx.passes.graph_values import is_of_module, tensor_of
 from cachedit_fx.passes.infer_sequence_axes import SequenceAxes
 from cachedit_fx.passes.layouts import Cut
 from cachedit_fx.passes.replace_attention import Call, attention_calls
+from cachedit_fx.ring import ring_attention
 
 
 def blocks_of(gm: fx.GraphModule, detection: Detection, axes: SequenceAxes) -> tuple[Blocks, ...]:
     """The blocks of the chain's loops, on one sample: an entry for each self-attention over cut tokens.
 
-    The first of a block has the block's other work too. It is empty if no heads change hands.
+    The first of a block has the block's other work too. It is empty if these ranks cannot share self-attention.
 
     Args:
-        detection, axes: facts of this graph, for any number of ranks above 1.
+        detection, axes: facts of this graph, for some ranks that exchange heads, or are a ring.
     """
     calls = {call.node: call for call in attention_calls(gm)}
     return tuple(blocks for loop in detection.chain_loops for blocks in _blocks_of(loop, calls, axes))
@@ -72,9 +73,12 @@ def _blocks_of(loop: BlockLoop, calls: Mapping[fx.Node, Call], axes: SequenceAxe
 
 
 def _exchanged(node: fx.Node, axes: SequenceAxes) -> Cut | None:
-    """How the tokens of self-attention are cut; None if its queries, keys and values do not all change hands."""
+    """How the tokens of self-attention are cut; None if its queries, keys and values are not all shared."""
     step = axes.steps.get(node)
-    return step.handed_on if step is not None else None
+    if step is None or step.target is not ring_attention:
+        return step.handed_on if step is not None else None
+    cut = step.result
+    return cut if isinstance(cut, Cut) else None
 
 
 def _is_divided(node: fx.Node, axes: SequenceAxes) -> bool:

@@ -139,7 +139,7 @@ def modules_of(pipe_or_module: Any, components: Sequence[str]) -> dict[str, nn.M
 def start_anew(module: nn.Module) -> None:
     """Let the next call of every session start a generation: stored values are those of other weights."""
     for state in states_of(module):
-        state.set_options(state.options)
+        state.set_options(state.asked)
 
 
 def bytes_of_layer(layer: Any) -> int:

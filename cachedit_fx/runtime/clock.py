@@ -205,7 +205,11 @@ def guidance() -> tuple[Any, bool]:
     )
     values = [value for value in scales if value is not None]
     scale = next((value for value in values if isinstance(value, Real)), values[0] if values else None)
-    words = (_attribute(pipeline, "do_classifier_free_guidance"), variables.get("do_classifier_free_guidance"))
+    words = (
+        _attribute(pipeline, "do_classifier_free_guidance"),
+        variables.get("do_classifier_free_guidance"),
+        variables.get("do_true_cfg"),
+    )
     return scale, any(word is True for word in words)
 
 

@@ -84,7 +84,7 @@ class CompiledCall:
         try:
             return verifier.check(module, args, kwargs, lambda: self._result(args, kwargs))
         except VerificationError:
-            self.state.set_options(self.state.options)  # the next call starts a generation: wrong values are not reused
+            self.state.set_options(self.state.asked)  # the next call starts a generation: wrong values are not reused
             raise
 
     def _result(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -89,12 +89,7 @@ def grid_of(sizes: Sizes, mesh: Mesh | None = None) -> Grid | None:
     """
     if sizes.total == 1:
         return None
-    if not dist.is_available() or not dist.is_initialized():
-        launch = "" if _is_launched() else f"start the program with torchrun --nproc_per_node={sizes.total}, and "
-        raise OptionError(
-            f"{sizes.words} needs {sizes.total} processes that know of each other: {launch}call "
-            "torch.distributed.init_process_group() before"
-        )
+    _check_group(sizes.words, str(sizes.total))
     introduce()
     if mesh is not None:
         return _grid_in(mesh, sizes)
@@ -113,6 +108,34 @@ def grid_of(sizes: Sizes, mesh: Mesh | None = None) -> Grid | None:
         row(sizes.tokens, 1),
         row(sizes.ring, sizes.ulysses),
         row(sizes.ulysses, 1),
+    )
+
+
+def all_ranks(words: str) -> Grid | None:
+    """All ranks, while it is not known yet how they share a sample; None if this process is the only one.
+
+    Args:
+        words: the option that asks for them.
+
+    Raises:
+        OptionError: without a process group.
+    """
+    _check_group(words, "")
+    world = dist.get_world_size()
+    if world == 1:
+        return None
+    introduce()
+    return Grid(_ranks_of(world, 1, world, words), None, None, None, None)
+
+
+def _check_group(words: str, number: str) -> None:
+    """Raise unless there is a process group, of this many processes; empty: of any number."""
+    if dist.is_available() and dist.is_initialized():
+        return
+    launch = "" if _is_launched() else f"start the program with torchrun --nproc_per_node={number or 'gpu'}, and "
+    raise OptionError(
+        f"{words} needs {number or 'several'} processes that know of each other: {launch}call "
+        "torch.distributed.init_process_group() before"
     )
 
 

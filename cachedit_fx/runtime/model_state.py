@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 from cachedit_fx.config.options import Options
 from cachedit_fx.passes.base import NOTHING_KNOWN, Facts
 from cachedit_fx.runtime.checksum import Memo, checksum
-from cachedit_fx.runtime.grid import grid_of
 from cachedit_fx.runtime.listener import Hint
 from cachedit_fx.runtime.presence import come_back, leave
 from cachedit_fx.runtime.session import Session, SessionBlock, present_block
@@ -27,6 +26,7 @@ from cachedit_fx.runtime.verification import Verifier
 from cachedit_fx.runtime.warning import warn
 
 if TYPE_CHECKING:
+    from cachedit_fx.auto_parallel import ParallelChoice
     from cachedit_fx.quantization.copies import WeightCopies
     from cachedit_fx.runtime.agreement import Agreement
     from cachedit_fx.runtime.graph import RewrittenGraph
@@ -44,7 +44,10 @@ class ModelState:
 
     Attributes:
         title: name of the model's class; empty if it is not known.
-        options: as parsed. Only settings that are read at each call may change later (`set_options`).
+        options: as parsed, with the sizes chosen in place of `parallel`. Only settings that are read at each call may
+            change later (`set_options`).
+        asked: as parsed.
+        choice: how the ranks share a sample, if that is chosen and a graph was seen.
         config: the config in `options.cache`; None if caching is off.
         grid: the ranks that share the work on one sample with this one; None if it works alone.
         ranks: all of them.
@@ -66,8 +69,9 @@ class ModelState:
         self.title = title
         self.options = options
         self.config = options.cache
-        self.grid = grid_of(options.sizes, options.ulysses_mesh)
-        self.ranks = self.grid.everyone if self.grid is not None else None
+        self.asked = options
+        self.choice: ParallelChoice | None = None
+        self._take_grid()
         self.is_apart = False
         self.hint: Callable[[], Hint] = Hint
         self.verifier = Verifier(options.is_exact) if options.verify else None
@@ -169,9 +173,19 @@ class ModelState:
 
     def set_options(self, options: Options) -> None:
         """Replace the options by others of equal structure. In every session the next call starts a new generation."""
-        self.options, self.config = options, options.cache
+        self.asked, self.config = options, options.cache
+        self.options = options if self.choice is None else self.choice.applied(options)
         for session in self.sessions():
             session.refresh(options.cache)
+
+    def settle(self, choice: ParallelChoice) -> None:
+        """Let the ranks share a sample as chosen, from the present graph on. All ranks must call it together."""
+        self.choice, self.options = choice, choice.applied(self.asked)
+        self._take_grid()
+
+    def _take_grid(self) -> None:
+        self.grid = self.options.grid()
+        self.ranks = self.grid.everyone if self.grid is not None else None
 
     def announce(self) -> None:
         """Tell the other ranks, if there are any, whether this one will come to calls of the model."""

@@ -163,7 +163,7 @@ def flat(result):
     return [leaf for leaf in tree_leaves(result) if torch.is_tensor(leaf)]
 
 
-ALONE = {name: "the capture breaks, or it writes to its inputs" for name in ()}
+ALONE = dict.fromkeys((), "the capture breaks, or it writes to its inputs")
 """Classes whose calls no rank can leave to another one, and why."""
 
 

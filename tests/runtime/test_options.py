@@ -243,6 +243,7 @@ OTHER_STRUCTURE = {
     "ulysses_inputs": "first_rank",
     "ulysses_float8": "with_keys",
     "ulysses_async": True,
+    "parallel": "auto",
     "ring_size": 2,
     "cfg_parallel": True,
     "ulysses_mesh": dist.ProcessGroup(dist.HashStore(), 0, 2),

@@ -16,6 +16,7 @@ from cachedit_fx.bench.graphs import largest_graph
 from cachedit_fx.bench.ulysses import count, pretended
 from cachedit_fx.capture import copy_of
 from cachedit_fx.config.options import parse_options
+from cachedit_fx.parallel_plan.cards import L20
 from cachedit_fx.parallel_plan.choice import choose
 from cachedit_fx.parallel_plan.costs import cost
 from cachedit_fx.parallel_plan.counts import blocks_of
@@ -84,7 +85,7 @@ def test_bytes_are_those_that_the_graph_sends(captured, blocks):
     share = count("tiny", module, gm, 2)
     assert share is not None
     model = Model("tiny", blocks, 16 * 4 * 4, element_bytes=4)
-    assert sum(cost(model, links.L20.cards(), Split(ulysses=2)).sent.values()) == share.sent
+    assert sum(cost(model, L20.cards(), Split(ulysses=2)).sent.values()) == share.sent
 
 
 @pytest.mark.full("parallel")
@@ -95,7 +96,7 @@ def test_large_models_are_counted(name):
 
 
 def test_bytes_of_large_models_are_those_of_the_other_page():
-    sent = {model.name: cost(replace(model, branches=1), links.L20.cards(), Split(ulysses=8)).sent for model in MODELS}
+    sent = {model.name: cost(replace(model, branches=1), L20.cards(), Split(ulysses=8)).sent for model in MODELS}
     other = (ROOT / "docs/performance/ulysses.md").read_text()
     for ours, theirs in ((links.FLUX, links.FLUX), (links.QWEN, links.QWEN), (links.WAN_720, links.WAN)):
         line = next(line for line in other.splitlines() if line.startswith(f"| {theirs} | 8 |"))
