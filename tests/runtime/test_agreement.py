@@ -203,6 +203,7 @@ def found_within():
     return on_ranks(within_generations, seconds=20)
 
 
+@pytest.mark.budget(40, "two ranks run all schedules")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("setting", ["cached", "uncached"])
 def test_samples_may_differ_by_rounding_within_a_generation(setting, schedule):

@@ -163,7 +163,7 @@ def flat(result):
     return [leaf for leaf in tree_leaves(result) if torch.is_tensor(leaf)]
 
 
-ALONE = dict.fromkeys((), "the capture breaks, or it writes to its inputs")
+ALONE: dict[str, str] = {}
 """Classes whose calls no rank can leave to another one, and why."""
 
 

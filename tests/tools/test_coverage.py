@@ -54,6 +54,7 @@ def models_file(tmp_path):
     return file
 
 
+@pytest.mark.budget(40, "three models, and counts for two ranks")
 def test_the_table_says_what_held_and_what_did_not(models_file, tmp_path):
     out = tmp_path / "found" / "table.md"
     result = invoke("coverage", models_file, "--out", out)
