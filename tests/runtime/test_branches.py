@@ -27,6 +27,7 @@ from cachedit_fx.runtime import graph
 from cachedit_fx.runtime.awaited import Arrival, Awaited
 from cachedit_fx.runtime.branches import Branches, Form
 from cachedit_fx.runtime.graph import CachedGraph
+from cachedit_fx.shapes import generate, held_out_prompts, load_pipeline
 
 pytestmark = [pytest.mark.keep_compiled, pytest.mark.xdist_group("ulysses")]
 
@@ -141,6 +142,32 @@ def test_equals_one_rank(pipeline, setting):
             assert parts[0][2] + parts[1][2] == calls
     first, second = (found[-1][1] for found in both)
     assert {branch % 2 for _, branch, _, _ in first} <= {0} and {branch % 2 for _, branch, _, _ in second} <= {1}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Grids
+
+
+def guided_pictures(**ranks):
+    """Pictures of the bundled model with guidance, and the cached steps of both branches."""
+    pipe = load_pipeline()
+    settings = DBCACHE | {"max_warmup_steps": 2, "residual_diff_threshold": 0.3}
+    cachedit_fx.enable_cache(pipe, inner_backend="eager", **settings, **ranks)
+    pictures = [generate(pipe, held_out_prompts(1, 0), 8, seed, true_cfg_scale=3.0) for seed in range(2)]
+    (stats,) = cachedit_fx.summary(pipe)
+    return pictures, (stats.cached_steps, stats.cfg_cached_steps)
+
+
+@pytest.mark.full("parallel")
+@pytest.mark.budget(240, "the bundled model, captured on four ranks")
+@pytest.mark.parametrize("size", ["ulysses_size", "ring_size"])
+def test_branches_and_tokens_make_a_grid(size):
+    expected, cached = guided_pictures()
+    found = on_ranks(lambda rank: guided_pictures(cfg_parallel=True, **{size: 2}), ranks=4, seconds=120)
+    for rank, (pictures, steps) in enumerate(found):
+        assert all(map(close, pictures, expected))
+        branch = rank // 2
+        assert steps[branch] == cached[branch] and cached[branch] and not steps[1 - branch]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
