@@ -28,15 +28,12 @@ from cachedit_fx.passes.base import NOTHING_KNOWN, Facts, Traced
 from cachedit_fx.passes.find_timestep import FindTimestep
 from cachedit_fx.passes.graph_aliases import writes_to_inputs
 from cachedit_fx.passes.graph_values import is_of_module
-from cachedit_fx.passes.insert_cache_branch import CacheBranch
-from cachedit_fx.passes.insert_cfg_parallel import BatchParallel
 from cachedit_fx.passes.insert_low_precision import LowPrecision
 from cachedit_fx.passes.insert_ulysses import ContextParallel
 from cachedit_fx.passes.manager import Outcome
 from cachedit_fx.passes.replace_attention import ReplacedAttention
 from cachedit_fx.runtime.agreement import Captured
-from cachedit_fx.runtime.branches import branch_obstacle
-from cachedit_fx.runtime.graph import GRADIENTS, GRADIENTS_ON_RANKS, UncachedGraph, graph_of
+from cachedit_fx.runtime.graph import GRADIENTS, GRADIENTS_ON_RANKS, CachedGraph, UncachedGraph, graph_of
 from cachedit_fx.runtime.host_pieces import claim_pieces, mark_weights, refuse_weights
 from cachedit_fx.runtime.model_state import ModelState
 from cachedit_fx.runtime.presence import leave
@@ -111,17 +108,17 @@ def compile_graph(
         compared = None  # no rank needs another one in this graph
     if parallel is not None and parallel.gathers:
         warn(parallel.note)
-    if options.cfg_parallel and BatchParallel not in outcome.facts:
-        obstacle = branch_obstacle(gm, writes_to_inputs(gm.graph))
-        if obstacle is not None and CacheBranch in outcome.facts:
-            warn(f"cfg_parallel: every rank computes all branches of {model_in_frame() or 'the model'}: {obstacle}")
     attention = outcome.facts.get(ReplacedAttention)
     if attention is not None and attention.warning is not None:
         warn(attention.warning)
     forward = lower(outcome, options) or compile_whole(gm, example_inputs, options)
     if verifier is not None:
         forward = verifier.watch(forward, captured, outcome, lambda: rewrite(copy_of(captured), options, traced))
-    return graph_of(gm, forward, finder, outcome, compared)
+    graph = graph_of(gm, forward, finder, outcome, compared)
+    if options.cfg_parallel and isinstance(graph, CachedGraph) and not (graph.shares_branches or graph.divides_batch):
+        name = model_in_frame() or "the model"
+        warn(f"cfg_parallel: every rank computes all branches of {name}: {graph.branch_obstacle}")
+    return graph
 
 
 def _compared(gm: fx.GraphModule, options: Options) -> Captured:

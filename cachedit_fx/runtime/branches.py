@@ -176,7 +176,7 @@ class Branches:
         if owner == self.ranks.rank:
             return self._computed(known, compute)
         call.on_success(lambda: call.session.record_elsewhere(branch))
-        return self._awaited(known, owner, call)
+        return self._awaited(known, owner)
 
     def _learn(self, form: Hashable, signature: Hashable, results: Sequence[Any]) -> None:
         forms = (Form.of(value) if isinstance(value, torch.Tensor) else value for value in results)
@@ -207,7 +207,7 @@ class Branches:
                 message[start : start + form.bytes] = form.sent(value)
         self._note(self._broadcast(message, self.ranks.rank).wait)
 
-    def _awaited(self, known: Known, owner: int, call: Call) -> Sequence[Any]:
+    def _awaited(self, known: Known, owner: int) -> Sequence[Any]:
         """The results on their way from their owner. Nothing waits."""
         message = self._message(known)
         work, header = self._broadcast(message, owner), message[:HEADER].view(torch.int64)
