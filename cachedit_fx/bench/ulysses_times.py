@@ -1,10 +1,7 @@
 """Times steps of a random FLUX that two ranks share, over those of one rank and of cache-dit's Ulysses, on a CPU.
 
-    rank 0   alone ─► its part ─► its part by cache-dit ─► alone ─► ...       one process and one thread a rank, gloo
-    rank 1   waits ─► its part ─► its part by cache-dit ─► waits ─► ...
-
-CPU seconds are told, since a rank that waits for the other one takes none. Wall times are told only if both ranks had a
-core each, which a loop before and after the steps shows.
+rank 0   alone ─► its part ─► its part by cache-dit ─► alone ─► ...       one process and one thread a rank, gloo
+rank 1   waits ─► its part ─► its part by cache-dit ─► waits ─► ...
 """
 
 from __future__ import annotations
@@ -12,35 +9,28 @@ from __future__ import annotations
 import copy
 import json
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
 
 import cachedit_fx
 from cachedit_fx.bench.flux import STEP, Size, inputs, make
 from cachedit_fx.bench.peers import cache_dit_ulysses
 from cachedit_fx.bench.process import answer_of
+from cachedit_fx.bench.two_ranks import FREE, RANKS, Times, answer_of_ranks, cores, everywhere, ratio, share_of_core
 from cachedit_fx.report.tables import Table
 
-RANKS = 2
 UNCACHED, COMPUTED, CACHED = "no cache", "computed", "cached"
 """Kinds of steps; the last two are those of a model with a cache."""
 ALONE, SHARED, PEER = "one rank", "two ranks", "cache-dit"
 """Who makes them."""
 WARMUP = 3
 """Rounds before those that count."""
-FREE = 0.95
-"""The least share of a core that counts as a whole one."""
-
-Seconds = list[float]
 
 
 @dataclass(frozen=True)
@@ -57,22 +47,18 @@ class Timing:
 
     tokens: int
     inner_backend: str
-    cpu: dict[str, dict[str, Seconds]]
-    wall: dict[str, dict[str, Seconds]]
+    cpu: Times
+    wall: Times
     share: float
     errors: dict[str, float]
 
     def ratio(self, kind: str, above: str, below: str) -> float:
         """Median over the rounds of CPU seconds a rank over those of another."""
-        return _ratio(self.cpu[kind], above, below)
+        return ratio(self.cpu[kind], above, below)
 
     def wall_ratio(self, kind: str) -> float | None:
         """Likewise of wall times, of two ranks over one. None: there were no cores for both."""
-        return _ratio(self.wall[kind], SHARED, ALONE) if self.share >= FREE else None
-
-
-def _ratio(seconds: dict[str, Seconds], above: str, below: str) -> float:
-    return median(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
+        return ratio(self.wall[kind], SHARED, ALONE) if self.share >= FREE else None
 
 
 def measure(size: Size, rounds: int, inner_backend: str, peer_python: str | None = None) -> Timing:
@@ -118,10 +104,9 @@ def notes(rows: Sequence[Timing]) -> list[str]:
     results = []
     for row in rows:
         errors = ", ".join(f"{who} {error:.1e}" for who, error in row.errors.items() if who != ALONE)
-        cores = "both ranks had a core" if row.share >= FREE else "other processes ran at the same time: no wall times"
         results.append(
             f"{row.inner_backend}, {row.tokens} image tokens: each rank got at least {row.share:.0%} of a core, so "
-            f"{cores}. Largest difference from one rank's result, over its largest value: {errors}."
+            f"{cores(row.share)}. Largest difference from one rank's result, over its largest value: {errors}."
         )
     return results
 
@@ -130,24 +115,14 @@ def notes(rows: Sequence[Timing]) -> list[str]:
 # One rank
 
 
-def _rank(rank: int, store: str, request: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS, store=dist.FileStore(store, RANKS))
-    with torch.no_grad():
-        answer = _answer(**request)
-    if rank == 0:
-        print(json.dumps(answer), flush=True)
-    dist.destroy_process_group()
-
-
 def _answer(size: Sequence[int], rounds: int, inner_backend: str, has_peer: bool) -> dict[str, Any]:
     """The fields of a `Timing`; complete on rank 0 only."""
     module, arguments = make(Size(*size)), inputs(Size(*size))
     models = _models(module, inner_backend, has_peer)
-    cpu: dict[str, dict[str, Seconds]] = {kind: {} for kind in (UNCACHED, COMPUTED, CACHED)}
-    wall: dict[str, dict[str, Seconds]] = {kind: {} for kind in cpu}
+    cpu: Times = {kind: {} for kind in (UNCACHED, COMPUTED, CACHED)}
+    wall: Times = {kind: {} for kind in cpu}
     outputs: dict[str, torch.Tensor] = {}
-    shares = [_share_of_core()]
+    shares = [share_of_core()]
     for turn in range(WARMUP + rounds):
         for (who, kinds), model in models.items() if turn % 2 else reversed(models.items()):
             for number, kind in enumerate(kinds):
@@ -158,7 +133,7 @@ def _answer(size: Sequence[int], rounds: int, inner_backend: str, has_peer: bool
                     wall[kind].setdefault(who, []).append(slowest)
                 if kind == UNCACHED:
                     outputs[who] = output
-    shares.append(_share_of_core())
+    shares.append(share_of_core())
     largest = outputs[ALONE].abs().max()
     errors = {who: ((output - outputs[ALONE]).abs().max() / largest).item() for who, output in outputs.items()}
     return {"cpu": cpu, "wall": wall, "share": min(shares), "errors": errors}
@@ -193,31 +168,9 @@ def _timed(model: Any, arguments: dict[str, Any], is_alone: bool) -> tuple[float
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     if is_alone:
         return cpu, wall, output
-    seconds = _everywhere(cpu)
-    return sum(seconds) / RANKS, max(_everywhere(wall)), output
-
-
-def _share_of_core() -> float:
-    """The share of a core that each rank gets at least if all of them compute, from 0 to 1."""
-    dist.barrier()
-    wall, cpu = time.perf_counter(), time.process_time()
-    while time.perf_counter() - wall < 0.5:
-        pass
-    return min(_everywhere((time.process_time() - cpu) / (time.perf_counter() - wall)))
-
-
-def _everywhere(number: float) -> list[float]:
-    """The number of each rank, by rank."""
-    numbers = [torch.zeros(1, dtype=torch.float64) for _ in range(RANKS)]
-    dist.all_gather(numbers, torch.tensor([number], dtype=torch.float64))
-    return [each.item() for each in numbers]
-
-
-def main(request: dict[str, Any], start: Callable[..., Any] = multiprocessing.start_processes) -> None:
-    """Start the ranks. Rank 0 prints what it found."""
-    with tempfile.TemporaryDirectory() as folder:
-        start(_rank, (str(Path(folder) / "store"), request), nprocs=RANKS, start_method="spawn")
+    seconds = everywhere(cpu)
+    return sum(seconds) / RANKS, max(everywhere(wall)), output
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    answer_of_ranks(_answer, json.loads(sys.argv[1]))

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from cachedit_fx.cli.bench import BenchGroup, bench
+from cachedit_fx.cli.branches import branches
 from cachedit_fx.cli.cold import cold
 from cachedit_fx.cli.coverage import coverage
 from cachedit_fx.cli.demo import demo
@@ -79,7 +80,16 @@ benches = typer.Typer(
     rich_markup_mode="rich",
 )
 benches.callback(help=_unwrapped(bench))(bench)
-_add(benches, overhead=overhead, cold=cold, motion=motion, quantized=quantized, ulysses=ulysses, links=links)
+_add(
+    benches,
+    overhead=overhead,
+    cold=cold,
+    motion=motion,
+    quantized=quantized,
+    ulysses=ulysses,
+    links=links,
+    branches=branches,
+)
 app.add_typer(benches)
 _add(app, coverage=coverage, metrics=metrics, sensitivity=sensitivity)
 _add(kernels, verify=verify, bench=bandwidth, attention=attention, fusion=fusion)

@@ -12,14 +12,16 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
+import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from cachedit_fx.parallel_plan.descriptions import Blocks
 from cachedit_fx.passes.block_loops import BlockLoop, Detection
-from cachedit_fx.passes.graph_cost import bytes_of, cost_of, hint, inner_size, is_compute
+from cachedit_fx.passes.graph_cost import UNKNOWN_SIZE, bytes_of, cost_of, hint, inner_size, is_compute
 from cachedit_fx.passes.graph_values import is_of_module, tensor_of
 from cachedit_fx.passes.infer_sequence_axes import SequenceAxes
-from cachedit_fx.passes.layouts import Cut
+from cachedit_fx.passes.layouts import Cut, Segment
 from cachedit_fx.passes.replace_attention import Call, attention_calls
 from cachedit_fx.ring import ring_attention
 
@@ -55,7 +57,7 @@ def _blocks_of(loop: BlockLoop, calls: Mapping[fx.Node, Call], axes: SequenceAxe
         blocks = Blocks(
             name=loop.name,
             count=len(loop.blocks),
-            segments=tuple(hint(segment.length) for segment in cut.segments),
+            segments=tuple(_length(segment, query) for segment in cut.segments),
             heads=heads,
             head_size=head_size,
             width=next(widths, heads * head_size),
@@ -70,6 +72,15 @@ def _blocks_of(loop: BlockLoop, calls: Mapping[fx.Node, Call], axes: SequenceAxe
                 weight_bytes=sum(map(bytes_of, weights)),
             )
         yield blocks
+
+
+def _length(segment: Segment, tensor: torch.Tensor) -> int:
+    """Tokens of a segment, of the size that the graph was captured at; symbols are those of the tensor's graph."""
+    size = segment.length
+    if isinstance(size, int):
+        return size
+    assert isinstance(tensor, FakeTensor) and tensor.fake_mode.shape_env is not None
+    return tensor.fake_mode.shape_env.optimization_hint(size, fallback=UNKNOWN_SIZE)
 
 
 def _exchanged(node: fx.Node, axes: SequenceAxes) -> Cut | None:

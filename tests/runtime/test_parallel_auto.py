@@ -25,6 +25,7 @@ from cachedit_fx.config.rules import OptionError
 from cachedit_fx.parallel_plan import cards
 from cachedit_fx.parallel_plan.descriptions import Cards, Link, Split
 from cachedit_fx.passes.base import NOTHING_KNOWN
+from cachedit_fx.passes.graph_values import value_of
 from cachedit_fx.runtime.clock import guidance
 from cachedit_fx.runtime.registry import states_of
 
@@ -97,6 +98,13 @@ def test_links_choose():
     slow = Cards("slow links", 1e-3, 50, Link(0.01, 1e-9), Link(0.01, 1e-9))
     fast, other = choice(2, 2), choice(2, 2, slow)
     assert not fast.split.is_async and other.split.is_async
+
+
+def test_lengths_that_vary_count_as_captured():
+    module, inputs = odd_flux()
+    fixed, varying = (capture(module, dynamic=dynamic, **inputs(3)).gm for dynamic in (False, True))
+    assert any(isinstance(value_of(node), torch.SymInt) for node in varying.graph.find_nodes(op="placeholder"))
+    assert choice_for(varying, 2) == choice_for(fixed, 2)
 
 
 def test_grouped_heads_choose():

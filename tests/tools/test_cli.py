@@ -37,6 +37,7 @@ COMMANDS = (
     ["bench", "quantized"],
     ["bench", "ulysses"],
     ["bench", "links"],
+    ["bench", "branches"],
     ["coverage"],
     ["metrics"],
     ["sensitivity"],
