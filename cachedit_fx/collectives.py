@@ -45,7 +45,7 @@ def cut_sequence(x: torch.Tensor, axis: int, segments: Segments, group: str) -> 
 
 def gather_sequence(x: torch.Tensor, axis: int, segments: Segments, group: str) -> torch.Tensor:
     """The whole tensor, from all ranks' parts."""
-    return wait_gather_sequence(start_gather_sequence(x, axis, segments, group), x, axis, segments, group)
+    return _whole(gather_sequence, x, axis, segments, group)
 
 
 def start_gather_sequence(x: torch.Tensor, axis: int, segments: Segments, group: str) -> torch.Tensor:
@@ -82,27 +82,19 @@ def exchange(
 ) -> torch.Tensor:
     """A tensor that is cut along `axis`, cut along `new_axis` instead.
 
-    A whole axis of several segments is in the order of the ranks' parts, both in `x` and in the result.
+    A whole axis of several segments is in the order of the ranks' parts, both in `x` and in the result. The arguments
+    after `x` are the way of the exchange, which all forms of it take.
 
     Args:
         ring: another group. Its ranks share the tokens, the later one of the two axes, with those of `group`.
     """
-    started = start_exchange(x, axis, segments, new_axis, new_segments, group, ring)
-    return wait_exchange(started, x, axis, segments, new_axis, new_segments, group, ring)
+    return _whole(exchange, x, axis, segments, new_axis, new_segments, group, ring)
 
 
-def start_exchange(
-    x: torch.Tensor,
-    axis: int,
-    segments: Segments,
-    new_axis: int,
-    new_segments: Segments,
-    group: str,
-    ring: str = "",
-) -> torch.Tensor:
+def start_exchange(x: torch.Tensor, *way: Any) -> torch.Tensor:
     """Begin what `wait_exchange` ends."""
-    rank, _ = place_in(group)
-    old, new = _parts_of_both(axis, segments, new_axis, new_segments, group, ring)
+    axis, _, new_axis, _, group, *_ = way
+    (rank, _), (old, new) = place_in(group), _parts_of_both(*way)
     sent = x.movedim((new_axis, axis), (0, 1)).contiguous()
     width = _product(sent.shape[2:])
     received_lengths = [new[rank] * length * width for length in old]
@@ -113,30 +105,12 @@ def start_exchange(
     )
 
 
-def wait_exchange(
-    started: torch.Tensor,
-    x: torch.Tensor,
-    axis: int,
-    segments: Segments,
-    new_axis: int,
-    new_segments: Segments,
-    group: str,
-    ring: str = "",
-) -> torch.Tensor:
+def wait_exchange(started: torch.Tensor, x: torch.Tensor, *way: Any) -> torch.Tensor:
     """The result of what was started with these arguments. Of `x` only the form is read."""
-    rest = x.movedim((new_axis, axis), (0, 1)).shape[2:]
-    return _from_ranks(_wait(started, x), rest, axis, segments, new_axis, new_segments, group, ring)
+    return _from_ranks(_wait(started, x), _others(x, *way), *way)
 
 
-def exchange_float8(
-    x: torch.Tensor,
-    axis: int,
-    segments: Segments,
-    new_axis: int,
-    new_segments: Segments,
-    group: str,
-    ring: str = "",
-) -> torch.Tensor:
+def exchange_float8(x: torch.Tensor, *way: Any) -> torch.Tensor:
     """As `exchange`, with rows of the last dimension sent in eight bits and a scale each (`kernels.quant_fp8`).
 
     Infinities arrive as NaN, since a row's scale is that of its finite numbers.
@@ -144,100 +118,56 @@ def exchange_float8(
     Args:
         x: float16, bfloat16 or float32, with [..., head_dim] as the last dimension, which is whole.
     """
-    started = start_exchange_float8(x, axis, segments, new_axis, new_segments, group, ring)
-    return wait_exchange_float8(started, x, axis, segments, new_axis, new_segments, group, ring)
+    return _whole(exchange_float8, x, *way)
 
 
-def start_exchange_float8(
-    x: torch.Tensor,
-    axis: int,
-    segments: Segments,
-    new_axis: int,
-    new_segments: Segments,
-    group: str,
-    ring: str = "",
-) -> torch.Tensor:
+def start_exchange_float8(x: torch.Tensor, *way: Any) -> torch.Tensor:
     """Begin what `wait_exchange_float8` ends."""
     packed = torch.ops.cachedit_fx.quant_fp8(torch.where(x.isinf(), torch.nan, x).unsqueeze(-2))
-    return start_exchange(packed, axis, segments, new_axis, new_segments, group, ring)
+    return start_exchange(packed, *way)
 
 
-def wait_exchange_float8(
-    started: torch.Tensor,
-    x: torch.Tensor,
-    axis: int,
-    segments: Segments,
-    new_axis: int,
-    new_segments: Segments,
-    group: str,
-    ring: str = "",
-) -> torch.Tensor:
+def wait_exchange_float8(started: torch.Tensor, x: torch.Tensor, *way: Any) -> torch.Tensor:
     """The result of what was started with these arguments. Of `x` only the form is read."""
-    rest = (*x.movedim((new_axis, axis), (0, 1)).shape[2:-1], x.shape[-1] + SCALE_BYTES)
-    received = _from_ranks(_wait(started, x), rest, axis, segments, new_axis, new_segments, group, ring)
+    sizes = *_others(x, *way)[:-1], x.shape[-1] + SCALE_BYTES
+    received = _from_ranks(_wait(started, x), sizes, *way)
     values: torch.Tensor = torch.ops.cachedit_fx.dequant_fp8(received, 1, x.dtype)
     return values.squeeze(-2)
 
 
-def exchange_centred_float8(
-    x: torch.Tensor,
-    axis: int,
-    segments: Segments,
-    new_axis: int,
-    new_segments: Segments,
-    group: str,
-    ring: str = "",
-) -> torch.Tensor:
-    """As `exchange_float8`, less the mean of each rank's part along `axis`, which travels beside it.
+def exchange_centred_float8(x: torch.Tensor, *way: Any) -> torch.Tensor:
+    """As `exchange_float8`, less the mean of each rank's part along the old axis, which travels beside it.
 
     Keys often share a large offset, which would take most of the codes.
     """
-    started = start_exchange_centred_float8(x, axis, segments, new_axis, new_segments, group, ring)
-    return wait_exchange_centred_float8(started, x, axis, segments, new_axis, new_segments, group, ring)
+    return _whole(exchange_centred_float8, x, *way)
 
 
-def start_exchange_centred_float8(
-    x: torch.Tensor,
-    axis: int,
-    segments: Segments,
-    new_axis: int,
-    new_segments: Segments,
-    group: str,
-    ring: str = "",
-) -> tuple[torch.Tensor, torch.Tensor]:
+def start_exchange_centred_float8(x: torch.Tensor, *way: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Begin what `wait_exchange_centred_float8` ends: two collectives."""
-    rank, ranks = place_in(group)
-    length = max(_parts(segments, group, ring)[rank], 1)
+    axis, segments, _, _, group, *ring = way
+    length = max(_parts(segments, group, *ring)[place_in(group)[0]], 1)
     mean = (x.sum(axis, keepdim=True, dtype=torch.float32) / length).to(x.dtype)
-    values = start_exchange_float8(x - mean, axis, segments, new_axis, new_segments, group, ring)
-    return values, start_exchange(mean, axis, ((ranks, 1),), new_axis, new_segments, group)
+    return start_exchange_float8(x - mean, *way), start_exchange(mean, *_way_of_means(*way))
 
 
 def wait_exchange_centred_float8(
-    started: tuple[torch.Tensor, torch.Tensor],
-    x: torch.Tensor,
-    axis: int,
-    segments: Segments,
-    new_axis: int,
-    new_segments: Segments,
-    group: str,
-    ring: str = "",
+    started: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor, *way: Any
 ) -> torch.Tensor:
     """The result of what was started with these arguments. Of `x` only the form is read."""
-    _, ranks = place_in(group)
-    lengths = _parts(segments, group, ring)
-    received = wait_exchange_float8(started[0], x, axis, segments, new_axis, new_segments, group, ring)
-    means = wait_exchange(started[1], x, axis, ((ranks, 1),), new_axis, new_segments, group)
+    axis, segments, _, _, group, *ring = way
+    received = wait_exchange_float8(started[0], x, *way)
+    means = wait_exchange(started[1], x, *_way_of_means(*way))
     each = [
         part.expand(*part.shape[:axis], length, *part.shape[axis + 1 :])
-        for part, length in zip(means.split(1, axis), lengths, strict=True)
+        for part, length in zip(means.split(1, axis), _parts(segments, group, *ring), strict=True)
     ]
     return received + torch.cat(each, axis)
 
 
 def sum_over_ranks(x: torch.Tensor, group: str) -> torch.Tensor:
     """The sum of all ranks' tensors."""
-    return wait_sum_over_ranks(start_sum_over_ranks(x, group), x, group)
+    return _whole(sum_over_ranks, x, group)
 
 
 def start_sum_over_ranks(x: torch.Tensor, group: str) -> torch.Tensor:
@@ -298,7 +228,7 @@ HALVES: dict[Callable[..., Any], tuple[Callable[..., Any], Callable[..., Any]]] 
     exchange_centred_float8: (start_exchange_centred_float8, wait_exchange_centred_float8),
     sum_over_ranks: (start_sum_over_ranks, wait_sum_over_ranks),
 }
-"""Collective -> its halves: `f(*arguments)` is `wait_f(start_f(*arguments), *arguments)`."""
+"""Collective -> its halves."""
 COMMUNICATING = frozenset(HALVES).union(start for start, _ in HALVES.values())
 """The functions that all ranks of a group must call together."""
 LOCAL = frozenset({cut_sequence, order_by_rank, take_segments, split_segments, write_segments_, whole_size})
@@ -353,7 +283,7 @@ def lengths_in_ring(segments: Segments, ring: str, ulysses: str) -> list[Any]:
 
 
 def _parts_of_both(
-    axis: int, segments: Segments, new_axis: int, new_segments: Segments, group: str, ring: str
+    axis: int, segments: Segments, new_axis: int, new_segments: Segments, group: str, ring: str = ""
 ) -> tuple[list[Any], list[Any]]:
     """The lengths of the group's parts along both axes of an exchange. A ring shares the later axis, the tokens."""
     rings = (ring, "") if axis > new_axis else ("", ring)
@@ -373,26 +303,33 @@ def _product(sizes: Sequence[Any]) -> Any:
     return functools.reduce(operator.mul, sizes, 1)
 
 
-def _from_ranks(
-    received: torch.Tensor,
-    rest: Sequence[Any],
-    axis: int,
-    segments: Segments,
-    new_axis: int,
-    new_segments: Segments,
-    group: str,
-    ring: str,
-) -> torch.Tensor:
-    """The result of an exchange, from what the ranks sent: one after another, flat. `rest` are the other sizes."""
-    rank, ranks = place_in(group)
-    old, new = _parts_of_both(axis, segments, new_axis, new_segments, group, ring)
+def _whole(collective: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a collective, from its halves."""
+    start, wait = HALVES[collective]
+    return wait(start(*arguments), *arguments)
+
+
+def _way_of_means(axis: int, _: Segments, new_axis: int, new_segments: Segments, group: str, *ring: str) -> Any:
+    """The way of one row of each rank's part. The ranks of a ring have none of each other's."""
+    return axis, ((place_in(group)[1], 1),), new_axis, new_segments, group
+
+
+def _others(x: torch.Tensor, axis: int, _: Segments, new_axis: int, *rest: Any) -> Sequence[Any]:
+    """The sizes of the axes that an exchange leaves alone."""
+    return x.movedim((new_axis, axis), (0, 1)).shape[2:]
+
+
+def _from_ranks(received: torch.Tensor, others: Sequence[Any], *way: Any) -> torch.Tensor:
+    """The result of an exchange, from what the ranks sent: one after another, flat. `others` are the other sizes."""
+    axis, _, new_axis, _, group, *_ = way
+    (rank, ranks), (old, new) = place_in(group), _parts_of_both(*way)
     own = new[rank]
     if _are_equal(old):
-        parts = received.view(ranks, own, old[rank], *rest)
-        joined = parts.transpose(0, 1).reshape(own, ranks * old[rank], *rest)
+        parts = received.view(ranks, own, old[rank], *others)
+        joined = parts.transpose(0, 1).reshape(own, ranks * old[rank], *others)
     else:
-        pieces = received.split([own * length * _product(rest) for length in old])
-        joined = torch.cat([p.view(own, n, *rest) for p, n in zip(pieces, old, strict=True)], 1)
+        pieces = received.split([own * length * _product(others) for length in old])
+        joined = torch.cat([p.view(own, n, *others) for p, n in zip(pieces, old, strict=True)], 1)
     return joined.movedim((0, 1), (new_axis, axis))
 
 
