@@ -6,7 +6,7 @@
     out = self.proj(exchange_float8(y))
 
 Each head of a token gets a scale, which travels beside its values. Keys bear rounding less than the others: they keep
-their bits, or travel less the mean of each rank's part.
+their bits, or travel less the mean of each rank's part. A value that is keys too travels as keys do.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class SendFloat8(Rewrite):
 
     def _replace(self, call: Call) -> int:
         """Replace the exchanges around one call; their number."""
-        targets = {"query": collectives.exchange_float8, "value": collectives.exchange_float8}
-        if self.with_keys:
-            targets["key"] = collectives.exchange_centred_float8
-        sent = {node: target for name, target in targets.items() if _is_exchange(node := call.arguments[name])}
+        plain, centred = collectives.exchange_float8, collectives.exchange_centred_float8
+        targets = {"query": plain, "value": plain, "key": centred if self.with_keys else None}
+        exchanges = {node: target for name, target in targets.items() if _is_exchange(node := call.arguments[name])}
+        sent = {node: target for node, target in exchanges.items() if target is not None}
         received = [user for user in call.node.users if _is_exchange(user)]
         if not sent:
             return 0

@@ -45,8 +45,8 @@ PARTS = {
     "kernels": "every specialisation of the Triton kernels, compiled ahead of time; numerics in float16 and float32",
     "peers": "the same settings run by cache-dit itself, in the environment that PEERS_PYTHON names, and the order of "
     "calls in its scripts with inductor",
-    "parallel": "every transformer class of diffusers on two ranks of gloo, against one; ranks compiled by inductor; "
-    "`examples/ulysses.py`",
+    "parallel": "every transformer class of diffusers on two ranks of gloo, against one: by tokens, in a ring, by "
+    "branches; pipelines whose branches two ranks share; ranks compiled by inductor; `examples/ulysses.py`",
     "quality": "a plan of quantization on the bundled model against other choices of its size",
     "packaging": "every module imported from each place that Python may start in; the backend found by its name",
 }

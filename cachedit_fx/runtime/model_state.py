@@ -190,7 +190,7 @@ class ModelState:
     def announce(self) -> None:
         """Tell the other ranks, if there are any, whether this one will come to calls of the model."""
         if self.ranks is None:
-            leave(self.title, "enabled the cache with ulysses_size=1")
+            leave(self.title, "enabled the cache for itself alone")
         else:
             come_back(self.title)
 

@@ -7,13 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
+from lib.helpers import capture, outcome_of
+from lib.mixing import Model, heads_of, tokens
 from lib.ranks import close, on_ranks
 from lib.shared import SharedCapture
 from lib.zoo.base import packed
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cachedit_fx.passes.insert_ulysses import ContextParallel
+from cachedit_fx.bench.ulysses import pretended
+from cachedit_fx.collectives import HALVES
+from cachedit_fx.passes.detect_block_loops import DetectBlockLoops
+from cachedit_fx.passes.graph_values import target_name
+from cachedit_fx.passes.infer_sequence_axes import InferSequenceAxes
+from cachedit_fx.passes.insert_ulysses import ContextParallel, InsertUlysses
+from cachedit_fx.passes.normalize import Normalize
+from cachedit_fx.passes.send_float8 import SendFloat8
 
 pytestmark = [pytest.mark.keep_compiled, pytest.mark.xdist_group("float8")]
 
@@ -104,3 +114,22 @@ def test_what_the_passes_say():
     facts = {name: fact for name, (_, _, fact) in first.items()}
     assert [fact.in_float8 for fact in facts.values()] == [0, 3 * BLOCKS, 4 * BLOCKS]
     assert facts["with keys"].exchanges == 4 * BLOCKS and "16 of 16 exchanges" in facts["with keys"].note
+
+
+@pytest.mark.parametrize(
+    ("with_keys", "targets"),
+    [
+        (False, ["exchange_float8", "exchange", "exchange_float8"]),
+        (True, ["exchange_float8", "exchange_centred_float8", "exchange_float8"]),
+    ],
+)
+def test_a_value_that_is_keys_too_travels_as_keys_do(with_keys, targets):
+    def attends(layer, x):
+        query, both, _ = heads_of(layer, x)
+        return F.scaled_dot_product_attention(query, both, both).transpose(1, 2).flatten(2)
+
+    passes = Normalize(), DetectBlockLoops(), InferSequenceAxes(2), InsertUlysses("0"), SendFloat8(with_keys)
+    with pretended(2):
+        outcome = outcome_of(capture(Model(attends), tokens(6)).gm, *passes)
+    names = [target_name(node) for node in outcome.graph_module.graph.nodes if node.target in HALVES]
+    assert [name for name in names if "exchange" in name] == targets * 3

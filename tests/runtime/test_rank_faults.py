@@ -125,7 +125,7 @@ def left(words):
 
 REASONS = {
     "disabled": "disabled the cache",
-    "another size": "enabled the cache with ulysses_size=1",
+    "another size": "enabled the cache for itself alone",
     "gradients": "ran the model without the other ranks (gradients wanted)",
 }
 
@@ -238,7 +238,7 @@ def groups(rank):
 def test_a_group_is_not_disturbed_by_ranks_of_another_one():
     first, second, third, fourth = on_ranks(groups, ranks=4, seconds=20)
     for making, *_ in (first, second, third):
-        assert "rank 3 takes no part in the call of the model: it enabled the cache with ulysses_size=1" in making[0]
+        assert "rank 3 takes no part in the call of the model: it enabled the cache for itself alone" in making[0]
     assert all(not error for error, *_ in [*first[1:], *second[1:], *fourth])
     assert "rank 3 takes no part in the call of A: it went away" in third[1][0]
     assert not third[2][0]  # B's call is another one
