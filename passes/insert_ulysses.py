@@ -30,6 +30,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 from torch.fx.node import map_arg
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from cachedit_fx import collectives
 from cachedit_fx.ring import ring_attention
@@ -155,7 +157,7 @@ class _Rewriter:
                 args = (*args, self.group)
             if step.target is ring_attention:
                 kwargs |= {"ring": self.ring, "ulysses": self.ulysses}
-        args, kwargs = self.lengths.named((args, kwargs))
+        args, kwargs = self.lengths.named((args, kwargs), node)
         node.args, node.kwargs = tuple(args), kwargs
         if node.op == "output":
             return
@@ -208,7 +210,7 @@ class _Rewriter:
         groups = [self.ulysses if is_of_ulysses else self.group]
         if is_of_ulysses and target is collectives.exchange:
             groups.append(self.ring)
-        node.args = (value, *self.lengths.named([part for cut in cuts for part in _along(cut)]), *groups)
+        node.args = (value, *self.lengths.named([part for cut in cuts for part in _along(cut)], node), *groups)
         kept = ("nn_module_stack", "stack_trace") if module is not None else ()
         node.meta = {key: module.meta[key] for key in kept if module is not None and key in module.meta}
         node.meta["example_value"] = fake_result(node)
@@ -236,24 +238,26 @@ class _Lengths:
                 if isinstance(size, torch.SymInt):
                     self.sources.setdefault(size_of(size), (node, axis))
 
-    def named(self, arguments: Any) -> Any:
-        """`arguments` with segments as pairs, and symbols as nodes."""
+    def named(self, arguments: Any, user: fx.Node) -> Any:
+        """The arguments of a node, with segments as pairs, and symbols as nodes."""
         if isinstance(arguments, Segment):
-            return self.named(arguments.count), self.named(arguments.unit)
+            return self.named(arguments.count, user), self.named(arguments.unit, user)
         if isinstance(arguments, torch.SymInt):
-            return self.named(size_of(arguments))
+            return self.named(size_of(arguments), user)
         if isinstance(arguments, sympy.Expr):
-            return self._node(arguments)
+            return self._node(arguments, user)
         if isinstance(arguments, (tuple, list)):
-            return type(arguments)(self.named(each) for each in arguments)
+            return type(arguments)(self.named(each, user) for each in arguments)
         if isinstance(arguments, dict):
-            return {name: self.named(each) for name, each in arguments.items()}
+            return {name: self.named(each, user) for name, each in arguments.items()}
         return arguments
 
-    def _node(self, size: Size) -> fx.Node:
+    def _node(self, size: Size, user: fx.Node) -> fx.Node:
         if size not in self.nodes:
             source, axis = self.sources[size]
-            if axis is not None:
+            if source is user:
+                source = self._computed(size, user)
+            elif axis is not None:
                 with self.graph.inserting_after(source):
                     node = self.graph.call_method("size", (source, axis))
                 node.meta = {"example_value": value_of(source).shape[axis]}
@@ -261,6 +265,18 @@ class _Lengths:
             self.nodes[size] = source
             self._tell_apart(value_of(source))
         return self.nodes[size]
+
+    def _computed(self, size: Size, user: fx.Node) -> fx.Node:
+        """A length that no node before the user has, such as that of an axis which the user makes of two."""
+        assert isinstance(size, sympy.Expr)
+        sources = {symbol: self._node(symbol, user) for symbol in size.free_symbols}
+        latest, tracer = user.prev, fx.proxy.GraphAppendingTracer(self.graph)
+        with self.graph.inserting_before(user):
+            proxies = {symbol: fx.Proxy(source, tracer) for symbol, source in sources.items()}
+            result: fx.Node = sympy_interp(PythonReferenceAnalysis, proxies, size).node
+        while (latest := latest.next) is not user:
+            latest.meta["example_value"] = fake_result(latest)
+        return result
 
     def _tell_apart(self, length: torch.SymInt) -> None:
         """Let dynamo capture anew for each length of which some rank holds one element, or none.
