@@ -190,7 +190,7 @@ def flat(result):
     return [leaf for leaf in tree_leaves(result) if torch.is_tensor(leaf)]
 
 
-ALONE: dict[str, str] = {}
+ALONE = {"HunyuanVideoFramepackTransformer3DModel": "the sizes of its results depend on data"}
 """Classes whose calls no rank can leave to another one, and why."""
 
 
