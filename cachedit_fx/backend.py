@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from cachedit_fx.passes.graph_values import is_of_module
 from cachedit_fx.passes.insert_low_precision import LowPrecision
 from cachedit_fx.passes.insert_ulysses import ContextParallel
 from cachedit_fx.passes.manager import Outcome
+from cachedit_fx.passes.plan_regions import RegionReport
 from cachedit_fx.passes.replace_attention import ReplacedAttention
 from cachedit_fx.runtime.agreement import Captured
 from cachedit_fx.runtime.graph import GRADIENTS, GRADIENTS_ON_RANKS, CachedGraph, UncachedGraph, graph_of
@@ -114,6 +116,8 @@ def compile_graph(
     forward = lower(outcome, options) or compile_whole(gm, example_inputs, options)
     if verifier is not None:
         forward = verifier.watch(forward, captured, outcome, lambda: rewrite(copy_of(captured), options, traced))
+    if compared is not None:
+        compared = replace(compared, plan=_plan(outcome.facts))
     graph = graph_of(gm, forward, finder, outcome, compared)
     if options.cfg_parallel and isinstance(graph, CachedGraph) and not (graph.shares_branches or graph.divides_batch):
         name = model_in_frame() or "the model"
@@ -131,6 +135,17 @@ def _compared(gm: fx.GraphModule, options: Options) -> Captured:
             "out, and give all ranks equal inputs"
         )
     return Captured.of(gm, model_in_frame())
+
+
+def _plan(facts: Facts) -> dict[str, str]:
+    """What must be equal on all ranks of a rewritten graph: the blocks of each region, and the collectives."""
+    report, parallel = facts.get(RegionReport), facts.get(ContextParallel)
+    regions = report.regions if report is not None else ()
+    plan = {region.name: f"{len(region.middle)} of {region.num_blocks} blocks" for region in regions}
+    if parallel is not None:
+        gathers = sum(parallel.gathers.values())
+        plan["the exchange"] = f"{parallel.exchanges} exchanges, {parallel.rings} rings, {gathers} gathers"
+    return plan
 
 
 def rewrite(gm: fx.GraphModule, options: Options, traced: Traced = NOTHING_KNOWN) -> Outcome:

@@ -282,10 +282,16 @@ class _Lengths:
         """Let dynamo capture anew for each length of which some rank holds one element, or none.
 
         Inductor's kernels for a symbolic length take it to be two at least, and were wrong for parts of one. The guards
-        are equal on all ranks.
+        are equal on all ranks. They are on the symbols: with one on the length alone, torch's shapes of a part of one
+        would be numbers in one block, and symbols in the next.
         """
-        if not has_free_unbacked_symbols(length) and not length >= 2 * self.ranks:
-            int(length)
+        if has_free_unbacked_symbols(length) or length >= 2 * self.ranks:
+            return
+        for symbol in length.node.expr.free_symbols:
+            if symbol in self.sources:
+                source, axis = self.sources[symbol]
+                int(value_of(source) if axis is None else value_of(source).shape[axis])
+        int(length)
 
 
 def fake_result(node: fx.Node) -> Any:

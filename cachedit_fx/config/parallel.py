@@ -96,8 +96,8 @@ class ParallelOptions:
     def _check_sizes(self) -> None:
         """Raise if the sizes are not those of the mesh, or are given and to be chosen too."""
         if self.parallel is not None:
-            words = [self.sizes.words] if self.sizes.total > 1 else []
-            words += ["ulysses_mesh"] if self.ulysses_mesh is not None else []
+            words = ["ulysses_mesh"] if self.ulysses_mesh is not None else []
+            words += [self.sizes.words] if self.sizes.total > 1 else []
             words += ["ulysses_async=True"] if self.ulysses_async else []
             if words:
                 raise OptionError(
@@ -106,6 +106,7 @@ class ParallelOptions:
                 )
         if self.ulysses_mesh is not None and self.sizes != (sizes := sizes_of(self.ulysses_mesh)):
             raise OptionError(
-                f"{self.sizes.words or 'ulysses_size=1'}, and ulysses_mesh has {sizes.total} ranks: leave out one of "
-                "them"
+                f"ulysses_mesh makes {sizes.words or 'ulysses_size=1'}, and with the other options it is "
+                f"{self.sizes.words or 'ulysses_size=1'}: leave those out. Dimensions of the mesh that are named "
+                "'cfg', 'ring' and 'ulysses' say which is which"
             )

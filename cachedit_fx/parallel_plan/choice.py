@@ -35,7 +35,8 @@ class Choice:
     @property
     def words(self) -> str:
         """A line for people."""
-        time = f"{self.split.words}: {_time(self.cost.seconds)} a step, {self.speed:.1f} times as fast as one rank"
+        change = f"{self.speed:.1f} times as fast as" if self.speed >= 1 else f"{1 / self.speed:.3g} times as slow as"
+        time = f"{self.split.words}: {_time(self.cost.seconds)} a step, {change} one rank"
         return f"{time} ({'; '.join(self.reasons)})" if self.reasons else time
 
 

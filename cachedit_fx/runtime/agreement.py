@@ -22,7 +22,7 @@ import re
 import weakref
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 SLOTS = 64
 """Numbers that each rank tells. Inputs beyond them share the last one."""
-IS_LATER, OPTIONS, FORMS, GRAPH, WEIGHTS, FIRST_INPUT = range(6)
+IS_LATER, OPTIONS, FORMS, GRAPH, PLAN, WEIGHTS, FIRST_INPUT = range(7)
 """What the first numbers stand for. Each of the others stands for the values of one input."""
 
 
@@ -59,12 +59,14 @@ class Captured:
         weights: indices of the other inputs.
         operations: those that make tensors, in order, with their constants. Sizes are left out: dynamo may have made
             symbols of them on one rank, and numbers on another.
+        plan: what the passes have made of the graph: name of a region, or of what is shared -> a description.
     """
 
     model: str
     arguments: Mapping[int, str]
     weights: tuple[int, ...]
     operations: tuple[str, ...]
+    plan: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, gm: fx.GraphModule, model: str = "") -> Captured:
@@ -276,12 +278,13 @@ class Agreement:
         weights = [inputs[index] for index in self.captured.weights] if with_weights else []
         operations = dict(enumerate(self.captured.operations))
         values = [self._number_of(value) for value in arguments.values()]
-        texts = map(_hash, (settings, forms, operations))
+        texts = map(_hash, (settings, forms, operations, self.captured.plan))
         row = _in_slots([int(is_later), *texts, _number_of_weights(weights, state), *values])
         kinds: dict[int, tuple[str, Mapping[Any, Hashable]]] = {
             OPTIONS: ("option", settings),
             FORMS: ("input", forms),
             GRAPH: ("operation", operations),
+            PLAN: ("plan of", self.captured.plan),
         }
         return Comparison(row, kinds, arguments, state)
 

@@ -9,6 +9,7 @@ torch's own tensors of this kind cannot say which rank did not come, or has fail
 
 from __future__ import annotations
 
+import copy
 import threading
 from typing import Any
 
@@ -133,12 +134,38 @@ class Awaited(AsyncCollectiveTensor):  # torch's compilers ask such tensors to w
     def __repr__(self) -> str:  # type: ignore[override]
         return repr(self.trigger_wait())
 
+    def __format__(self, format_spec: str) -> str:
+        return format(self.trigger_wait(), format_spec)
+
+    def __deepcopy__(self, memo: dict[Any, Any]) -> torch.Tensor:
+        return copy.deepcopy(self.trigger_wait(), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.trigger_wait().__reduce_ex__(protocol)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.trigger_wait().__dlpack__(**options)
+
+    def share_memory_(self) -> torch.Tensor:
+        """The plain tensor, moved to shared memory."""
+        return self.trigger_wait().share_memory_()
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Views wait for nothing; all other operations get plain tensors."""
+        """Views wait for nothing; all other operations get plain tensors.
+
+        In inference mode operations come whole that are made of others. Their schemas call copies views, as of `to`.
+        """
+        if func._can_decompose():
+            return func.decompose(*args, **(kwargs or {}))
         first = args[0] if args else None
+        if torch.Tag.inplace_view in func.tags:
+            raise TypeError(
+                f"{func.overloadpacket.__name__} changes the shape of a result that another rank computes, with "
+                "cfg_parallel. Take the form that returns a view, as unsqueeze is for unsqueeze_, or clone the result"
+            )
         if _is_view(func) and isinstance(first, Awaited) and not first.completed:
             views = func(first.elem, *args[1:], **(kwargs or {}))
             return tree_map_only(torch.Tensor, lambda view: Awaited(view, first._arrival), views)

@@ -8,7 +8,7 @@ A branch belongs to one half of the ranks, which alone keeps its stored values. 
 and no rank waits for a call that never comes: a step of one call, or of three, is right, and saves less.
 
 Before a call has run, neither its place nor the form of its results is known. So the first call of each form is
-computed on all ranks.
+computed on all ranks, and the branch's owner sends its results.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from cachedit_fx.passes.graph_values import tensor_of
 from cachedit_fx.runtime.awaited import Arrival, Awaited
 from cachedit_fx.runtime.presence import RanksDisagree
 from cachedit_fx.runtime.ranks import Ranks
-from cachedit_fx.runtime.tracker import Position
 
 if TYPE_CHECKING:
     from cachedit_fx.runtime.call import Call
@@ -158,19 +157,17 @@ class Branches:
         if call.session.is_stray:  # it has no position
             return compute()
         self._check()
+        call.on_success(lambda: self._count(call))
         form = call.forms, tuple(value for value in inputs if not isinstance(value, torch.Tensor))
         known = self._known.get(form)
         if known is None:
-            results = compute()
-            call.on_success(lambda: self._learn(form, call.signature, results))
-            return results
+            return self._first_results(form, call, compute())
         if not call.is_located:
             call.locate_region(known.signature)
             for notice in on_locate:
                 notice()
         if call.position is None:
             return compute()
-        self._count(call, call.position)
         branch = call.position.branch
         owner = branch % self.ranks.size
         if owner == self.ranks.rank:
@@ -178,9 +175,22 @@ class Branches:
         call.on_success(lambda: call.session.record_elsewhere(branch))
         return self._awaited(known, owner)
 
-    def _learn(self, form: Hashable, signature: Hashable, results: Sequence[Any]) -> None:
+    def _first_results(self, form: Hashable, call: Call, results: Sequence[Any]) -> Sequence[Any]:
+        """What was computed on all ranks, to learn the form of the results. Those of the branch's owner count.
+
+        In the midst of a generation it alone has the branch's present values. A new graph begins there where dynamo
+        captures another length of a prompt.
+        """
         forms = (Form.of(value) if isinstance(value, torch.Tensor) else value for value in results)
-        self._known[form] = Known(signature, tuple(forms))
+        known = Known(call.signature, tuple(forms))
+        call.on_success(lambda: self._known.__setitem__(form, known))
+        if call.position is None:
+            return results
+        owner = call.position.branch % self.ranks.size
+        if owner != self.ranks.rank:
+            return self._awaited(known, owner)
+        self._send(known, results)
+        return results
 
     def _computed(self, known: Known, compute: Callable[[], Sequence[Any]]) -> Sequence[Any]:
         """The results, computed here. The other ranks get them, or the news that this rank has failed."""
@@ -246,9 +256,11 @@ class Branches:
         while self._pending and self._pending[0][0] <= self._messages - self.ranks.size:
             self._pending.popleft()[1]()
 
-    def _count(self, call: Call, position: Position) -> None:
+    def _count(self, call: Call) -> None:
         """Count the calls of each step. Warns once if they do not keep all ranks busy."""
-        place = position.generation, position.step
+        if call.position is None:
+            return
+        place = call.position.generation, call.position.step
         latest, calls = self._steps.get(call.session, (place, 0))
         self._steps[call.session] = place, calls + 1 if latest == place else 1
         if latest != place and latest[0] == place[0] and calls != self.ranks.size:

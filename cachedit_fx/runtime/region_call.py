@@ -92,7 +92,8 @@ class RegionCall:
         key, policy = self.keys[number], self.settings[number].policy
         tensors = [stream for stream in streams if isinstance(stream, torch.Tensor)]
         signature = (
-            self.call.forms,  # a rank's part may keep its shape when the whole value does not
+            # a rank's part may keep its shape when the whole value does not
+            self.call.forms if self.ranks is not None else None,
             *[(tensor.shape, tensor.dtype) for tensor in tensors],
             *[stream for stream in streams if not isinstance(stream, torch.Tensor)],
         )
