@@ -85,11 +85,11 @@ class Share:
 
 
 @contextmanager
-def pretended(ranks: int) -> Iterator[None]:
-    """Context manager for a process group of this many ranks, of which this process is the first. Nothing is sent."""
+def pretended(ranks: int, rank: int = 0) -> Iterator[None]:
+    """Context manager for a process group of this many ranks, of which this process is one. Nothing is sent."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
     try:
         yield
     finally:

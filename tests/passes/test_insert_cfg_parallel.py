@@ -12,6 +12,10 @@ from lib.mixing import WIDTH, Model, attends
 from lib.ranks import close, on_ranks, ranks_of
 from torch import nn
 
+from cachedit_fx.bench.ulysses import pretended
+from cachedit_fx.config.options import parse_options
+from cachedit_fx.pass_pipeline import pass_manager
+from cachedit_fx.passes.block_loops import Detection
 from cachedit_fx.passes.detect_block_loops import DetectBlockLoops
 from cachedit_fx.passes.infer_batch_axis import InferBatchAxis
 from cachedit_fx.passes.infer_sequence_axes import InferSequenceAxes
@@ -62,3 +66,15 @@ def test_sizes_that_the_end_makes_of_others(by, batch, is_dynamic):
     for outputs, fact in on_ranks(run):
         assert fact is not None and fact.share > 0.9
         assert all(close(a, b) for a, b in zip(outputs, captured.expected, strict=True))
+
+
+def test_all_ranks_find_the_same_blocks_in_parts_of_one_sample():
+    """A batch of 3 samples on two ranks is 2 and 1, and torch's shapes of a part of one may be numbers."""
+    captured, found = graph(6, True), []
+    off = dict.fromkeys(("outline_blocks", "hoist_invariants", "insert_cache_branch", "gather_inputs"), False)
+    for rank in range(4):
+        with pretended(4, rank):
+            options = parse_options({"cfg_parallel": True, "ulysses_size": 2, "inner_backend": "eager", "passes": off})
+            outcome = pass_manager(options).run(captured.copy())
+        found.append([(loop.name, loop.num_blocks) for loop in outcome.facts[Detection].loops])
+    assert found == [[("blocks.blocks", 3)]] * 4

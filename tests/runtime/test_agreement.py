@@ -9,7 +9,7 @@ from lib import toys
 from lib.ranks import on_ranks
 from lib.shared import SharedCapture
 
-from cachedit_fx import RanksDisagree
+from cachedit_fx import RanksDisagree, backend
 from cachedit_fx.runtime.clock import Timestep
 
 pytestmark = [pytest.mark.keep_compiled, pytest.mark.xdist_group("ulysses")]
@@ -28,6 +28,7 @@ CASES = {
     "weights": "the weights have other values",
     "one element of a weight": "the weights have other values",
     "options": "the option",
+    "plan": "the plan of region_0 is",
     "nothing again": None,
 }
 """What rank 1 does in another way -> what the error says; None for no error."""
@@ -82,6 +83,11 @@ def outcomes(rank):
         before, element = weight.clone(), shared.module.blocks[0].up.weight[0, 1]  # no sample
         if case in ("length", "dtype"):  # without a clock, a rank that keeps the form would not compare
             shared.compile_anew(**OPTIONS)
+        if case == "plan":
+            with pytest.MonkeyPatch.context() as patch:
+                if rank:
+                    patch.setattr(backend, "_plan", lambda facts: {"region_0": "2 of 9 blocks"})
+                shared.compile_anew(**OPTIONS)
         if case == "weights" and rank:
             weight.data.mul_(1.5)
         if case == "one element of a weight" and rank:
@@ -95,6 +101,8 @@ def outcomes(rank):
         if case == "one element of a weight" and rank:
             element -= 1e-3
         shared.compile(**OPTIONS)
+        if case == "plan":
+            shared.compile_anew(**OPTIONS)
     shared.compile_anew(cache=None, ulysses_size=2)
     found["uncached"] = called(shared, _changed(arguments, "noise") if rank else arguments)
     return found, steps
