@@ -86,21 +86,12 @@ def measure(rounds: int, inner_backend: str, guards: str) -> Timing:
 
 def table(rows: Sequence[Timing]) -> Table:
     """A line for each kind of generation."""
-    headings = (
-        "",
-        "guards",
-        "steps",
-        "one\nrank",
-        "cfg_\nparallel",
-        "over\none",
-        "ulysses_\nsize=2",
-        "over\none",
-        "wall",
-    )
+    shared = "shared\nbranches", "over\none", "shared\ntokens", "over\none"
+    headings = ("", "guards", "steps", "one\nrank", *shared, "wall")
     result = Table(headings, texts=(0, 1, 2))
     for row in rows:
         for kind, cpu in row.cpu.items():
-            shared = (
+            figures = (
                 text
                 for who in (BRANCHES, TOKENS)
                 for text in (f"{1000 * median(cpu[who]):.1f}", f"{row.ratio(kind, who):.3f}")
@@ -111,7 +102,7 @@ def table(rows: Sequence[Timing]) -> Table:
                 row.guards,
                 kind,
                 f"{1000 * median(cpu[ALONE]):.1f}",
-                *shared,
+                *figures,
                 f"{wall:.2f}" if wall is not None else "",
             )
     return result
