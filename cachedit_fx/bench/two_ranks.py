@@ -43,7 +43,8 @@ def share_of_core() -> float:
 
 def cores(share: float) -> str:
     """Whether the ranks had a core each, in words."""
-    return "both ranks had a core" if share >= FREE else "other processes ran at the same time: no wall times"
+    outcome = "both ranks had a core" if share >= FREE else "other processes ran at the same time: no wall times"
+    return f"each rank got at least {share:.0%} of a core, so {outcome}"
 
 
 def everywhere(number: float) -> list[float]:

@@ -105,8 +105,8 @@ def notes(rows: Sequence[Timing]) -> list[str]:
     for row in rows:
         errors = ", ".join(f"{who} {error:.1e}" for who, error in row.errors.items() if who != ALONE)
         results.append(
-            f"{row.inner_backend}, {row.tokens} image tokens: each rank got at least {row.share:.0%} of a core, so "
-            f"{cores(row.share)}. Largest difference from one rank's result, over its largest value: {errors}."
+            f"{row.inner_backend}, {row.tokens} image tokens: {cores(row.share)}. Largest difference from one rank's "
+            f"result, over its largest value: {errors}."
         )
     return results
 

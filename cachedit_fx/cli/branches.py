@@ -30,7 +30,7 @@ def branches(
 ) -> None:
     """Time guided steps with [bold]cfg_parallel=True[/bold] on two ranks, and with [bold]ulysses_size=2[/bold].
 
-    The ranks are processes of this machine. It takes 3 minutes for each inner backend.
+    The ranks are processes of this machine. It takes some 10 minutes for each inner backend.
     """
     check_out(out)
     backends = [each.value for each in inner_backend or [InnerBackend.eager]]

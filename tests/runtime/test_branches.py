@@ -180,6 +180,7 @@ def test_equals_one_rank(pipeline, setting):
         assert all(torch.equal(part[0], latents) for part in parts)
         own = {decision for rank, part in enumerate(parts) for decision in part[1] if decision[1] % 2 == rank}
         assert own == made
+        assert parts[0][1] | parts[1][1] == made
         if number:  # before, the first call of each form runs on both ranks
             assert not parts[0][1] & parts[1][1]
             calls = len({(branch, step) for _, branch, step, _ in made})

@@ -300,7 +300,10 @@ def test_a_mesh_says_which_ranks_share():
     first, *_, last = on_ranks(messages, 4)
     assert "'data' (2), 'ulysses' (2): pass the one" in first["several"] and "mesh['ulysses']" in first["several"]
     assert "of 2 and 2 ranks: name them by mesh_dim_names" in first["without names"]
-    assert "ulysses_mesh makes ulysses_size=2, and with the other options it is ulysses_size=4" in first["both"]
+    assert first["both"] == (
+        "ulysses_mesh makes ulysses_size=2, and with the other options it is ulysses_size=4: leave those out. "
+        "Dimensions of the mesh that are named 'cfg', 'ring' and 'ulysses' say which is which"
+    )
     assert "a DeviceMesh of one dimension, or of the dimensions" in first["outside"]
     assert "has the ranks 0, 1, and this process is rank 3" in last["outside"]
     for each in (first, last):
