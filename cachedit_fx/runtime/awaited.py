@@ -10,7 +10,9 @@ torch's own tensors of this kind cannot say which rank did not come, or has fail
 from __future__ import annotations
 
 import copy
+import functools
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -158,23 +160,40 @@ class Awaited(AsyncCollectiveTensor):  # torch's compilers ask such tensors to w
 
         In inference mode operations come whole that are made of others. Their schemas call copies views, as of `to`.
         """
-        if func._can_decompose():
+        kind = _kind_of(func)
+        if kind.is_composite:
             return func.decompose(*args, **(kwargs or {}))
         first = args[0] if args else None
-        if torch.Tag.inplace_view in func.tags:
+        if kind.changes_shape:
             raise TypeError(
                 f"{func.overloadpacket.__name__} changes the shape of a result that another rank computes, with "
                 "cfg_parallel. Take the form that returns a view, as unsqueeze is for unsqueeze_, or clone the result"
             )
-        if _is_view(func) and isinstance(first, Awaited) and not first.completed:
+        if kind.is_view and isinstance(first, Awaited) and not first.completed:
             views = func(first.elem, *args[1:], **(kwargs or {}))
             return tree_map_only(torch.Tensor, lambda view: Awaited(view, first._arrival), views)
         plain_args, plain_kwargs = tree_map_only(Awaited, Awaited.trigger_wait, (args, kwargs or {}))
         return func(*plain_args, **plain_kwargs)
 
 
-def _is_view(func: Any) -> bool:
-    """Whether an operator returns views of its first argument, and writes to nothing."""
+@dataclass(frozen=True)
+class _Kind:
+    """What an awaited result must know of an operator.
+
+    Attributes:
+        is_composite: whether it is made of other operators.
+        changes_shape: whether it changes the shape of its argument in place.
+        is_view: whether it returns views of its first argument, and writes to nothing.
+    """
+
+    is_composite: bool
+    changes_shape: bool
+    is_view: bool
+
+
+@functools.cache
+def _kind_of(func: Any) -> _Kind:
     arguments, results = func._schema.arguments, func._schema.returns
     aliases = [arguments[0].alias_info, *(result.alias_info for result in results)] if arguments else []
-    return len(aliases) > 1 and all(alias is not None and not alias.is_write for alias in aliases)
+    is_view = len(aliases) > 1 and all(alias is not None and not alias.is_write for alias in aliases)
+    return _Kind(func._can_decompose(), torch.Tag.inplace_view in func.tags, is_view)

@@ -133,6 +133,8 @@ class Branches:
 
     def __init__(self, ranks: Ranks, model: str) -> None:
         self.ranks, self.model = ranks, model
+        self._numbers: list[int] | None = None
+        """Places of the graph's inputs that are no tensors. A thousand weights are among its inputs."""
         self._known: dict[Hashable, Known] = {}
         """Form of a call -> what was learned from one."""
         self._steps: weakref.WeakKeyDictionary[Session, tuple[tuple[int, int], int]] = weakref.WeakKeyDictionary()
@@ -158,7 +160,9 @@ class Branches:
             return compute()
         self._check()
         call.on_success(lambda: self._count(call))
-        form = call.forms, tuple(value for value in inputs if not isinstance(value, torch.Tensor))
+        if self._numbers is None:
+            self._numbers = [index for index, value in enumerate(inputs) if not isinstance(value, torch.Tensor)]
+        form = call.forms, tuple(inputs[index] for index in self._numbers)
         known = self._known.get(form)
         if known is None:
             return self._first_results(form, call, compute())

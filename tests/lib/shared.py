@@ -33,6 +33,9 @@ class SharedCapture:
         shared(*args)
 
     The module itself stays plain. `observe` is called with what the passes learn of each graph.
+
+    Dynamo guards what the passes assume of lengths during its capture, and nothing that they assume later. So a later
+    compilation that makes a number of a length raises `AssertionError`.
     """
 
     def __init__(self, module: nn.Module, observe: Callable[[Facts], None] | None = None) -> None:
@@ -57,6 +60,8 @@ class SharedCapture:
         self._state = self._call.state = ModelState(parsed)
         self._state.traced, self._state.observe = Traced.of(self.module), self.observe
         self._compiled = [self._compile(*graph) for graph in self.graphs]
+        numbers = [name for gm, _ in self.graphs for name in _lengths_made_numbers(gm)]
+        assert not numbers, f"no guard has this compilation's {', '.join(numbers)}: capture the module at other lengths"
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -75,6 +80,13 @@ class SharedCapture:
     @torch.no_grad()
     def _compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return compile_graph(copy_of(gm), example_inputs, self._state.options, self._state)
+
+
+def _lengths_made_numbers(gm: fx.GraphModule) -> list[str]:
+    """The symbols among a graph's inputs that stand for one number alone, as `symbol = number`."""
+    values = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder")]
+    symbols = [value.node for value in values if isinstance(value, torch.SymInt)]
+    return [f"{node._expr} = {node.expr}" for node in symbols if node.expr.is_number]
 
 
 class SharedGraph:
