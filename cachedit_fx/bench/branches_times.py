@@ -42,9 +42,10 @@ WARMUP = 2
 
 @dataclass(frozen=True)
 class Timing:
-    """What was measured under one value of `guards` and one inner backend.
+    """What was measured under one value of `guards` and one inner backend, for one number of pictures.
 
     Attributes:
+        pictures: drawn at once.
         cpu: kind of generation -> who draws it -> CPU seconds a rank and step, round by round.
         wall: likewise, the slowest rank's wall time.
         share: the least share of a core that a rank got, from 0 to 1.
@@ -53,6 +54,7 @@ class Timing:
 
     guards: str
     inner_backend: str
+    pictures: int
     cpu: Times
     wall: Times
     share: float
@@ -67,28 +69,28 @@ class Timing:
         return ratio(self.wall[kind], BRANCHES, ALONE) if self.share >= FREE else None
 
 
-def measure(rounds: int, inner_backend: str, guards: str) -> Timing:
+def measure(rounds: int, inner_backend: str, guards: str, pictures: int = 1) -> Timing:
     """Time generations by turns, on two ranks that are started for it.
 
     Args:
         rounds: generations of each kind.
         inner_backend: what compiles the pieces.
         guards: when a call passes dynamo's guards, as in `cachedit_fx.compile`.
+        pictures: drawn at once.
 
     Raises:
         BenchmarkError: if a rank fails.
     """
-    request = {"rounds": rounds, "inner_backend": inner_backend, "guards": guards}
-    return Timing(
-        guards, inner_backend, **answer_of(["cachedit_fx.bench.branches_times", json.dumps(request)], "a rank")
-    )
+    request = {"rounds": rounds, "inner_backend": inner_backend, "guards": guards, "pictures": pictures}
+    answer = answer_of(["cachedit_fx.bench.branches_times", json.dumps(request)], "a rank")
+    return Timing(guards, inner_backend, pictures, **answer)
 
 
 def table(rows: Sequence[Timing]) -> Table:
     """A line for each kind of generation."""
     shared = "shared\nbranches", "over\none", "shared\ntokens", "over\none"
-    headings = ("", "guards", "steps", "one\nrank", *shared, "wall")
-    result = Table(headings, texts=(0, 1, 2))
+    headings = ("", "guards", "pictures", "steps", "one\nrank", *shared, "wall")
+    result = Table(headings, texts=(0, 1, 3))
     for row in rows:
         for kind, cpu in row.cpu.items():
             figures = (
@@ -100,6 +102,7 @@ def table(rows: Sequence[Timing]) -> Table:
             result.add(
                 row.inner_backend,
                 row.guards,
+                str(row.pictures),
                 kind,
                 f"{1000 * median(cpu[ALONE]):.1f}",
                 *figures,
@@ -111,7 +114,7 @@ def table(rows: Sequence[Timing]) -> Table:
 def notes(rows: Sequence[Timing]) -> list[str]:
     """What else was found, a sentence for each timing."""
     return [
-        f"{row.inner_backend}, guards={row.guards!r}: {cores(row.share)}. Largest difference from one rank's picture: "
+        f"{row.inner_backend}, guards={row.guards!r}, pictures at once {row.pictures}: {cores(row.share)}. Largest difference from one rank's picture: "
         + ", ".join(f"{who} {error:.1e}" for who, error in row.errors.items())
         + "."
         for row in rows
@@ -122,7 +125,7 @@ def notes(rows: Sequence[Timing]) -> list[str]:
 # One rank
 
 
-def _answer(rounds: int, inner_backend: str, guards: str) -> dict[str, Any]:
+def _answer(rounds: int, inner_backend: str, guards: str, pictures: int) -> dict[str, Any]:
     """The fields of a `Timing`."""
     pipes = {}
     for kind, settings in KINDS.items():
@@ -131,24 +134,24 @@ def _answer(rounds: int, inner_backend: str, guards: str) -> dict[str, Any]:
             cachedit_fx.enable_cache(pipe, inner_backend=inner_backend, guards=guards, **settings, **sharing)
     cpu: Times = {kind: {who: [] for who in SHARING} for kind in KINDS}
     wall: Times = {kind: {who: [] for who in SHARING} for kind in KINDS}
-    pictures = {}
+    drawn = {}
     shares = [share_of_core()]
     for turn in range(WARMUP + rounds):
         for kind, who in pipes if turn % 2 else reversed(pipes):
-            seconds, slowest, pictures[kind, who] = _timed(pipes[kind, who])
+            seconds, slowest, drawn[kind, who] = _timed(pipes[kind, who], pictures)
             if turn >= WARMUP:
                 cpu[kind][who].append(seconds)
                 wall[kind][who].append(slowest)
     shares.append(share_of_core())
     errors = {
-        who: max((pictures[kind, who] - pictures[kind, ALONE]).abs().max().item() for kind in KINDS)
+        who: max((drawn[kind, who] - drawn[kind, ALONE]).abs().max().item() for kind in KINDS)
         for who in (BRANCHES, TOKENS)
     }
     return {"cpu": cpu, "wall": wall, "share": min(shares), "errors": errors}
 
 
-def _timed(pipe: Any) -> tuple[float, float, torch.Tensor]:
-    """CPU seconds a rank and step, the slowest rank's wall time of one, and the picture. Leaves out the first step."""
+def _timed(pipe: Any, pictures: int) -> tuple[float, float, torch.Tensor]:
+    """CPU seconds a rank and step, the slowest rank's wall time of one, and the pictures. Leaves out the first step."""
     ends: list[tuple[float, float]] = []
 
     def note(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -156,10 +159,10 @@ def _timed(pipe: Any) -> tuple[float, float, torch.Tensor]:
         return values
 
     dist.barrier()
-    picture = generate(pipe, held_out_prompts(1, 0), STEPS, true_cfg_scale=GUIDANCE, callback_on_step_end=note)
+    drawn = generate(pipe, held_out_prompts(pictures, 0), STEPS, true_cfg_scale=GUIDANCE, callback_on_step_end=note)
     (first_cpu, first_wall), (cpu, wall) = ends[0], ends[-1]
     steps = len(ends) - 1
-    return mean(everywhere((cpu - first_cpu) / steps)), max(everywhere((wall - first_wall) / steps)), picture
+    return mean(everywhere((cpu - first_cpu) / steps)), max(everywhere((wall - first_wall) / steps)), drawn
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ def timing():
     """Of two rounds: ranks that share branches take half of one's time, and those that share tokens three quarters."""
     seconds = {ALONE: [0.4, 0.8], BRANCHES: [0.2, 0.4], TOKENS: [0.3, 0.6]}
     times = {COMPUTED: seconds, CACHED: seconds}
-    return Timing("always", "eager", times, times, 0.97, {BRANCHES: 0.0, TOKENS: 2e-7})
+    return Timing("always", "eager", 1, times, times, 0.97, {BRANCHES: 0.0, TOKENS: 2e-7})
 
 
 def test_ratios_are_medians_of_rounds(timing):
@@ -22,8 +22,8 @@ def test_ratios_are_medians_of_rounds(timing):
     busy = replace(timing, share=0.6)
     assert busy.wall_ratio(COMPUTED) is None
     first, second = table([busy]).lines
-    assert first.cells == ("eager", "always", COMPUTED, "600.0", "300.0", "0.500", "450.0", "0.750", "")
-    assert second.cells[2] == CACHED
+    assert first.cells == ("eager", "always", "1", COMPUTED, "600.0", "300.0", "0.500", "450.0", "0.750", "")
+    assert second.cells[3] == CACHED
     (note,) = notes([busy])
     assert "at least 60% of a core" in note and "no wall times" in note and "cfg_parallel 0.0e+00" in note
 
@@ -33,14 +33,14 @@ def test_the_page_has_a_line_for_each_kind(timing, monkeypatch, tmp_path):
 
     def measured(*request):
         requests.append(request)
-        return replace(timing, guards=request[2])
+        return replace(timing, guards=request[2], pictures=request[3])
 
     monkeypatch.setattr("cachedit_fx.bench.branches_times.measure", measured)
-    result = invoke("bench", "branches", "--rounds", "2", "--out", str(tmp_path))
+    result = invoke("bench", "branches", "--rounds", "2", "--pictures", "3", "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
-    assert requests == [(2, "eager", "always"), (2, "eager", "generation")]
+    assert requests == [(2, "eager", "always", 3), (2, "eager", "generation", 3)]
     page = (tmp_path / "branches.md").read_text()
-    assert "| eager | always | computed |" in page and "| eager | generation | cached |" in page
+    assert "| eager | always | 3 | computed |" in page and "| eager | generation | 3 | cached |" in page
     assert all(len(line) <= 80 for line in result.output.splitlines()[:-1])
 
 
