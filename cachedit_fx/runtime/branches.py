@@ -8,7 +8,7 @@ A branch belongs to one half of the ranks, which alone keeps its stored values. 
 and no rank waits for a call that never comes: a step of one call, or of three, is right, and saves less.
 
 Before a call has run, neither its place nor the form of its results is known. So the first call of each form is
-computed on all ranks, and the branch's owner sends its results.
+computed on all ranks, which tell each other whether they could. The branch's owner sends its results.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 from cachedit_fx.capture import ends_at_break
 from cachedit_fx.passes.graph_values import tensor_of
 from cachedit_fx.runtime.awaited import Arrival, Awaited
-from cachedit_fx.runtime.presence import RanksDisagree
+from cachedit_fx.runtime.presence import RankMissing, RanksDisagree
 from cachedit_fx.runtime.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class Branches:
         form = call.forms, tuple(inputs[index] for index in self._numbers)
         known = self._known.get(form)
         if known is None:
-            return self._first_results(form, call, compute())
+            return self._first_results(form, call, self._computed_by_all(inputs, compute))
         if not call.is_located:
             call.locate_region(known.signature)
             for notice in on_locate:
@@ -178,6 +178,30 @@ class Branches:
             return self._computed(known, compute)
         call.on_success(lambda: call.session.record_elsewhere(branch))
         return self._awaited(known, owner)
+
+    def _computed_by_all(self, inputs: Sequence[Any], compute: Callable[[], Sequence[Any]]) -> Sequence[Any]:
+        """The results, which every rank computes. The ranks tell each other whether one has failed.
+
+        Raises:
+            RankMissing: if another rank has.
+        """
+        devices = [value.device for value in inputs if isinstance(value, torch.Tensor) and value.device.type != "cpu"]
+        has_failed = torch.ones(1, dtype=torch.int64, device=devices[0] if devices else "cpu")
+        try:
+            results = compute()
+        except RanksDisagree:  # all ranks know
+            raise
+        except BaseException:
+            self.ranks.tables(has_failed)
+            raise
+        failed = [rank for rank, (each,) in enumerate(self.ranks.tables(1 - has_failed)) if each]
+        if failed:
+            names = " and ".join(f"rank {self.ranks.presence.members[rank]}" for rank in failed)
+            raise RankMissing(
+                f"{self.ranks.presence.heading}{names} failed in a call of {self.model or 'the model'} that every rank "
+                "computes. Its own output says why"
+            )
+        return results
 
     def _first_results(self, form: Hashable, call: Call, results: Sequence[Any]) -> Sequence[Any]:
         """What was computed on all ranks, to learn the form of the results. Those of the branch's owner count.

@@ -322,6 +322,17 @@ def failing(rank):
         return error_of(guided, module)
 
 
+def failing_at_first(rank, failed):
+    """A rank runs out of something while all ranks compute the first call; then a generation without a fault."""
+    module = small()
+    cachedit_fx.enable_cache(module, inner_backend="eager", cfg_parallel=True, **DBCACHE)
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == failed:
+            patch.setattr(CachedGraph, "_results", fail)
+        error = error_of(guided, module)
+    return error, guided(module)
+
+
 def fail(*_):
     raise Fails("out of memory")
 
@@ -331,6 +342,16 @@ def test_a_rank_that_fails_tells_the_other_one_at_once():
     assert mine[0] == "Fails: out of memory"
     assert theirs[0].startswith("RankMissing: cfg_parallel=True: rank 0 failed in its branch of Named. Its own output")
     assert theirs[1] < 5
+
+
+@pytest.mark.parametrize("failed", [0, 1])
+def test_a_rank_that_fails_at_first_tells_the_other_one_and_both_go_on(failed):
+    found = on_ranks(functools.partial(failing_at_first, failed=failed), seconds=10)
+    (mine, result), (theirs, result_of_other) = found[failed], found[1 - failed]
+    assert mine[0] == "Fails: out of memory"
+    words = f"RankMissing: cfg_parallel=True: rank {failed} failed in a call of Named that every rank computes. Its own"
+    assert theirs[0].startswith(words) and theirs[1] < 5
+    assert torch.equal(result, result_of_other)
 
 
 def other_prompts(rank, place):
