@@ -114,7 +114,8 @@ def table(rows: Sequence[Timing]) -> Table:
 def notes(rows: Sequence[Timing]) -> list[str]:
     """What else was found, a sentence for each timing."""
     return [
-        f"{row.inner_backend}, guards={row.guards!r}, pictures at once {row.pictures}: {cores(row.share)}. Largest difference from one rank's picture: "
+        f"{row.inner_backend}, guards={row.guards!r}, pictures at once {row.pictures}: {cores(row.share)}. Largest "
+        "difference from one rank's picture: "
         + ", ".join(f"{who} {error:.1e}" for who, error in row.errors.items())
         + "."
         for row in rows

@@ -13,11 +13,11 @@ from cachedit_fx.cli.terminal import progress, quiet, reported, save
 
 TIMES = (
     "Milliseconds of CPU a rank and step: medians of generations by turns. The bundled model draws one picture, or "
-    "several at once, in 12 steps at guidance 3. So each step has two branches; the first step is left out. Its cache computes the first "
-    "block (F1B0, two warm-up steps), at threshold 0, where every step is computed, and at 0.3. Ranks are processes of "
-    "one thread, joined by gloo. As one rank each of them draws the pictures by itself, both at the same time. They "
-    "share branches by cfg_parallel=True, and tokens by ulysses_size=2. The last column is the wall time of "
-    "shared branches over that of one rank, told only if both ranks had a core."
+    "several at once, in 12 steps at guidance 3. So each step has two branches; the first step is left out. Its cache "
+    "computes the first block (F1B0, two warm-up steps), at threshold 0, where every step is computed, and at 0.3. "
+    "Ranks are processes of one thread, joined by gloo. As one rank each of them draws the pictures by itself, both at "
+    "the same time. They share branches by cfg_parallel=True, and tokens by ulysses_size=2. The last column is the "
+    "wall time of shared branches over that of one rank, told only if both ranks had a core."
 )
 
 

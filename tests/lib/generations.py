@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -41,6 +42,22 @@ def odd_flux(heads=2, dtype=torch.float32):
         return given | {"return_dict": False}
 
     return module.to(dtype).eval().requires_grad_(False), inputs
+
+
+def capture(make, sizes=(1,)):
+    """A model, captured at some sizes; its inputs; the facts about its graphs, whenever they are compiled.
+
+    Args:
+        make: gives the module, and its inputs at a size.
+    """
+    facts: list[Any] = []
+    module, make_inputs = make()
+    inputs = functools.cache(make_inputs)  # the ranks must have equal ones
+    shared = SharedCapture(module, facts.append)
+    shared.compile(cache=None)
+    for size in sizes:
+        shared(**inputs(size))
+    return shared, inputs, facts
 
 
 def generation(shared, arguments):

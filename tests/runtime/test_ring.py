@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 import torch
 from lib import zoo
-from lib.generations import DBCACHE, bundled, check_pictures, generation, odd_flux, pictures
+from lib.generations import DBCACHE, bundled, capture, check_pictures, generation, odd_flux, pictures
 from lib.marks import only_in
 from lib.ranks import close, on_ranks
-from lib.shared import SharedCapture
 from torch.distributed.device_mesh import init_device_mesh
 
 import cachedit_fx
@@ -75,15 +74,7 @@ SIZES = {("ring", "odd lengths"): (1, 3, 1)}
 
 @functools.cache
 def captured(model):
-    """The model, captured at its sizes; its inputs; the facts about its graphs, whenever they are compiled."""
-    facts: list[Any] = []
-    module, make_inputs = MODELS[model]()
-    inputs = functools.cache(make_inputs)  # the ranks must have equal ones
-    shared = SharedCapture(module, facts.append)
-    shared.compile(cache=None)
-    for size in SIZES.get(("ring", model), (1,)):
-        shared(**inputs(size))
-    return shared, inputs, facts
+    return capture(MODELS[model], SIZES.get(("ring", model), (1,)))
 
 
 def generations(grid, model, setting, **ranks):

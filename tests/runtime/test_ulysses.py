@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lib import models
-from lib.generations import DBCACHE, STEPS, bundled, check_pictures, generation, odd_flux, pictures
+from lib.generations import DBCACHE, STEPS, bundled, capture, check_pictures, generation, odd_flux, pictures
 from lib.marks import only_in
 from lib.ranks import close, on_ranks, ranks_of
 from lib.shared import SharedCapture
@@ -84,15 +84,7 @@ def generations(model, setting, ranks):
 
 @functools.cache
 def captured(model):
-    """The model, captured at all its sizes; its inputs; the facts about its graphs, whenever they are compiled."""
-    facts: list[Any] = []
-    module, make_inputs = MODELS[model]()
-    inputs = functools.cache(make_inputs)  # the ranks must have equal ones
-    shared = SharedCapture(module, facts.append)
-    shared.compile(cache=None)
-    for size in SIZES.get(model, (1,)):
-        shared(**inputs(size))
-    return shared, inputs, facts
+    return capture(MODELS[model], SIZES.get(model, (1,)))
 
 
 @functools.cache
