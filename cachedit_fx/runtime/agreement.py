@@ -136,12 +136,14 @@ class Agreement:
         """Context manager for a call of the graph. The next call is compared if ranks disagree in this one.
 
         Raises:
-            RankMissing: if a collective fails.
+            RankMissing: if a collective fails, or one has failed for good.
         """
         call = state.session().call
         if call is not None:
             call.is_shared = True
         self.ranks.check()
+        if state.grid is not None and state.grid.branches is not None:
+            state.grid.branches.check()
         try:
             with self.ranks.presence.watch(self.model):
                 yield

@@ -20,7 +20,11 @@ import torch.distributed as dist
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.utils._pytree import tree_map_only
 
-from cachedit_fx.runtime.presence import Presence, RankMissing
+from cachedit_fx.runtime.presence import RankMissing
+from cachedit_fx.runtime.ranks import Ranks
+
+RESTART = "Start all ranks again"
+"""What helps ranks whose collectives are out of step."""
 
 
 class Arrival:
@@ -30,25 +34,23 @@ class Arrival:
         work: of the collective that brings it.
         header: its number and whether its rank has failed, once it is here: int64 [2].
         number: the one that is expected.
-        presence: of the ranks.
+        ranks: those of the group.
         owner: the rank that sends it, in the group.
         model: name of the class, for errors.
     """
 
     def __init__(
-        self, work: dist.Work, header: torch.Tensor, number: int, presence: Presence, owner: int, model: str
+        self, work: dist.Work, header: torch.Tensor, number: int, ranks: Ranks, owner: int, model: str
     ) -> None:
         self._work, self._header, self._number = work, header, number
-        self._presence, self._owner, self._model = presence, presence.members[owner], model
+        self._ranks, self._owner, self._model = ranks, ranks.presence.members[owner], model
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._event: torch.cuda.Event | None = None
         self._is_here = False
         self._lock = threading.Lock()
 
     def kept_on(self, device: torch.device, content: torch.Tensor) -> torch.Tensor:
-        """A part of the message on a device, for after the wait."""
-        if content.device == device:
-            return content
+        """A part of the message, on a device and in memory of its own, for after the wait."""
         copy = torch.empty_like(content, device=device)
         self._copies.append((copy, content))
         return copy
@@ -62,7 +64,7 @@ class Arrival:
         with self._lock:
             if self._is_here:
                 return
-            with self._presence.watch(self._model):
+            with self._ranks.presence.watch(self._model):
                 self._work.wait()
             for copy, content in self._copies:
                 copy.copy_(content)
@@ -88,24 +90,23 @@ class Arrival:
 
     def _judge(self) -> None:
         number, has_failed = self._header.tolist()
-        heading = f"{self._presence.heading}rank {self._owner}"
-        if has_failed:
-            raise RankMissing(
-                f"{heading} failed in its branch of {self._model or 'the model'}. Its own output says why. Start all "
-                "ranks again"
-            )
-        if number != self._number:
-            raise RankMissing(
-                f"{heading} sent the result of another call of {self._model or 'the model'}: the ranks have not called "
-                "the model equally often. Start all ranks again"
-            )
+        if not has_failed and number == self._number:
+            return
+        model = self._model or "the model"
+        fault = (
+            f"failed in its branch of {model}. Its own output says why"
+            if has_failed
+            else f"sent the result of another call of {model}: the ranks have not called the model equally often"
+        )
+        self._ranks.faults.append(f"{self._ranks.presence.heading}rank {self._owner} {fault}. {RESTART}")
+        raise RankMissing(self._ranks.faults[-1])
 
 
 class Awaited(AsyncCollectiveTensor):  # torch's compilers ask such tensors to wait
     """A tensor whose values another rank sends.
 
     Args:
-        elem: where the values arrive.
+        elem: the memory that has the values after the wait.
         arrival: of the message.
     """
 
@@ -148,6 +149,10 @@ class Awaited(AsyncCollectiveTensor):  # torch's compilers ask such tensors to w
     def __dlpack__(self, **options: Any) -> Any:
         return self.trigger_wait().__dlpack__(**options)
 
+    def data_ptr(self) -> int:
+        """Where the plain tensor's values are."""
+        return self.trigger_wait().data_ptr()
+
     def share_memory_(self) -> torch.Tensor:
         """The plain tensor, moved to shared memory."""
         return self.trigger_wait().share_memory_()
@@ -174,6 +179,15 @@ class Awaited(AsyncCollectiveTensor):  # torch's compilers ask such tensors to w
             return tree_map_only(torch.Tensor, lambda view: Awaited(view, first._arrival), views)
         plain_args, plain_kwargs = tree_map_only(Awaited, Awaited.trigger_wait, (args, kwargs or {}))
         return func(*plain_args, **plain_kwargs)
+
+
+def arrived(values: Any) -> Any:
+    """Any containers of values, with plain tensors in place of results that are on their way: waits for these.
+
+    Dynamo guards on the types of a model's inputs. Where one rank has a result of its own, and another an awaited one,
+    it would capture on one rank alone.
+    """
+    return tree_map_only(Awaited, Awaited.trigger_wait, values)
 
 
 @dataclass(frozen=True)

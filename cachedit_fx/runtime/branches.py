@@ -27,7 +27,7 @@ from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 
 from cachedit_fx.capture import ends_at_break
 from cachedit_fx.passes.graph_values import tensor_of
-from cachedit_fx.runtime.awaited import Arrival, Awaited
+from cachedit_fx.runtime.awaited import RESTART, Arrival, Awaited
 from cachedit_fx.runtime.presence import RankMissing, RanksDisagree
 from cachedit_fx.runtime.ranks import Ranks
 
@@ -224,8 +224,11 @@ class Branches:
         """The results, computed here. The other ranks get them, or the news that this rank has failed."""
         try:
             results = compute()
-        except BaseException:
+        except BaseException as error:
             self._send(known, ())
+            advice = f"in its branch of {self.model or 'the model'}, while other ranks awaited the result. {RESTART}"
+            self.ranks.faults.append(f"{self.ranks.presence.heading}this rank has failed {advice}")
+            error.add_note(f"This rank has failed {advice}")
             raise
         if not known.fits(results):
             self._send(known, ())
@@ -249,7 +252,7 @@ class Branches:
         """The results on their way from their owner. Nothing waits."""
         message = self._message(known)
         work, header = self._broadcast(message, owner), message[:HEADER].view(torch.int64)
-        arrival = Arrival(work, header, self._messages, self.ranks.presence, owner, self.model)
+        arrival = Arrival(work, header, self._messages, self.ranks, owner, self.model)
         self._note(arrival.check)
         results = []
         for form, start in zip(known.results, known.offsets, strict=False):

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from cachedit_fx.capture import CAPTURE_ERRORS, called_by_wrapper, capturing, first_break, isolated_compile
 from cachedit_fx.config.rules import OptionError
 from cachedit_fx.passes.block_loops import LoopNotFound
+from cachedit_fx.runtime.awaited import arrived
 from cachedit_fx.runtime.call import NO_LOOP, NOT_CAPTURED, Call, current_call
 from cachedit_fx.runtime.guard import on_host
 from cachedit_fx.runtime.host_tensor import HostWeightError
@@ -79,6 +80,8 @@ class CompiledCall:
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         verifier, module = self.state.verifier, self.module()
+        if self.state.ranks is not None:
+            args, kwargs = arrived((args, kwargs))
         if verifier is None or module is None:
             return self._result(args, kwargs)
         try:

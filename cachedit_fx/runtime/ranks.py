@@ -21,12 +21,14 @@ class Ranks:
         name: the group's, for collectives in graphs.
         size: their number.
         words: the options that ask for them, for errors.
+        faults: why their collectives are out of step for good, if they are.
     """
 
     name: str
     size: int
     group: dist.ProcessGroup = field(repr=False, compare=False)
     words: str = field(compare=False)
+    faults: list[str] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def is_destroyed(self) -> bool:
@@ -37,11 +39,13 @@ class Ranks:
             return True
 
     def check(self) -> None:
-        """Raise if the group was destroyed.
+        """Raise if the group was destroyed, or is of no use any more.
 
         Raises:
             RankMissing: if so.
         """
+        if self.faults:
+            raise RankMissing(self.faults[0])
         if self.is_destroyed:
             raise RankMissing(
                 f"{self.words}: the process group of these ranks was destroyed after enable_cache. "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import functools
 import pickle
 from contextlib import nullcontext
@@ -62,6 +63,8 @@ USES: dict[str, Any] = {
     "deep copy": lambda x: copy.deepcopy(x),
     "pickle": lambda x: pickle.loads(pickle.dumps(x)),
     "dlpack": lambda x: torch.from_dlpack(x),
+    "memory": lambda x: torch.frombuffer(ctypes.string_at(x.data_ptr(), 96), dtype=torch.float32),
+    "memory of a slice": lambda x: torch.frombuffer(ctypes.string_at(x[1:].data_ptr(), 48), dtype=torch.float32),
     "text": lambda x: torch.tensor(float(f"{x[0, 0, 1]:.2f}")),
     "compiled": lambda x: combine()(x, torch.ones(4)),
     "compiled on the right": lambda x: combine()(torch.ones(2, 3, 4), x),
@@ -77,9 +80,10 @@ USES: dict[str, Any] = {
 
 def awaited(values, header=(7, 0)):
     """A tensor that is on its way, and its delivery."""
-    presence: Any = SimpleNamespace(members=(4, 5), heading="h: ", watch=lambda model: nullcontext())
+    presence = SimpleNamespace(members=(4, 5), heading="h: ", watch=lambda model: nullcontext())
+    ranks: Any = SimpleNamespace(presence=presence, faults=[])
     delivery = Delivery(torch.zeros_like(values), values)
-    arrival = Arrival(delivery, torch.tensor(header), 7, presence, 1, "M")  # type: ignore[arg-type]
+    arrival = Arrival(delivery, torch.tensor(header), 7, ranks, 1, "M")  # type: ignore[arg-type]
     return Awaited(delivery.message, arrival), delivery
 
 
