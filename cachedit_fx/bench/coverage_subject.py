@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import nn
@@ -42,7 +43,14 @@ class Subject:
         api.compile(self.module, **{"inner_backend": "eager", "cache": cache, "verify": "first"} | options)
         state = state_of_module(self.module)
         assert state is not None
-        state.observe = self.note
+        note = WeakMethod(self.note)  # the state, which the module's registry keeps, must not hold the module
+
+        def observe(facts: Facts) -> None:
+            method = note()
+            if method is not None:
+                method(facts)
+
+        state.observe = observe
 
     def note(self, facts: Facts) -> None:
         """Take down the facts of one graph. Every compilation of the module finds the same."""

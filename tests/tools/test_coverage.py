@@ -1,19 +1,25 @@
 """`cachedit coverage` over models of one's own: the table, the file, the exit code, and what it refuses."""
 
+import gc
 import re
+import weakref
 from dataclasses import fields, replace
 
 import pytest
+import torch
+from lib import toys
 from lib.command_line import invoke, plain
 
 from cachedit_fx.bench.coverage import CHECKS, LEGEND, NO_ENTRY, Covered, table
 from cachedit_fx.bench.coverage_attention import AttentionCounts
 from cachedit_fx.bench.coverage_counts import RankCounts
 from cachedit_fx.bench.coverage_record import CoverageRecord
+from cachedit_fx.bench.coverage_subject import Subject
 from cachedit_fx.bench.motion import Reads
 from cachedit_fx.bench.ulysses import Share
 from cachedit_fx.bench.variants import VariantResult
 from cachedit_fx.cli.terminal import console
+from cachedit_fx.config.cache import DBCacheConfig
 from cachedit_fx.report.tables import terminal
 
 MODELS = """
@@ -165,6 +171,21 @@ def test_rows_survive_the_file(tmp_path):
 def test_one_model_alone(models_file):
     result = invoke("coverage", models_file, "--only", "good")
     assert result.exit_code == 0 and "1 of 1 models" in plain(result.output)
+
+
+@torch.no_grad()
+def test_a_model_that_was_checked_is_freed():
+    subject = Subject(toys.make_small())
+    subject.compile(DBCacheConfig(Fn_compute_blocks=1))
+    subject(
+        {"hidden_states": toys.noise(), "timestep": torch.tensor([0.5]), "encoder_hidden_states": toys.noise(seed=2)}
+    )
+    assert subject.chain
+    model = weakref.ref(subject.module)
+    del subject
+    torch.compiler.reset()
+    gc.collect()
+    assert model() is None
 
 
 @pytest.mark.parametrize(
