@@ -68,6 +68,7 @@ class Arrival:
                 self._work.wait()
             for copy, content in self._copies:
                 copy.copy_(content)
+            self._copies = []
             if self._header.device.type == "cpu":
                 self._judge()
             else:  # the host looks at it when the next call begins

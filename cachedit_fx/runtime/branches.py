@@ -224,18 +224,17 @@ class Branches:
         """The results, computed here. The other ranks get them, or the news that this rank has failed."""
         try:
             results = compute()
+            if not known.fits(results):
+                raise RanksDisagree(
+                    f"{self.ranks.presence.heading}the result of {self.model or 'the model'} has another form than "
+                    "before, for inputs of the same form. Other ranks cannot await it: leave out cfg_parallel"
+                )
         except BaseException as error:
             self._send(known, ())
             advice = f"in its branch of {self.model or 'the model'}, while other ranks awaited the result. {RESTART}"
             self.ranks.faults.append(f"{self.ranks.presence.heading}this rank has failed {advice}")
             error.add_note(f"This rank has failed {advice}")
             raise
-        if not known.fits(results):
-            self._send(known, ())
-            raise RanksDisagree(
-                f"{self.ranks.presence.heading}the result of {self.model or 'the model'} has another form than before, "
-                "for inputs of the same form. Other ranks cannot await it: leave out cfg_parallel"
-            )
         self._send(known, results)
         return results
 
