@@ -37,7 +37,7 @@ def coverage(
         typer.Option(
             "--variants",
             help="Try the variants of every model too: each boolean, optional or enumerated argument of its "
-            "constructor and forward, changed alone. Takes some half an hour for diffusers' classes.",
+            "constructor and forward, changed alone. Takes an hour or more for diffusers' classes.",
         ),
     ] = False,
     out: Annotated[
