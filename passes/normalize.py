@@ -171,6 +171,8 @@ class _Purifier:
             titles = " and ".join(map(source_name, roots))
             if len(roots) != 1 or memory_of(roots[0]) != memory_of(target):
                 return f"{write.name} writes in place to memory that {titles} share"
+            if _overlaps(roots[0]):
+                return f"{write.name} writes in place to {titles}, whose elements share memory"
             if any(target_name(name) in _BY_LAYOUT for name in names) and not _is_dense(roots[0]):
                 return f"{write.name} writes in place to {titles}, whose views depend on its layout"
         if not memory_of(write).isdisjoint(_memory(written_by(write))) and _target_of(write) is None and write.users:
@@ -223,7 +225,7 @@ class _Purifier:
             changed = True
             memory, others = memory_of(root), [name for name in names if name is not root and name < write]
             in_use = any(not user < write for name in others for user in name.users)
-            pure = _pure_form(write) if target is root and not in_use else None
+            pure = _pure_form(write) if target is root and not in_use and not _has_gaps(root) else None
             copies: dict[fx.Node, fx.Node] = {}
             if pure is not None:
                 write.op, write.target = pure
@@ -244,7 +246,8 @@ class _Purifier:
         The earlier `names` of the same memory, in graph order, are made again from the copy.
         """
         with self.graph.inserting_before(write):
-            copy = self.graph.call_method("clone", (root,))
+            has_gaps = _has_gaps(root)
+            copy = self.graph.call_function(copy_of, (root,)) if has_gaps else self.graph.call_method("clone", (root,))
             copy.meta = _meta_at(write, root)
             copies = {root: copy}
             for name in names:
@@ -335,6 +338,27 @@ def _real_input(node: fx.Node) -> torch.Tensor | None:
     """The tensor of the call that is being captured, if the node is a graph input that dynamo still holds it for."""
     example = getattr(node.meta.get("grapharg"), "example", None) if node.op == "placeholder" else None
     return example if isinstance(example, torch.Tensor) else None
+
+
+def copy_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides, gaps included: a clone has none, and sums over it may be rounded in other ways."""
+    copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return copy.copy_(tensor)
+
+
+def _has_gaps(node: fx.Node) -> bool:
+    """Whether a result of the same shape has other strides."""
+    tensor = tensor_of(node)
+    return tensor is not None and not is_non_overlapping_and_dense_or_false(tensor)
+
+
+def _overlaps(node: fx.Node) -> bool:
+    """Whether elements share memory, as those of an expanded tensor do."""
+    tensor = tensor_of(node)
+    if tensor is None:
+        return False
+    axes = zip(tensor.shape, tensor.stride(), strict=True)
+    return any(isinstance(stride, int) and stride == 0 and size != 1 for size, stride in axes)
 
 
 def _is_dense(node: fx.Node) -> bool:

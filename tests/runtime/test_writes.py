@@ -132,12 +132,41 @@ def test_arguments_that_share_memory_at_a_later_call_are_captured_anew():
         assert all(torch.equal(got[name], wanted[name]) for name in got)
 
 
-class Scaled(nn.Module):
-    """Writes to an argument, and takes numbers."""
+class Reads(nn.Module):
+    """Writes to a part of an argument, and takes the argument's mean."""
 
     def __init__(self):
         super().__init__()
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)) for _ in range(3))
+
+    def forward(self, hidden_states, timestep, extra):
+        extra[0].add_(1.0)
+        for block in self.blocks:
+            hidden_states = hidden_states + block(hidden_states + extra) * timestep
+        return hidden_states + extra.mean()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("layout", "warns"), [("gaps", None), ("one row for all", "whose elements share memory")])
+def test_arguments_of_other_layouts(layout, warns):
+    """A copy without gaps may be summed up in another order. A copy of a row that is there twice is written to once."""
+    torch.manual_seed(0)
+    plain = Reads().eval()
+    model = cachedit_fx.compile(
+        copy.deepcopy(plain), inner_backend="eager", Fn_compute_blocks=1, residual_diff_threshold=0.0
+    )
+    noise = torch.randn(2, 5, 8)
+    extras = [noise.clone()[:, 1:] if layout == "gaps" else noise[:1, 1:].clone().expand(2, 4, 8) for _ in range(2)]
+    with pytest.warns(CacheWarning, match=warns) if warns else contextlib.nullcontext():
+        results = [
+            call(hidden_states=noise[:, 1:], timestep=torch.tensor([0.5]), extra=extra)
+            for call, extra in zip((plain, model), extras, strict=True)
+        ]
+    assert torch.equal(*results) and torch.equal(*extras)
+
+
+class Scaled(Reads):
+    """Writes to an argument, and takes numbers."""
 
     def forward(self, hidden_states, timestep, scale):
         hidden_states += 1
