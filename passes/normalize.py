@@ -246,8 +246,10 @@ class _Purifier:
         The earlier `names` of the same memory, in graph order, are made again from the copy.
         """
         with self.graph.inserting_before(write):
-            has_gaps = _has_gaps(root)
-            copy = self.graph.call_function(copy_of, (root,)) if has_gaps else self.graph.call_method("clone", (root,))
+            if _has_gaps(root):
+                copy = self.graph.call_function(strided_copy, (root,))
+            else:
+                copy = self.graph.call_method("clone", (root,))
             copy.meta = _meta_at(write, root)
             copies = {root: copy}
             for name in names:
@@ -340,14 +342,14 @@ def _real_input(node: fx.Node) -> torch.Tensor | None:
     return example if isinstance(example, torch.Tensor) else None
 
 
-def copy_of(tensor: torch.Tensor) -> torch.Tensor:
+def strided_copy(tensor: torch.Tensor) -> torch.Tensor:
     """A copy with the same strides, gaps included: a clone has none, and sums over it may be rounded in other ways."""
     copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     return copy.copy_(tensor)
 
 
 def _has_gaps(node: fx.Node) -> bool:
-    """Whether a result of the same shape has other strides."""
+    """Whether a clone has other strides."""
     tensor = tensor_of(node)
     return tensor is not None and not is_non_overlapping_and_dense_or_false(tensor)
 
@@ -365,7 +367,7 @@ def _is_dense(node: fx.Node) -> bool:
     """Whether a clone has the same layout: no gaps, no overlaps, no offset."""
     tensor = tensor_of(node)
     assert tensor is not None
-    return tensor.storage_offset() == 0 and is_non_overlapping_and_dense_or_false(tensor)
+    return tensor.storage_offset() == 0 and not _has_gaps(node)
 
 
 def _use_from(write: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
-from weakref import WeakMethod
 
 import torch
 from torch import nn
@@ -34,6 +34,8 @@ class Subject:
         self.chain: dict[str, int] = {}
         self.middle: set[str] = set()
         self.attention: dict[str, int] = {}
+        self.note = partial(_note, self.chain, self.middle, self.attention)
+        """Takes down the facts of one graph. A method would hold the module, and the module's registry holds this."""
 
     def compile(self, cache: DBCacheConfig | None, **options: Any) -> None:
         """As a user would. The next call captures the module, unless only the policy is another.
@@ -43,23 +45,7 @@ class Subject:
         api.compile(self.module, **{"inner_backend": "eager", "cache": cache, "verify": "first"} | options)
         state = state_of_module(self.module)
         assert state is not None
-        note = WeakMethod(self.note)  # the state, which the module's registry keeps, must not hold the module
-
-        def observe(facts: Facts) -> None:
-            method = note()
-            if method is not None:
-                method(facts)
-
-        state.observe = observe
-
-    def note(self, facts: Facts) -> None:
-        """Take down the facts of one graph. Every compilation of the module finds the same."""
-        detection, report, replaced = facts.get(Detection), facts.get(RegionReport), facts.get(ReplacedAttention)
-        self.attention |= replaced.calls if replaced is not None else {}
-        if detection is not None:
-            self.chain |= {loop.name: loop.num_blocks for loop in detection.chain_loops}
-        if report is not None:
-            self.middle |= {block.name for region in report.regions for block in region.middle}
+        state.observe = self.note
 
     def __call__(self, arguments: Mapping[str, Any]) -> list[torch.Tensor]:
         """The tensors that the module, as compiled, returns for these keyword arguments."""
@@ -73,3 +59,14 @@ class Subject:
         """Give the module back plain."""
         api.disable_cache(self.module)
         torch.compiler.reset()
+
+
+def _note(chain: dict[str, int], middle: set[str], attention: dict[str, int], facts: Facts) -> None:
+    """Add the facts of one graph. Every compilation of the module finds the same."""
+    detection, report, replaced = facts.get(Detection), facts.get(RegionReport), facts.get(ReplacedAttention)
+    if replaced is not None:
+        attention.update(replaced.calls)
+    if detection is not None:
+        chain.update({loop.name: loop.num_blocks for loop in detection.chain_loops})
+    if report is not None:
+        middle.update(block.name for region in report.regions for block in region.middle)

@@ -34,7 +34,7 @@ from cachedit_fx.passes.graph_values import is_of_module, tensor_of, value_of
 from cachedit_fx.runtime.checksum import checksum
 from cachedit_fx.runtime.drift import Drift
 from cachedit_fx.runtime.presence import RanksDisagree
-from cachedit_fx.runtime.ranks import Gathering, Ranks
+from cachedit_fx.runtime.ranks import Gathering, Ranks, device_among
 from cachedit_fx.runtime.samples import parts_of, samples_of
 from cachedit_fx.runtime.shared_inputs import SharedInputs
 
@@ -384,7 +384,7 @@ def _number_of_weights(weights: Sequence[torch.Tensor], state: ModelState) -> to
 def _in_slots(numbers: Sequence[int | torch.Tensor]) -> torch.Tensor:
     """The numbers as one vector of `SLOTS` elements, on the device of the last tensor that is not on the host."""
     tensors = [torch.as_tensor(number, dtype=torch.int64) for number in numbers]
-    device = next((each.device for each in reversed(tensors) if each.device.type != "cpu"), torch.device("cpu"))
+    device = device_among(reversed(tensors))
     row = torch.stack([each.to(device) for each in tensors])
     if len(row) > SLOTS:
         row = torch.cat([row[: SLOTS - 1], row[SLOTS - 1 :].sum().reshape(1)])

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cachedit_fx.runtime.presence import RankMissing
 from cachedit_fx.runtime.ranks import Ranks
@@ -182,13 +182,15 @@ class Awaited(AsyncCollectiveTensor):  # torch's compilers ask such tensors to w
         return func(*plain_args, **plain_kwargs)
 
 
-def arrived(values: Any) -> Any:
-    """Any containers of values, with plain tensors in place of results that are on their way: waits for these.
+def arrived(value: Any) -> Any:
+    """An input of a model, with plain tensors in place of results that are on their way: waits for these.
 
     Dynamo guards on the types of a model's inputs. Where one rank has a result of its own, and another an awaited one,
-    it would capture on one rank alone.
+    it would capture on one rank alone. A container without such results stays itself, since models may write to it.
     """
-    return tree_map_only(Awaited, Awaited.trigger_wait, values)
+    if not any(isinstance(leaf, Awaited) for leaf in tree_leaves(value)):
+        return value
+    return tree_map_only(Awaited, Awaited.trigger_wait, value)
 
 
 @dataclass(frozen=True)

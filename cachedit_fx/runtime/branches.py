@@ -29,7 +29,7 @@ from cachedit_fx.capture import ends_at_break
 from cachedit_fx.passes.graph_values import tensor_of
 from cachedit_fx.runtime.awaited import RESTART, Arrival, Awaited
 from cachedit_fx.runtime.presence import RankMissing, RanksDisagree
-from cachedit_fx.runtime.ranks import Ranks
+from cachedit_fx.runtime.ranks import Ranks, device_among
 
 if TYPE_CHECKING:
     from cachedit_fx.runtime.call import Call
@@ -185,8 +185,8 @@ class Branches:
         Raises:
             RankMissing: if another rank has.
         """
-        devices = [value.device for value in inputs if isinstance(value, torch.Tensor) and value.device.type != "cpu"]
-        has_failed = torch.ones(1, dtype=torch.int64, device=devices[0] if devices else "cpu")
+        device = device_among(value for value in inputs if isinstance(value, torch.Tensor))
+        has_failed = torch.ones(1, dtype=torch.int64, device=device)
         try:
             results = compute()
         except RanksDisagree:  # all ranks know

@@ -81,7 +81,7 @@ class CompiledCall:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         verifier, module = self.state.verifier, self.module()
         if self.state.ranks is not None:
-            args, kwargs = arrived((args, kwargs))
+            args, kwargs = tuple(map(arrived, args)), {name: arrived(value) for name, value in kwargs.items()}
         if verifier is None or module is None:
             return self._result(args, kwargs)
         try:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cachedit_fx.runtime.checksum import Memo
-from cachedit_fx.runtime.ranks import Gathering, Ranks
+from cachedit_fx.runtime.ranks import Gathering, Ranks, device_among
 
 if TYPE_CHECKING:
     from cachedit_fx.runtime.session import Session
@@ -94,5 +94,5 @@ def _sketch_of(tensor: torch.Tensor) -> torch.Tensor:
 
 def _on_one_device(sketches: Sequence[torch.Tensor]) -> torch.Tensor:
     """All sketches, on a device that holds one of them, if any does. The host does not wait."""
-    device = next((each.device for each in sketches if each.device.type != "cpu"), sketches[0].device)
+    device = device_among(sketches)
     return torch.stack([each.to(device, non_blocking=True) for each in sketches])

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from cachedit_fx.runtime.guard import read_back
-from cachedit_fx.runtime.ranks import Ranks
+from cachedit_fx.runtime.ranks import Ranks, device_among
 
 KEPT = 4
 """Latest tensors of an input that are kept: the conditions of a step's branches come in turn."""
@@ -41,7 +41,7 @@ class SharedInputs:
             return []
         copies = [tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in tensors]
         sent = [copy.view(-1).view(torch.uint8) for copy in copies]
-        device = next((each.device for each in sent if each.device.type != "cpu"), sent[0].device)
+        device = device_among(sent)
         whole = self.ranks.from_first(torch.cat([each.to(device) for each in sent]))
         parts = whole.split([len(each) for each in sent])
         news = [_like(own, part.to(own.device)) for own, part in zip(tensors, parts, strict=True)]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cachedit_fx import RankMissing
-from cachedit_fx.runtime.awaited import Arrival, Awaited
+from cachedit_fx.runtime.awaited import Arrival, Awaited, arrived
 from cachedit_fx.runtime.branches import Form
 
 pytestmark = pytest.mark.keep_compiled
@@ -118,6 +118,15 @@ def test_uses_wait_once(name, mode):
         assert torch.equal(result + 0, expected) and type(result + 0) is torch.Tensor and delivery.waits == 1
         if name in ("in place", "written"):
             assert torch.equal(tensor + 0, expected)
+
+
+def test_inputs_without_awaited_results_stay_themselves():
+    """A model may write to a list or a dict that it is given."""
+    tensor, delivery = awaited(VALUES)
+    cache = {"keys": [VALUES]}
+    assert arrived(cache) is cache and arrived(VALUES) is VALUES and delivery.waits == 0
+    (kept,) = arrived([tensor])
+    assert type(kept) is torch.Tensor and torch.equal(kept, VALUES) and delivery.waits == 1
 
 
 def test_shapes_are_not_changed_in_place():
