@@ -73,7 +73,7 @@ def chosen(gm: fx.GraphModule, options: Options, traced: Traced) -> ParallelChoi
     detection = outcome.facts.get(Detection)
     if detection is None or not detection.chain:
         return None
-    step = _Step(outcome.graph_module, outcome.facts, detection, ranks)
+    step = _Step(outcome.graph_module, outcome.facts, detection, ranks, traced.is_branch)
     no_cfg = _cfg_obstacle(options)
     plan = step.plan(options.ulysses_float8, no_cfg) if step.model.blocks else None
     if plan is None or plan.best is None:
@@ -91,12 +91,17 @@ def chosen(gm: fx.GraphModule, options: Options, traced: Traced) -> ParallelChoi
 class _Step:
     """A step of a graph's model.
 
+    Args:
+        is_branch: whether the pipeline says that each call is one of a step's branches.
+
     Attributes:
         cards: those that the ranks are taken to have.
         model: what the step computes. Its name says how many branches it has, and why.
     """
 
-    def __init__(self, gm: fx.GraphModule, facts: Facts, detection: Detection, ranks: int) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, facts: Facts, detection: Detection, ranks: int, is_branch: bool = False
+    ) -> None:
         self.gm, self.facts, self.detection, self.ranks = gm, facts, detection, ranks
         self._blocks: dict[tuple[int, int], tuple[Blocks, ...]] = {}
         loop, slot = detection.chain_loops[0], detection.hidden[0]
@@ -105,12 +110,12 @@ class _Step:
         self.cards = assumed_cards(hidden.device, ranks)
         batch = hint(hidden.shape[0]) if hidden.dim() > 2 else 1
         name, branches = "one branch", 1
-        if batch > 1 and facts.get(BatchAxes) is not None:
+        is_doubled = not is_branch and batch > 1 and facts.get(BatchAxes) is not None
+        if is_doubled:
             name, branches = f"two halves of a batch of {batch}", 2
-        elif batch == 1 and guidance()[1]:
+        elif is_branch or (batch == 1 and guidance()[1]):
             name, branches = "two branches of guidance", 2
         results = sum(bytes_of(node) for node in gm.graph.output_node().all_input_nodes if tensor_of(node) is not None)
-        is_doubled = branches > 1 and batch > 1
         blocks = max(self._shared(ranks, ranks), self._shared(2, 1), key=len)
         share = results // (2 if is_doubled else 1)
         self.model = Model(name, blocks, share, hidden.dtype.itemsize, branches, is_doubled)

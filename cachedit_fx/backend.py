@@ -35,6 +35,7 @@ from cachedit_fx.passes.manager import Outcome
 from cachedit_fx.passes.plan_regions import RegionReport
 from cachedit_fx.passes.replace_attention import ReplacedAttention
 from cachedit_fx.runtime.agreement import Captured
+from cachedit_fx.runtime.clock import guidance
 from cachedit_fx.runtime.graph import GRADIENTS, GRADIENTS_ON_RANKS, CachedGraph, UncachedGraph, graph_of
 from cachedit_fx.runtime.host_pieces import claim_pieces, mark_weights, refuse_weights
 from cachedit_fx.runtime.model_state import ModelState
@@ -85,6 +86,8 @@ def compile_graph(
         return UncachedGraph(compile_whole(gm, example_inputs, options), finder, uncached, timestep)
     guard_storages(gm, example_inputs)
     traced, verifier = (state.traced, state.verifier) if state is not None else (NOTHING_KNOWN, None)
+    if state is not None and not options.is_alone:
+        traced = replace(traced, is_branch=state.hint().is_branch and guidance()[1])
     choice = state.choice if state is not None else None
     if options.parallel is not None:
         choice = chosen(gm, options, traced)

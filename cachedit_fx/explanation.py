@@ -29,6 +29,7 @@ from cachedit_fx.passes.manager import Outcome
 from cachedit_fx.passes.overlap_collectives import OverlappedCollectives
 from cachedit_fx.passes.plan_regions import RegionPlan, RegionReport
 from cachedit_fx.passes.replace_attention import ReplacedAttention
+from cachedit_fx.runtime.branches import SHARED_CALLS
 from cachedit_fx.runtime.compiled_call import CompiledCall
 from cachedit_fx.runtime.graph import UncachedGraph
 from cachedit_fx.runtime.model_state import ModelState
@@ -208,7 +209,11 @@ def _explanation_of_the_last_call(module: torch.nn.Module, states: Sequence[Mode
             f"no cached call of {name} was made yet: enable the cache and call the model, or pass a call's inputs"
         )
     reasons = [graph.uncached.explanation for graph in graphs if isinstance(graph, UncachedGraph)]
-    return _explanation(outcomes, tuple(reasons) if len(reasons) == len(graphs) else ())
+    notes = reasons if len(reasons) == len(graphs) else []
+    grid = states[0].grid
+    if grid is not None and grid.branches is not None and any(graph.shares_branches for graph in graphs):
+        notes.append(SHARED_CALLS)
+    return _explanation(outcomes, tuple(notes))
 
 
 def _verified(

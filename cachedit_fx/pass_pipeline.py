@@ -38,7 +38,7 @@ def pass_manager(options: Options, traced: Traced = NOTHING_KNOWN) -> PassManage
     off += [FuseRotary] if options.inner_backend == "eager" else []
     off += [ReplaceAttention] if options.attention is None else []
     off += [InsertAttentionForms] if options.attention is None or not options.attention.is_by_step else []
-    off += [InferBatchAxis, InsertCfgParallel] if not options.cfg_parallel else []
+    off += [InferBatchAxis, InsertCfgParallel] if traced.is_branch or not options.cfg_parallel else []
     off += [InferSequenceAxes, InsertUlysses] if options.sizes.tokens == 1 else []
     off += [SendFloat8] if options.ulysses_size == 1 or not options.ulysses_float8 else []
     off += [OverlapCollectives] if options.ulysses_size == 1 or not options.ulysses_async else []

@@ -140,6 +140,7 @@ class Traced:
         largest: numbers in the weights of its largest ModuleList.
         numbers: arguments of the frame that are Python numbers, by name. Dynamo makes them constants of the graph.
         kept: indices of the graph's results that the frame puts into attributes and containers that outlive it.
+        is_branch: whether the call that is captured is one of a step's branches of guidance, by its pipeline's word.
     """
 
     sample: str | None = None
@@ -147,6 +148,7 @@ class Traced:
     largest: int = 0
     numbers: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     kept: frozenset[int] = frozenset()
+    is_branch: bool = False
 
     @classmethod
     def of(cls, module: torch.nn.Module) -> Traced:

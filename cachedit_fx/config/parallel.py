@@ -33,8 +33,8 @@ class ParallelOptions:
     a sample. None becomes the size of the dimension "ring" of `ulysses_mesh`, or 1."""
     cfg_parallel: bool = setting(False, Rule(lambda value: isinstance(value, bool), "True or False"))
     """Whether two halves of a sample's ranks share the branches of classifier-free guidance: each half computes one
-    branch of a step, and sends its result to the other. A batch is cut in two instead. It doubles the number of ranks
-    that share a sample."""
+    branch of a step, and sends its result to the other. A batch is cut in two instead, unless the pipeline names each
+    call as one branch. It doubles the number of ranks that share a sample."""
     ulysses_mesh: Mesh | None = setting(
         None,
         optional(

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 HEADER = 16
 """Bytes before the values of a message: its number, and whether its rank has failed; int64 each."""
+SHARED_CALLS = "cfg_parallel: each call of a step is a branch of guidance, which one half of the ranks computes"
+"""A sentence for people."""
 ALIGNMENT = 16
 """Every tensor of a message begins at a multiple of it, in bytes."""
 

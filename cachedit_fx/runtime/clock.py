@@ -31,7 +31,7 @@ import torch
 from cachedit_fx.runtime.guard import on_host, read_back
 
 MAX_DEPTH = 40
-"""Highest number of frames between a transformer and the pipeline that called it."""
+"""Highest number of frames between a transformer and the pipeline that called it. Those of torch do not count."""
 MAX_HELPERS = 8
 """Highest number of frames between two of a pipeline's methods."""
 _OUTSIDE = ("torch.", "cachedit_fx.", "accelerate.")
@@ -158,17 +158,17 @@ def clock() -> Tick | None:
 
 def _calling_pipeline(frame: FrameType | None) -> tuple[Any, FrameType | None]:
     """The nearest object on the stack that has a scheduler and called a method of its own, and the method's frame."""
-    for _ in range(MAX_DEPTH):
-        if frame is None:
-            break
-        code = frame.f_code
-        is_method = code.co_argcount > 0 and code.co_varnames[0] == "self"
-        if is_method and not str(frame.f_globals.get("__name__")).startswith(_OUTSIDE):
-            variables = frame.f_locals
-            for name in ("self", "components"):
-                owner = variables.get(name)
-                if any(True for _ in _schedulers(owner)):
-                    return owner, frame
+    depth = 0
+    while frame is not None and depth < MAX_DEPTH:
+        if not str(frame.f_globals.get("__name__")).startswith(_OUTSIDE):
+            depth += 1
+            code = frame.f_code
+            if code.co_argcount > 0 and code.co_varnames[0] == "self":
+                variables = frame.f_locals
+                for name in ("self", "components"):
+                    owner = variables.get(name)
+                    if any(True for _ in _schedulers(owner)):
+                        return owner, frame
         frame = frame.f_back
     return None, None
 

@@ -203,6 +203,8 @@ class CachedGraph(RewrittenGraph):
             except StaleValues:  # raised before a region ran: nothing is stored yet
                 return self._results(call, keys, inputs, on_locate)
 
+        if self.divides_batch:
+            call.on_success(lambda: _advise(call))
         branches = self._branches_of(call.session.state)
         if branches is None:
             return compute()
@@ -243,6 +245,16 @@ class CachedGraph(RewrittenGraph):
             memory = self._memories[state] = HoistedMemory(code, state.options.hoisted_mib * 2**20)
             state.hoisted.add(memory)
         return memory
+
+
+def _advise(call: Call) -> None:
+    """Warn once if ranks cut the batch of calls that are branches already."""
+    if call.position is not None and call.position.branch > 0:
+        call.session.state.warn_once(
+            "cfg_parallel: the ranks cut the batch, and a step calls the model more than once. If each call is one "
+            "branch of guidance, passes={'insert_cfg_parallel': False} is faster: each half of the ranks then computes "
+            "one of the calls, whole"
+        )
 
 
 def graph_of(

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 _NAME = "cachedit_fx"
+JOINED = "cond_uncond"
+"""Name of a call whose batch holds both branches of guidance."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,11 @@ class Hint:
 
     branch: str | None = None
     time: float | torch.Tensor | None = None
+
+    @property
+    def is_branch(self) -> bool:
+        """Whether the call is named, as one branch."""
+        return self.branch not in (None, JOINED)
 
 
 def _make_listener(on_reset: Callable[[], None] = lambda: None, on_context: Callable[[], None] = lambda: None) -> Any:

@@ -137,6 +137,27 @@ def test_guidance_that_ends_midway_restarts_nothing(pipeline):
     assert patterns(pipe) == ["ccrcccrc"]
 
 
+def test_frames_of_torch_do_not_hide_the_pipeline():
+    """A compilation, or a wrapper of each layer, puts many between the pipeline and who asks."""
+    seen = []
+
+    class Asks(torch.nn.Module):
+        def forward(self, latents, timestep, text):
+            seen.append((clock.clock(), clock.guidance()[1]))
+            return latents
+
+    class Guides(ToyPipeline):
+        do_classifier_free_guidance = True
+
+    asks: Any = Asks()
+    for _ in range(clock.MAX_DEPTH):
+        inner, asks = asks, torch.nn.Module()
+        asks.forward = inner.__call__  # a module's call alone, without code of its own
+    Guides(asks)(IMAGE, 1)
+    ((tick, guides),) = seen
+    assert tick is not None and guides
+
+
 @pytest.mark.keep_compiled
 @pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS], ids=["one branch", "two"])
 def test_equal_timesteps_are_two_steps(pipeline, texts):

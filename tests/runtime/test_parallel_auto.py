@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -62,11 +63,11 @@ def captured(heads):
     return shared, inputs(3)
 
 
-def choice_for(gm, ranks, some_cards=FAST_LINKS):
+def choice_for(gm, ranks, some_cards=FAST_LINKS, traced=NOTHING_KNOWN):
     """What is chosen for a graph on so many ranks, none of which is there."""
     with pytest.MonkeyPatch.context() as patch, pretended(ranks):
         patch.setattr(auto_parallel, "assumed_cards", lambda device, ranks: some_cards)
-        return auto_parallel.chosen(gm, parse_options(AUTO), NOTHING_KNOWN)
+        return auto_parallel.chosen(gm, parse_options(AUTO), traced)
 
 
 def choice(heads, *arguments):
@@ -98,6 +99,12 @@ def test_links_choose():
     slow = Cards("slow links", 1e-3, 50, Link(0.01, 1e-9), Link(0.01, 1e-9))
     fast, other = choice(2, 2), choice(2, 2, slow)
     assert not fast.split.is_async and other.split.is_async
+
+
+@pytest.mark.parametrize(("is_branch", "words"), [(True, "two branches of"), (False, "two halves of a batch of 3")])
+def test_a_batch_is_cut_unless_its_call_is_a_branch(is_branch, words):
+    gm = capture(Model(grouped, heads=4), tokens(9, batch=3)).gm
+    assert words in choice_for(gm, 2, traced=replace(NOTHING_KNOWN, is_branch=is_branch)).notes[0]
 
 
 def test_lengths_that_vary_count_as_captured():
