@@ -124,7 +124,8 @@ def compile_graph(
     graph = graph_of(gm, forward, finder, outcome, compared)
     if options.cfg_parallel and isinstance(graph, CachedGraph) and not (graph.shares_branches or graph.divides_batch):
         name = model_in_frame() or "the model"
-        warn(f"cfg_parallel: every rank computes all branches of {name}: {graph.branch_obstacle}")
+        tell = warn if state is None else state.warn_once
+        tell(f"cfg_parallel: every rank computes all branches of {name}: {graph.branch_obstacle}")
     return graph
 
 

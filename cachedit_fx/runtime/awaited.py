@@ -11,20 +11,31 @@ from __future__ import annotations
 
 import copy
 import functools
+import operator
 import threading
+from collections import deque
+from collections.abc import Callable, Iterable, MutableMapping, MutableSequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._guards import TracingContext
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from cachedit_fx.runtime.presence import RankMissing
 from cachedit_fx.runtime.ranks import Ranks
 
 RESTART = "Start all ranks again"
 """What helps ranks whose collectives are out of step."""
+ADVICE = (
+    "changes the shape or the memory of a result that another rank computes, with cfg_parallel. Take the form that "
+    "returns a tensor, as unsqueeze is for unsqueeze_, or clone the result"
+)
+"""What is wrong with an operation."""
+_PLAIN = torch.Tensor, str, bytes, int, float, complex, type(None), torch.dtype, torch.device, torch.nn.Module, type
+"""Kinds of inputs in which no result is looked for."""
 
 
 class Arrival:
@@ -122,6 +133,7 @@ class Awaited(AsyncCollectiveTensor):  # torch's compilers ask such tensors to w
     def __init__(self, elem: torch.Tensor, arrival: Arrival) -> None:
         super().__init__()
 
+    @torch.compiler.disable  # dynamo runs what a graph breaks at
     def trigger_wait(self) -> torch.Tensor:
         """The plain tensor, once its values are here.
 
@@ -154,12 +166,31 @@ class Awaited(AsyncCollectiveTensor):  # torch's compilers ask such tensors to w
         """Where the plain tensor's values are."""
         return self.trigger_wait().data_ptr()
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """The plain tensor's memory."""
+        if TracingContext.try_get() is not None:  # compilers take the wrapper's, which has no values
+            return super().untyped_storage()
+        return self.trigger_wait().untyped_storage()
+
+    @property
+    def data(self) -> torch.Tensor:
+        """The same values, without gradients."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        plain = self.trigger_wait()
+        if (plain.shape, plain.dtype) != (value.shape, value.dtype):
+            raise TypeError(f"data of another form {ADVICE}")
+        plain.data = value
+
     def share_memory_(self) -> torch.Tensor:
         """The plain tensor, moved to shared memory."""
         return self.trigger_wait().share_memory_()
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
+    @torch.compiler.disable
+    def __torch_dispatch__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Views wait for nothing; all other operations get plain tensors.
@@ -171,10 +202,7 @@ class Awaited(AsyncCollectiveTensor):  # torch's compilers ask such tensors to w
             return func.decompose(*args, **(kwargs or {}))
         first = args[0] if args else None
         if kind.changes_shape:
-            raise TypeError(
-                f"{func.overloadpacket.__name__} changes the shape of a result that another rank computes, with "
-                "cfg_parallel. Take the form that returns a view, as unsqueeze is for unsqueeze_, or clone the result"
-            )
+            raise TypeError(f"{func.overloadpacket.__name__} {ADVICE}")
         if kind.is_view and isinstance(first, Awaited) and not first.completed:
             views = func(first.elem, *args[1:], **(kwargs or {}))
             return tree_map_only(torch.Tensor, lambda view: Awaited(view, first._arrival), views)
@@ -182,15 +210,44 @@ class Awaited(AsyncCollectiveTensor):  # torch's compilers ask such tensors to w
         return func(*plain_args, **plain_kwargs)
 
 
-def arrived(value: Any) -> Any:
+def arrived(value: Any, is_inside: bool = False) -> Any:
     """An input of a model, with plain tensors in place of results that are on their way: waits for these.
 
     Dynamo guards on the types of a model's inputs. Where one rank has a result of its own, and another an awaited one,
-    it would capture on one rank alone. A container without such results stays itself, since models may write to it.
+    it would capture on one rank alone. Containers and objects take the plain tensors in place, since models may write
+    to them. A tuple that holds such a result is made anew.
+
+    Args:
+        is_inside: whether the value lies in an object already. Objects in objects are not looked at.
     """
-    if not any(isinstance(leaf, Awaited) for leaf in tree_leaves(value)):
+    if isinstance(value, Awaited):
+        return value.trigger_wait()
+    if isinstance(value, _PLAIN):
         return value
-    return tree_map_only(Awaited, Awaited.trigger_wait, value)
+    if isinstance(value, tuple):
+        elements = [arrived(element, is_inside) for element in value]
+        if all(map(operator.is_, elements, value)):
+            return value
+        return type(value)._make(elements) if hasattr(value, "_make") else type(value)(elements)
+    if isinstance(value, (MutableSequence, deque)):
+        _take(enumerate(value), value.__setitem__, is_inside)
+    elif isinstance(value, MutableMapping):
+        _take(value.items(), value.__setitem__, is_inside)
+    elif not is_inside:
+        take_arrived(value)
+    return value
+
+
+def take_arrived(owner: Any) -> None:
+    """Put plain tensors in place of results that are on their way, among the attributes of an object."""
+    _take(getattr(owner, "__dict__", {}).items(), functools.partial(object.__setattr__, owner), True)
+
+
+def _take(places: Iterable[tuple[Any, Any]], put: Callable[[Any, Any], None], is_inside: bool) -> None:
+    for place, value in list(places):
+        plain = arrived(value, is_inside)
+        if plain is not value:
+            put(place, plain)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ computed on all ranks, which tell each other whether they could. The branch's ow
 from __future__ import annotations
 
 import math
-import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,19 +25,20 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 
 from cachedit_fx.capture import ends_at_break
-from cachedit_fx.passes.graph_values import tensor_of
+from cachedit_fx.passes.graph_aliases import memory_of
+from cachedit_fx.passes.graph_values import value_of
 from cachedit_fx.runtime.awaited import RESTART, Arrival, Awaited
 from cachedit_fx.runtime.presence import RankMissing, RanksDisagree
 from cachedit_fx.runtime.ranks import Ranks, device_among
 
 if TYPE_CHECKING:
     from cachedit_fx.runtime.call import Call
-    from cachedit_fx.runtime.session import Session
 
 HEADER = 16
 """Bytes before the values of a message: its number, and whether its rank has failed; int64 each."""
 SHARED_CALLS = "cfg_parallel: each call of a step is a branch of guidance, which one half of the ranks computes"
 """A sentence for people."""
+NUMBERS = torch.SymInt, torch.SymFloat, torch.SymBool
 ALIGNMENT = 16
 """Every tensor of a message begins at a multiple of it, in bytes."""
 
@@ -70,7 +70,7 @@ class Form:
 
     def sent(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor of this form as bytes, in the order of its memory."""
-        return tensor.permute(self.order).contiguous().view(-1).view(torch.uint8)
+        return tensor.resolve_conj().resolve_neg().permute(self.order).contiguous().view(-1).view(torch.uint8)
 
     def received(self, content: torch.Tensor) -> torch.Tensor:
         """A tensor of this form, on the memory of its bytes."""
@@ -119,9 +119,14 @@ def branch_obstacle(gm: fx.GraphModule, has_writes: bool) -> str | None:
         return "its capture breaks"
     if has_writes:
         return "it writes to its inputs"
-    results = (tensor_of(node) for node in gm.graph.output_node().all_input_nodes)
-    if any(has_free_unbacked_symbols(value) for value in results if value is not None):
-        return "the sizes of its results depend on data"
+    results = gm.graph.output_node().all_input_nodes
+    values = [value_of(node) for node in results]
+    if any(has_free_unbacked_symbols(value) for value in values if isinstance(value, (torch.Tensor, *NUMBERS))):
+        return "numbers or sizes of its results depend on data"
+    memories = Counter(memory for node in results for memory in memory_of(node))
+    of_inputs = {memory for node in gm.graph.find_nodes(op="placeholder") for memory in memory_of(node)}
+    if max(memories.values(), default=0) > 1 or not of_inputs.isdisjoint(memories):
+        return "its results share memory, with each other or with its inputs"
     return None
 
 
@@ -139,8 +144,6 @@ class Branches:
         """Places of the graph's inputs that are no tensors. A thousand weights are among its inputs."""
         self._known: dict[Hashable, Known] = {}
         """Form of a call -> what was learned from one."""
-        self._steps: weakref.WeakKeyDictionary[Session, tuple[tuple[int, int], int]] = weakref.WeakKeyDictionary()
-        """Session -> (generation, step) of its latest call, and the step's calls so far."""
         self._messages = 0
         self._pending: deque[tuple[int, Callable[[], Any]]] = deque()
         """Number of a message -> what waits until it is sent, or received without a fault."""
@@ -161,7 +164,7 @@ class Branches:
         if call.session.is_stray:  # it has no position
             return compute()
         self._check()
-        call.on_success(lambda: self._count(call))
+        call.on_success(lambda: _count(call, self.ranks))
         if self._numbers is None:
             self._numbers = [index for index, value in enumerate(inputs) if not isinstance(value, torch.Tensor)]
         form = call.forms, tuple(inputs[index] for index in self._numbers)
@@ -288,16 +291,17 @@ class Branches:
         while self._pending and self._pending[0][0] <= self._messages - self.ranks.size:
             self._pending.popleft()[1]()
 
-    def _count(self, call: Call) -> None:
-        """Count the calls of each step. Warns once if they do not keep all ranks busy."""
-        if call.position is None:
-            return
-        place = call.position.generation, call.position.step
-        latest, calls = self._steps.get(call.session, (place, 0))
-        self._steps[call.session] = place, calls + 1 if latest == place else 1
-        if latest != place and latest[0] == place[0] and calls != self.ranks.size:
-            call.session.state.warn_once(
-                f"{self.ranks.words}: a step had {calls} call{'s' * (calls > 1)}, of which each half of the ranks "
-                f"computes {'one' if calls == 1 else 'some'} while the other waits. Two calls a step keep both busy; "
-                "ulysses_size divides a single call"
-            )
+
+def _count(call: Call, ranks: Ranks) -> None:
+    """Count the calls of each step, whose forms may be of several graphs. Warns once if ranks were idle."""
+    if call.position is None:
+        return
+    session, place = call.session, (call.position.generation, call.position.step)
+    latest, calls = session.step_calls
+    session.step_calls = place, calls + 1 if latest == place else 1
+    if latest != place and latest[0] == place[0] and calls != ranks.size:
+        session.state.warn_once(
+            f"{ranks.words}: a step had {calls} call{'s' * (calls > 1)}, of which each half of the ranks computes "
+            f"{'one' if calls == 1 else 'some'} while the other waits. Two calls a step keep both busy; ulysses_size "
+            "divides a single call"
+        )

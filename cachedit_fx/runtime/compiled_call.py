@@ -23,11 +23,12 @@ from torch.utils._pytree import tree_leaves
 from cachedit_fx.capture import CAPTURE_ERRORS, called_by_wrapper, capturing, first_break, isolated_compile
 from cachedit_fx.config.rules import OptionError
 from cachedit_fx.passes.block_loops import LoopNotFound
-from cachedit_fx.runtime.awaited import arrived
+from cachedit_fx.runtime.awaited import arrived, take_arrived
 from cachedit_fx.runtime.call import NO_LOOP, NOT_CAPTURED, Call, current_call
 from cachedit_fx.runtime.guard import on_host
 from cachedit_fx.runtime.host_tensor import HostWeightError
 from cachedit_fx.runtime.model_state import ModelState
+from cachedit_fx.runtime.presence import RanksDisagree
 from cachedit_fx.runtime.progress import compiling
 from cachedit_fx.runtime.shortcut import Route, look_of
 from cachedit_fx.runtime.snapshot import snapshot
@@ -79,9 +80,18 @@ class CompiledCall:
 
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._verified_result(args, kwargs)
+        except BaseException as error:  # other ranks may wait for this one, and need not
+            is_told = isinstance(error, RanksDisagree)
+            self.state.leave_ranks(None if is_told else f"failed in its latest call, with {type(error).__name__}")
+            raise
+
+    def _verified_result(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         verifier, module = self.state.verifier, self.module()
         if self.state.ranks is not None:
             args, kwargs = tuple(map(arrived, args)), {name: arrived(value) for name, value in kwargs.items()}
+            take_arrived(module)
         if verifier is None or module is None:
             return self._result(args, kwargs)
         try:

@@ -194,11 +194,11 @@ class ModelState:
         else:
             come_back(self.title)
 
-    def leave_ranks(self, reason: str) -> None:
+    def leave_ranks(self, reason: str | None) -> None:
         """Tell the other ranks, if there are any, that this one does not take part in calls of the model.
 
         Args:
-            reason: words that follow "the rank".
+            reason: words that follow "the rank"; None if it follows another rank's fault.
         """
         if self.ranks is not None:
             leave(self.title, reason)

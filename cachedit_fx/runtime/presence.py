@@ -225,31 +225,31 @@ def introduce() -> None:
         _store().set(_process_key(dist.get_rank()), f"{_machine()} {os.getpid()}")
 
 
-def leave(model: str, reason: str) -> None:
+def leave(model: str, reason: str | None) -> None:
     """Say that this rank will not come to calls of a model, and why. Nothing waits for an answer.
 
     Args:
         model: name of its class; empty if it is not known.
-        reason: words that follow "the rank".
+        reason: words that follow "the rank"; None if it follows another rank's fault, which then is one no longer.
     """
-    _tell(model, reason)
+    _tell(model, reason, 1)
 
 
 def come_back(model: str) -> None:
     """Say that this rank will come to calls of a model, if it has left before."""
-    _tell(model, None)
+    _tell(model, None, 0)
 
 
-def _tell(model: str, reason: str | None) -> None:
-    """Say why this rank is away, or with None that it is away no longer."""
+def _tell(model: str, reason: str | None, times: int) -> None:
+    """Say why this rank is away, if it is, and that it has left so many times more."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return
     with suppress(RuntimeError):  # without a store, whoever waits for this rank finds out by the time-out
         store, rank = _store(), dist.get_rank()
         left = _left(store, rank)
         count, _ = left.get(model, (0, None))
-        if reason is not None or count:
-            store.set(_left_key(rank), json.dumps(left | {model: (count + (reason is not None), reason)}))
+        if times or count:
+            store.set(_left_key(rank), json.dumps(left | {model: (count + times, reason)}))
 
 
 def _reason(other: dict[str, Any], own: dict[str, Any], model: str) -> str | None:

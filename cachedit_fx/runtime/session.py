@@ -144,6 +144,8 @@ class Session:
         self.uncached: Counter[str] = Counter()
         self.elsewhere: Counter[int] = Counter()
         """Branch -> its calls that other ranks computed."""
+        self.step_calls: tuple[tuple[int, int], int] = (-1, -1), 0
+        """(generation, step) of the latest call that ranks shared out by branches, and the step's calls so far."""
         self.aside: Counter[str] | None = None
         """Causes of calls that are no steps, of a generation that had no step yet; None if there is none."""
         self.failed_calls = 0

@@ -12,7 +12,8 @@ import tempfile
 import traceback
 from collections.abc import Callable, Collection
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def on_ranks(
         for process, (_, end) in zip(processes, pipes, strict=True):
             process.start()
             end.close()
-        outcomes = [_outcome_of(pipe[0]) for pipe in pipes]
+        outcomes = [_outcome_of(pipe[0], process) for pipe, process in zip(pipes, processes, strict=True)]
         end_of_all.set()
         for process in processes:
             process.join(SECONDS)
@@ -59,12 +60,12 @@ def on_ranks(
     return [result for _, result in outcomes]
 
 
-def _outcome_of(pipe: Connection) -> tuple[str, Any]:
-    try:
-        outcome: tuple[str, Any] = pickle.loads(pipe.recv_bytes())
-        return outcome
-    except EOFError:
+def _outcome_of(pipe: Connection, process: BaseProcess) -> tuple[str, Any]:
+    wait([pipe, process.sentinel])  # ranks that were forked before hold the pipe's other end as well
+    if not pipe.poll():
         return "the process died without a word", None
+    outcome: tuple[str, Any] = pickle.loads(pipe.recv_bytes())
+    return outcome
 
 
 def _run(

@@ -6,12 +6,16 @@ import copy
 import ctypes
 import functools
 import pickle
+from collections import UserDict, deque
 from contextlib import nullcontext
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+import safetensors.torch
 import torch
+from transformers.modeling_outputs import BaseModelOutput
 
 from cachedit_fx import RankMissing
 from cachedit_fx.runtime.awaited import Arrival, Awaited, arrived
@@ -65,6 +69,9 @@ USES: dict[str, Any] = {
     "dlpack": lambda x: torch.from_dlpack(x),
     "memory": lambda x: torch.frombuffer(ctypes.string_at(x.data_ptr(), 96), dtype=torch.float32),
     "memory of a slice": lambda x: torch.frombuffer(ctypes.string_at(x[1:].data_ptr(), 48), dtype=torch.float32),
+    "storage": lambda x: torch.tensor(x.untyped_storage().tolist()),
+    "typed storage": lambda x: torch.tensor(list(x.storage())),
+    "file": lambda x: safetensors.torch.load(safetensors.torch.save({"x": x}))["x"],
     "text": lambda x: torch.tensor(float(f"{x[0, 0, 1]:.2f}")),
     "compiled": lambda x: combine()(x, torch.ones(4)),
     "compiled on the right": lambda x: combine()(torch.ones(2, 3, 4), x),
@@ -129,9 +136,65 @@ def test_inputs_without_awaited_results_stay_themselves():
     assert type(kept) is torch.Tensor and torch.equal(kept, VALUES) and delivery.waits == 1
 
 
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+@dataclass(frozen=True)
+class Frozen:
+    content: Any
+
+
+class Plain:
+    def __init__(self, content):
+        self.content = content
+
+
+HOLDERS: dict[str, tuple[Any, Any]] = {
+    "list": (lambda x: [x, 1], lambda holder: holder[0]),
+    "dict": (lambda x: {"a": x}, lambda holder: holder["a"]),
+    "deque": (lambda x: deque([x]), lambda holder: holder[0]),
+    "mapping": (lambda x: UserDict(a=x), lambda holder: holder["a"]),
+    "output": (lambda x: BaseModelOutput(last_hidden_state=x), lambda holder: holder.last_hidden_state),
+    "dataclass": (Frozen, lambda holder: holder.content),
+    "object": (Plain, lambda holder: holder.content),
+    "nested": (lambda x: {"a": [Frozen(Pair(1, x))]}, lambda holder: holder["a"][0].content.second),
+}
+"""Holder of a result; what it holds."""
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_holders_take_results_in_place(name):
+    """A model may write to them, and its caller may read what it has written."""
+    make, content = HOLDERS[name]
+    tensor, delivery = awaited(VALUES)
+    holder = make(tensor)
+    assert arrived(holder) is holder and delivery.waits == 1
+    assert type(content(holder)) is torch.Tensor and torch.equal(content(holder), VALUES)
+
+
+def test_tuples_are_made_anew():
+    tensor, _ = awaited(VALUES)
+    pair = arrived(Pair(1, tensor))
+    assert type(pair) is Pair and type(pair.second) is torch.Tensor and type(arrived((tensor,))[0]) is torch.Tensor
+
+
+def test_data_is_replaced():
+    tensor, _ = awaited(VALUES.clone())
+    view = tensor[0]
+    tensor.data = 2 * VALUES
+    assert torch.equal(tensor + 0, 2 * VALUES) and torch.equal(tensor.data, 2 * VALUES)
+    assert torch.equal(view, VALUES[0])  # as of a plain tensor, it stays a view of the old values
+    with pytest.raises(TypeError, match="data of another form changes the shape"):
+        tensor.data = VALUES[0]
+
+
 def test_shapes_are_not_changed_in_place():
     tensor, _ = awaited(VALUES)
-    with pytest.raises(TypeError, match="unsqueeze_ changes the shape of a result that another rank computes"):
+    with pytest.raises(
+        TypeError, match="unsqueeze_ changes the shape or the memory of a result that another rank computes"
+    ):
         tensor.unsqueeze_(0)
 
 
