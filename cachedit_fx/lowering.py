@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import logging
 import operator
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -289,5 +290,17 @@ def _strides(value: torch.Tensor) -> tuple[str, ...]:
 
 
 def compile_whole(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-    """Compile the graph as one piece; with `inner_backend="eager"`, its forward as it is."""
-    return gm.forward if options.inner_backend == "eager" else inner_compiler(options)(gm, list(example_inputs))
+    """Compile the graph as one piece; with `inner_backend="eager"`, its forward as it is.
+
+    A graph that writes to two inputs that share memory stays as it is too: inductor of torch 2.13 compiles such a graph,
+    and refuses its inputs.
+    """
+    if options.inner_backend == "eager" or _writes_to_shared_memory(gm.graph):
+        return gm.forward
+    return inner_compiler(options)(gm, list(example_inputs))
+
+
+def _writes_to_shared_memory(graph: fx.Graph) -> bool:
+    """Whether the graph writes in place to memory that two of its inputs name."""
+    named = Counter(memory for node in graph.find_nodes(op="placeholder") for memory in memory_of(node))
+    return any(named[memory] > 1 for node in graph.nodes for target in written_by(node) for memory in memory_of(target))

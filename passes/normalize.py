@@ -38,7 +38,7 @@ from .graph_aliases import (
     returns_its_input,
     written_by,
 )
-from .graph_values import body_nodes, describe_layout, is_of_module, meta_of_value, target_name, tensor_of, value_of
+from .graph_values import body_nodes, describe_layout, meta_of_value, target_name, tensor_of, value_of
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,7 @@ class _Purifier:
         output = next(node for node in reversed(self.graph.nodes) if node.op == "output")
         for source, result in self._latest.items():
             self._write_back("call_method", "copy_", source, result)
-            if is_of_module(source):  # what wrote to a buffer is assigned to its name, and is the buffer itself
-                output.replace_input_with(result, source)
+            self._return_views(source, result, output)
         return changes
 
     # Questions
@@ -175,6 +174,8 @@ class _Purifier:
                 return f"{write.name} writes in place to {titles}, whose elements share memory"
             if any(target_name(name) in _BY_LAYOUT for name in names) and not _is_dense(roots[0]):
                 return f"{write.name} writes in place to {titles}, whose views depend on its layout"
+            if any(target_name(name) == "as_strided" for name in names) and not _is_whole(roots[0]):
+                return f"{write.name} writes in place to {titles}, beside which its memory holds more"
         if not memory_of(write).isdisjoint(_memory(written_by(write))) and _target_of(write) is None and write.users:
             return f"the results of {write.name}, which writes in place to several tensors, are used"
         return None
@@ -217,7 +218,8 @@ class _Purifier:
             self._assign(write)
             return True
         changed = False
-        for target in written_by(write):
+        for place in range(len(written_by(write))):
+            target = written_by(write)[place]  # those that are left may be views of a copy by now
             names = self._names_of(target)
             (root,) = _roots(names)
             if self._is_filled_where_made(root, write, names):
@@ -268,6 +270,29 @@ class _Purifier:
             if (name in copies or name in views) and not (name.users or name._erased or written_by(name)):
                 self.graph.erase_node(name)
         return copies
+
+    def _return_views(self, source: fx.Node, result: fx.Node, output: fx.Node) -> None:
+        """Let the graph return views of an input, in place of views of the value that it ends with.
+
+        Others may hold the input, and write to it after the call: a buffer, or the caller's tensor.
+        """
+        views, needed = {result: source}, {result}
+        for name in self._names_of(result):
+            if needed.isdisjoint(name.all_input_nodes) or name is output:
+                continue
+            target = _target_of(name)
+            if target is not None:
+                views[name] = views[target]
+            elif not written_by(name):
+                with self.graph.inserting_before(output):
+                    views[name] = self.graph.node_copy(name, lambda value: views.get(value, value))
+                views[name].meta = _meta_at(source, name)
+            needed.add(name)
+        for name, view in views.items():
+            output.replace_input_with(name, view)
+        for view in reversed(views.values()):
+            if view is not source and not view.users:
+                self.graph.erase_node(view)
 
     def _divide(
         self, memory: frozenset[Memory], write: fx.Node, names: Sequence[fx.Node], copies: Sequence[fx.Node]
@@ -370,6 +395,13 @@ def _is_dense(node: fx.Node) -> bool:
     return tensor.storage_offset() == 0 and not _has_gaps(node)
 
 
+def _is_whole(node: fx.Node) -> bool:
+    """Whether the tensor's memory holds nothing else."""
+    tensor = tensor_of(node)
+    assert tensor is not None
+    return bool(tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize)
+
+
 def _use_from(write: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> None:
     """Let every node after `write` use the new nodes in place of the old ones."""
     for old, new in copies.items():
@@ -401,10 +433,10 @@ def _keeps_dtype(write: fx.Node) -> bool:
     first = tensor_of(write.args[0]) if write.args and isinstance(write.args[0], fx.Node) else None
     if first is None or not first.dtype.is_floating_point:
         return False
-    for other in write.args[1:]:
+    for other in (*write.args[1:], *write.kwargs.values()):
         if isinstance(other, fx.Node):
             tensor = tensor_of(other)
-            if tensor is not None and tensor.dim() and tensor.dtype is not first.dtype:
+            if tensor is not None and (tensor.dim() or not first.dim()) and tensor.dtype is not first.dtype:
                 return False
             if tensor is not None and tensor.dim() > first.dim():
                 return False

@@ -31,7 +31,7 @@ from cachedit_fx.runtime.model_state import ModelState
 from cachedit_fx.runtime.presence import RanksDisagree
 from cachedit_fx.runtime.progress import compiling
 from cachedit_fx.runtime.shortcut import Route, look_of
-from cachedit_fx.runtime.snapshot import snapshot
+from cachedit_fx.runtime.snapshot import call_snapshot, parameter_versions
 from cachedit_fx.runtime.verification import VerificationError
 from cachedit_fx.runtime.warm_up import warm_up
 
@@ -164,7 +164,12 @@ class CompiledCall:
             return guarded()
         look, tensors = look_and_tensors
         call.route = Route(call)
-        return call.route.result(look, tensors, guarded)
+
+        def is_same() -> bool:
+            after = look_of(args, kwargs)
+            return after is not None and after[0] == look
+
+        return call.route.result(look, tensors, guarded, is_same)
 
     def _settle(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The first call's result. The call settles whether the module is captured under the flags of `capturing`."""
@@ -175,7 +180,7 @@ class CompiledCall:
                 f"torch.compile was called on {type(module).__name__}, whose cached call compiles the model already: "
                 "the options of torch.compile have no effect; pass them to enable_cache (inner_backend, mode, dynamic)"
             )
-        restore = snapshot((args, kwargs, list(module.buffers())))
+        restore, versions = call_snapshot(module, args, kwargs), parameter_versions(module)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if tensors and all(map(on_host, tensors)):
             warm_up(self.state.options)
@@ -187,13 +192,16 @@ class CompiledCall:
             if self._must_raise(error):
                 raise
             failure = error
-        if failure is None and not _lacks_loop(call):
+        lacks_loop = failure is not None or _lacks_loop(call)
+        is_repeatable = parameter_versions(module) == versions  # parameters are not restored
+        if lacks_loop:
+            logger.info("captured again with breaks: %s", failure or "no graph held a loop")
+            self._compile_under(nullcontext(), is_settled=True)
+        if failure is None and not (lacks_loop and is_repeatable):
             self.settled = True
             call.finish(lambda call: self._diagnose(call, args, kwargs))
             return result
         restore()
-        logger.info("captured again with breaks: %s", failure or "no graph held a loop")
-        self._compile_under(nullcontext(), is_settled=True)
         try:
             return self._settled_result(args, kwargs, restore)
         except Exception:  # nothing is learned from a call that the plain module refuses too

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,12 +18,16 @@ def snapshot(arguments: Any) -> Callable[[], None]:
 
     A tensor that did not change is not written to, so autograd does not see the restoring as a write.
     """
-    copies = [(leaf, leaf.detach().clone()) for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
+    leaves = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
+    copies = [(leaf, leaf.detach().clone(), _place_of(leaf)) for leaf in leaves]
     generator = torch.get_rng_state()
     on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
     def restore() -> None:
-        for leaf, copy in copies:
+        for leaf, copy, place in copies:
+            if place is not None and _place_of(leaf) != place:  # `resize_`, `transpose_`, `out=` of another shape
+                with torch.no_grad():
+                    leaf.set_(*place)
             if not torch.equal(leaf, copy):
                 leaf.detach().copy_(copy)
         torch.set_rng_state(generator)
@@ -31,6 +35,43 @@ def snapshot(arguments: Any) -> Callable[[], None]:
             torch.cuda.set_rng_state_all(on_devices)
 
     return restore
+
+
+def _place_of(tensor: torch.Tensor) -> tuple[Any, ...] | None:
+    """Storage, offset, shape and strides of a tensor; None of one that has none, as a sparse one."""
+    if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+        return None
+    return tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride()
+
+
+def call_snapshot(module: nn.Module, args: Any, kwargs: Any) -> Callable[[], None]:
+    """Copy what a call of `module` may change, its parameters left out. The result restores that state."""
+    restore_values = snapshot((args, kwargs, list(module.buffers()), attribute_tensors(module)))
+    restore_attributes = attribute_snapshot(module)
+    containers = [(container, container.copy()) for container in _containers_in((args, kwargs))]
+
+    def restore() -> None:
+        restore_attributes()
+        _refill(containers)
+        restore_values()
+
+    return restore
+
+
+def _containers_in(value: Any) -> Iterator[Any]:
+    """Every list, dict and set in `value`, and in those."""
+    if type(value) in (list, dict, set):
+        yield value
+    if isinstance(value, (list, tuple, dict)):
+        for element in value.values() if isinstance(value, dict) else value:
+            yield from _containers_in(element)
+
+
+def _refill(containers: Iterable[tuple[Any, Any]]) -> None:
+    """Give containers the elements of their copies."""
+    for container, copy in containers:
+        container.clear()
+        container.extend(copy) if isinstance(container, list) else container.update(copy)
 
 
 def attribute_snapshot(module: nn.Module) -> Callable[[], None]:
@@ -53,9 +94,7 @@ def attribute_snapshot(module: nn.Module) -> Callable[[], None]:
             for name in [name for name in present if name not in _INTERNAL and name not in attributes]:
                 del present[name]
             present.update(attributes)
-        for container, copy in containers:
-            container.clear()
-            container.extend(copy) if isinstance(container, list) else container.update(copy)
+        _refill(containers)
 
     return restore
 

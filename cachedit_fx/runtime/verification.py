@@ -28,7 +28,7 @@ from cachedit_fx.passes.insert_cache_branch import CacheBranch
 from cachedit_fx.passes.manager import Outcome
 from cachedit_fx.passes.outline_blocks import ORIGIN
 from cachedit_fx.runtime.policies.base import Action
-from cachedit_fx.runtime.snapshot import attribute_snapshot, attribute_tensors, parameter_versions, snapshot
+from cachedit_fx.runtime.snapshot import attribute_tensors, call_snapshot, parameter_versions, snapshot
 from cachedit_fx.runtime.warning import warn
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -140,12 +140,7 @@ class Verifier:
             VerificationError: if the call was the first computed one of a graph, and the plain module gives another
                 result, or leaves other values in arguments, buffers or attributes. These then are as before the call.
         """
-        state = (args, kwargs, list(module.buffers()), attribute_tensors(module))
-        restore_values, restore_attributes = snapshot(state), attribute_snapshot(module)
-
-        def restore() -> None:
-            restore_attributes()
-            restore_values()
+        restore = call_snapshot(module, args, kwargs)
 
         def outcome(result: Any) -> list[torch.Tensor]:
             return copies_of((result, args, kwargs, list(module.buffers()), attribute_tensors(module)))

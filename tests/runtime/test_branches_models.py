@@ -199,7 +199,7 @@ def uncaptured(rank):
     for attempt in range(2):
         with pytest.MonkeyPatch.context() as patch, torch.no_grad():
             if rank == 1 and not attempt:
-                patch.setattr(compiled_call, "snapshot", fail)
+                patch.setattr(compiled_call, "call_snapshot", fail)
             try:
                 found.append(module(*inputs) + 0)
             except (Fails, cachedit_fx.RanksDisagree) as error:

@@ -2,6 +2,8 @@
 
 import contextlib
 import inspect
+import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -122,6 +124,51 @@ def test_where_the_flags_do_harm_the_very_first_call_is_captured_without():
     (region,) = summary(model)
     assert (region.num_blocks, region.executed_steps, region.cached_steps, region.uncached_calls) == (4, 2, [1], 0)
     assert explain(model, *inputs).chain == ("blocks",)
+
+
+class Changes(Toy):
+    """Changes what it holds and what it is given, before a capture that breaks among the blocks."""
+
+    calls: Any
+    sums: Any
+
+    def __init__(self, blocks):
+        super().__init__(blocks)
+        self.calls, self.sums, self.latest, self.scale = 0, torch.zeros(()), [], nn.Parameter(torch.ones(()))
+
+    def forward(self, hidden_states, timestep, encoder_hidden_states, given=None):
+        self.calls += 1
+        self.sums.add_(1.0)
+        self.latest.append(self.calls)
+        given["calls"].append(self.calls)
+        if self.writes:
+            self.scale.mul_(0.5)
+        torch.mul(hidden_states, 2.0, out=given["out"])
+        hidden_states = hidden_states * self.scale
+        for block in self.blocks:
+            hidden_states, encoder_hidden_states = block(hidden_states, encoder_hidden_states, hidden_states[:, 0])
+            torch._dynamo.graph_break()
+        return hidden_states + self.sums
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("writes", [False, True], ids=["", "parameter"])
+def test_a_call_that_is_captured_twice_changes_everything_once(writes):
+    """A parameter is not copied: then the first attempt's result counts."""
+    found = []
+    for is_enabled in (False, True):
+        model = make(Changes, blocks=3)
+        model.writes = writes
+        if is_enabled:
+            enabled(model)
+        given = {"calls": [0], "out": torch.empty(0)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            results = [model(noise(), torch.tensor([900.0]), noise(seed=2), given) for _ in range(2)]
+        found.append((results, given["out"], model.sums, model.scale, (model.calls, model.latest, given["calls"])))
+    assert all(map(torch.equal, found[0][0], found[1][0]))
+    assert all(map(torch.equal, found[0][1:4], found[1][1:4]))
+    assert found[0][4] == found[1][4] == (2, [1, 2], [0, 1, 2])
 
 
 @torch.no_grad()

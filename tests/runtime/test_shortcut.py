@@ -58,6 +58,31 @@ def test_results_and_decisions_are_those_of_guarded_calls():
         assert count == (GUARDED_CALLS if seed else GUARDED_CALLS + 1), "the very first call finds out how to capture"
 
 
+class KeepsElsewhere(Toy):
+    """Keeps a value in an attribute, and puts one into a dict that it is given."""
+
+    latest = None
+
+    def forward(self, hidden_states, timestep, encoder_hidden_states, memory=None):
+        self.latest = encoder_hidden_states * 2 if self.keeps else None
+        memory["is_used"] = self.puts
+        return super().forward(hidden_states, timestep, encoder_hidden_states)
+
+
+@pytest.mark.parametrize(("keeps", "puts"), [(True, True), (True, None), (False, True)])
+@torch.no_grad()
+def test_what_is_kept_elsewhere_is_that_of_the_present_call(keeps, puts):
+    module = make(KeepsElsewhere)
+    module.keeps, module.puts = keeps, puts
+    guarded = Guarded(module)
+    for step in range(6):
+        memory = {} if puts else {"is_used": None}
+        module(noise(seed=step), torch.tensor([900.0 - 10 * step]), step * TEXT, memory)
+        assert memory == {"is_used": puts}
+        assert not keeps or torch.equal(module.latest, 2 * step * TEXT)
+    assert guarded.count == 6
+
+
 def test_two_branches_of_two_lengths():
     guarded, plain = Guarded(make()), always(make())
     texts = (TEXT, noise(1, 4, seed=3))
