@@ -292,8 +292,8 @@ def _strides(value: torch.Tensor) -> tuple[str, ...]:
 def compile_whole(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     """Compile the graph as one piece; with `inner_backend="eager"`, its forward as it is.
 
-    A graph that writes to two inputs that share memory stays as it is too: inductor of torch 2.13 compiles such a graph,
-    and refuses its inputs.
+    A graph that writes to two inputs that share memory stays as it is too. The cache of compiled graphs of torch 2.13
+    takes it for one whose inputs share none (`findings/aot_autograd_cache_ignores_shared_memory.sh`).
     """
     if options.inner_backend == "eager" or _writes_to_shared_memory(gm.graph):
         return gm.forward

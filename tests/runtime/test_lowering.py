@@ -18,10 +18,11 @@ from torch import fx, nn
 from torch._inductor import compile_fx, cpu_vec_isa
 
 import cachedit_fx
+from cachedit_fx import lowering
 from cachedit_fx.backend import cachedit
 from cachedit_fx.config.options import parse_options
 from cachedit_fx.kernels import cpu
-from cachedit_fx.lowering import Lowered, lower, structure_key
+from cachedit_fx.lowering import Lowered, compile_whole, lower, structure_key
 from cachedit_fx.passes.base import Facts
 from cachedit_fx.passes.manager import Outcome
 from cachedit_fx.runtime.warm_up import warm_up
@@ -353,6 +354,22 @@ def test_the_inner_compiler_gets_fake_inputs_and_the_options():
         placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
         assert [node.meta["example_value"] for node in placeholders] == inputs
         assert all(hasattr(value, "fake_mode") for value in inputs)
+
+
+def test_graphs_that_write_to_inputs_which_share_memory_stay_as_they_are():
+    """torch's cache on disk takes such a graph for one whose inputs share none."""
+
+    class Writes(nn.Module):
+        def forward(self, x, rows):
+            rows.mul_(2.0)
+            return x.sum()
+
+    x, compiled = torch.ones(4, 6), object()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lowering, "inner_compiler", lambda options: lambda gm, inputs: compiled)
+        for rows, is_compiled in ((x[1:], False), (torch.ones(3, 6), True)):
+            graph = capture(Writes(), x, rows).gm
+            assert (compile_whole(graph, [x, rows], parse_options({})) is compiled) == is_compiled
 
 
 def test_eager_shares_the_pieces_themselves():
