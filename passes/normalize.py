@@ -38,6 +38,7 @@ from .graph_aliases import (
     returns_its_input,
     written_by,
 )
+from .graph_cost import hint
 from .graph_values import body_nodes, describe_layout, meta_of_value, target_name, tensor_of, value_of
 
 
@@ -170,6 +171,8 @@ class _Purifier:
             titles = " and ".join(map(source_name, roots))
             if len(roots) != 1 or memory_of(roots[0]) != memory_of(target):
                 return f"{write.name} writes in place to memory that {titles} share"
+            if not _is_traced_right(roots[0]):
+                return f"{write.name} writes in place to {titles}, whose layout the tracer does not tell"
             if _overlaps(roots[0]):
                 return f"{write.name} writes in place to {titles}, whose elements share memory"
             if any(target_name(name) in _BY_LAYOUT for name in names) and not _is_dense(roots[0]):
@@ -384,8 +387,19 @@ def _overlaps(node: fx.Node) -> bool:
     tensor = tensor_of(node)
     if tensor is None:
         return False
-    axes = zip(tensor.shape, tensor.stride(), strict=True)
-    return any(isinstance(stride, int) and stride == 0 and size != 1 for size, stride in axes)
+    axes = sorted((hint(stride), hint(size)) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    reach = 0  # of the axes with smaller strides
+    for stride, size in axes:
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def _is_traced_right(node: fx.Node) -> bool:
+    """Whether a graph input has the strides that the tracer shows: `out=` changes what it shows of its target."""
+    real, traced = _real_input(node), tensor_of(node)
+    return real is None or traced is None or real.stride() == tuple(map(hint, traced.stride()))
 
 
 def _is_dense(node: fx.Node) -> bool:

@@ -150,3 +150,35 @@ def test_memory_is_that_of_the_plain_model(name, inner_backend):
         assert expected.dtype == value.dtype
         assert torch.equal(expected, value) if inner_backend == "eager" else torch.allclose(expected, value), number
     assert (plain.window is None) == (module.window is None)
+
+
+class Sorts(Writes):
+    """Sorts its argument in place."""
+
+    def forward(self, hidden_states, timestep, extra):
+        torch.sort(extra + hidden_states.mean(), out=(extra, torch.empty(extra.shape, dtype=torch.long)))
+        return super().forward(hidden_states, timestep, extra)[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("strides", "write"),
+    [((100, 9, 1), None), ((6, 2, 1), None), ((6, 2, 1), lambda module, hidden, x: x[1:].mul_(hidden.mean()))],
+    ids=["sorted into gaps", "sorted into an overlap", "overlap"],
+)
+def test_layouts_that_a_copy_does_not_have_are_left_as_they_are(strides, write):
+    """The tracer shows a dense target for `out=`. A copy would hold an element twice that memory holds once."""
+    torch.manual_seed(0)
+    plain = (Sorts if write is None else Writes)(write or (lambda *_: None)).eval().requires_grad_(False)
+    model = cachedit_fx.compile(
+        copy.deepcopy(plain), inner_backend="eager", Fn_compute_blocks=1, residual_diff_threshold=0.0
+    )
+    picture, memory = torch.randn(2, 5, WIDTH), torch.randn(600)
+    memories = [memory.clone() for _ in range(2)]
+    with pytest.warns(CacheWarning, match="layout the tracer does not tell|elements share memory"):
+        results = [
+            call(picture, torch.tensor([900.0]), each.as_strided((4, 6, WIDTH), strides, 5))
+            for call, each in zip((plain, model), memories, strict=True)
+        ]
+    first, second = (result if write is None else result[0] for result in results)
+    assert torch.equal(first, second) and torch.equal(*memories)
