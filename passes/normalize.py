@@ -399,7 +399,10 @@ def _overlaps(node: fx.Node) -> bool:
 def _is_traced_right(node: fx.Node) -> bool:
     """Whether a graph input has the strides that the tracer shows: `out=` changes what it shows of its target."""
     real, traced = _real_input(node), tensor_of(node)
-    return real is None or traced is None or real.stride() == tuple(map(hint, traced.stride()))
+    if real is None or traced is None:
+        return True
+    axes = zip(real.shape, real.stride(), traced.stride(), strict=True)
+    return all(size == 1 or stride == hint(shown) for size, stride, shown in axes)
 
 
 def _is_dense(node: fx.Node) -> bool:

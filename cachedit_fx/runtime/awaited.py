@@ -13,8 +13,8 @@ import copy
 import functools
 import operator
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, MutableMapping, MutableSequence
+from collections import UserList, deque
+from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -229,7 +229,7 @@ def arrived(value: Any, is_inside: bool = False) -> Any:
         if all(map(operator.is_, elements, value)):
             return value
         return type(value)._make(elements) if hasattr(value, "_make") else type(value)(elements)
-    if isinstance(value, (MutableSequence, deque)):
+    if isinstance(value, (list, deque, UserList)):
         _take(enumerate(value), value.__setitem__, is_inside)
     elif isinstance(value, MutableMapping):
         _take(value.items(), value.__setitem__, is_inside)
