@@ -71,17 +71,29 @@ def model_in_frame() -> str:
     return type(owner).__name__ if owner is not None else ""
 
 
+def has_side_effects() -> bool:
+    """Whether the frame that is being captured changes attributes or containers from outside. The graph does not."""
+    return bool(_changed_outside())
+
+
+def _changed_outside() -> list[Any]:
+    """Dynamo's variables of the attributes and containers from outside the frame that it changes."""
+    from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
+
+    output, new = _output_graph(), (AttributeMutationNew, ValueMutationNew)
+    modified = [] if output is None else output.side_effects._get_modified_vars()
+    return [var for var in modified if not isinstance(var.mutation_type, new)]
+
+
 def kept_results(gm: fx.GraphModule) -> frozenset[int]:
     """Indices of the graph's results that dynamo puts into attributes and containers from outside the frame."""
     output = _output_graph()
     if output is None:
         return frozenset()
     from torch._dynamo.variables import TensorVariable
-    from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew, VariableTracker
+    from torch._dynamo.variables.base import VariableTracker
 
-    effects = output.side_effects
-    new = AttributeMutationNew, ValueMutationNew
-    pending = [var for var in effects._get_modified_vars() if not isinstance(var.mutation_type, new)]
+    effects, pending = output.side_effects, _changed_outside()
     visited: set[int] = set()
     names: set[str] = set()
 

@@ -29,6 +29,8 @@ from cachedit_fx.runtime.ranks import Ranks
 
 RESTART = "Start all ranks again"
 """What helps ranks whose collectives are out of step."""
+MAX_DEPTH = 8
+"""Containers in containers in which results are looked for."""
 ADVICE = (
     "changes the shape or the memory of a result that another rank computes, with cfg_parallel. Take the form that "
     "returns a tensor, as unsqueeze is for unsqueeze_, or clone the result"
@@ -203,14 +205,14 @@ class Awaited(AsyncCollectiveTensor):  # torch's compilers ask such tensors to w
         first = args[0] if args else None
         if kind.changes_shape:
             raise TypeError(f"{func.overloadpacket.__name__} {ADVICE}")
-        if kind.is_view and isinstance(first, Awaited) and not first.completed:
+        if kind.is_view and isinstance(first, Awaited):  # a plain view would hold the wrapper as its base
             views = func(first.elem, *args[1:], **(kwargs or {}))
             return tree_map_only(torch.Tensor, lambda view: Awaited(view, first._arrival), views)
         plain_args, plain_kwargs = tree_map_only(Awaited, Awaited.trigger_wait, (args, kwargs or {}))
         return func(*plain_args, **plain_kwargs)
 
 
-def arrived(value: Any, is_inside: bool = False) -> Any:
+def arrived(value: Any, is_inside: bool = False, depth: int = 0) -> Any:
     """An input of a model, with plain tensors in place of results that are on their way: waits for these.
 
     Dynamo guards on the types of a model's inputs. Where one rank has a result of its own, and another an awaited one,
@@ -219,33 +221,34 @@ def arrived(value: Any, is_inside: bool = False) -> Any:
 
     Args:
         is_inside: whether the value lies in an object already. Objects in objects are not looked at.
+        depth: of the containers around it. One that holds itself has no end.
     """
     if isinstance(value, Awaited):
         return value.trigger_wait()
-    if isinstance(value, _PLAIN):
+    if isinstance(value, _PLAIN) or depth == MAX_DEPTH:
         return value
     if isinstance(value, tuple):
-        elements = [arrived(element, is_inside) for element in value]
+        elements = [arrived(element, is_inside, depth + 1) for element in value]
         if all(map(operator.is_, elements, value)):
             return value
         return type(value)._make(elements) if hasattr(value, "_make") else type(value)(elements)
     if isinstance(value, (list, deque, UserList)):
-        _take(enumerate(value), value.__setitem__, is_inside)
+        _take(enumerate(value), value.__setitem__, is_inside, depth + 1)
     elif isinstance(value, MutableMapping):
-        _take(value.items(), value.__setitem__, is_inside)
+        _take(value.items(), value.__setitem__, is_inside, depth + 1)
     elif not is_inside:
-        take_arrived(value)
+        take_arrived(value, depth)
     return value
 
 
-def take_arrived(owner: Any) -> None:
+def take_arrived(owner: Any, depth: int = 0) -> None:
     """Put plain tensors in place of results that are on their way, among the attributes of an object."""
-    _take(getattr(owner, "__dict__", {}).items(), functools.partial(object.__setattr__, owner), True)
+    _take(getattr(owner, "__dict__", {}).items(), functools.partial(object.__setattr__, owner), True, depth + 1)
 
 
-def _take(places: Iterable[tuple[Any, Any]], put: Callable[[Any, Any], None], is_inside: bool) -> None:
+def _take(places: Iterable[tuple[Any, Any]], put: Callable[[Any, Any], None], is_inside: bool, depth: int) -> None:
     for place, value in list(places):
-        plain = arrived(value, is_inside)
+        plain = arrived(value, is_inside, depth)
         if plain is not value:
             put(place, plain)
 

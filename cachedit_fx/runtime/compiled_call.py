@@ -164,12 +164,7 @@ class CompiledCall:
             return guarded()
         look, tensors = look_and_tensors
         call.route = Route(call)
-
-        def is_same() -> bool:
-            after = look_of(args, kwargs)
-            return after is not None and after[0] == look
-
-        return call.route.result(look, tensors, guarded, is_same)
+        return call.route.result(look, tensors, guarded)
 
     def _settle(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The first call's result. The call settles whether the module is captured under the flags of `capturing`."""

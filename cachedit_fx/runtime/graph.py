@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from cachedit_fx.capture import ends_at_break
+from cachedit_fx.capture import ends_at_break, has_side_effects
 from cachedit_fx.passes.base import Facts
 from cachedit_fx.passes.block_loops import Detection
 from cachedit_fx.passes.find_timestep import TimestepSource, timestep_of
@@ -117,6 +117,7 @@ class CachedGraph(RewrittenGraph):
         regions: indexed by the numbers that the graph passes to `decide`.
         timestep: the timestep's place in the graph.
         is_whole: False if a break in the capture follows the graph.
+        has_side_effects: whether its frame changes attributes or containers besides.
         writes_to_inputs: whether the graph writes to its inputs in place.
         hoisted: the graph's hoisted pieces. `forward` then takes the hoisted values after the inputs, as a sequence.
         copied: places of the inputs that low precision replaces by quantized copies.
@@ -132,6 +133,7 @@ class CachedGraph(RewrittenGraph):
         regions: Sequence[RegionInfo],
         timestep: TimestepSource | None,
         is_whole: bool = True,
+        has_side_effects: bool = False,
         writes_to_inputs: bool = False,
         hoisted: HoistedCode | None = None,
         copied: Sequence[int] = (),
@@ -142,7 +144,8 @@ class CachedGraph(RewrittenGraph):
         super().__init__()
         self.forward, self.finder, self.regions, self.timestep = forward, finder, regions, timestep
         self.branch_obstacle, self.divides_batch = branch_obstacle, divides_batch
-        self.is_whole, self.hoisted, self.copied, self.has_forms = is_whole, hoisted, copied, has_forms
+        self.hoisted, self.copied, self.has_forms = hoisted, copied, has_forms
+        self.has_shortcuts = is_whole and not has_side_effects and not writes_to_inputs
         self.values_last = is_whole and not writes_to_inputs
         self._memories: weakref.WeakKeyDictionary[ModelState, HoistedMemory] = weakref.WeakKeyDictionary()
         self._branches: weakref.WeakKeyDictionary[ModelState, Branches] = weakref.WeakKeyDictionary()
@@ -165,7 +168,7 @@ class CachedGraph(RewrittenGraph):
             else:
                 with agreement.watch(state):
                     results = self._agreed(agreement, call, inputs)
-            if call.route is not None and self.is_whole:
+            if call.route is not None and self.has_shortcuts:
                 call.route.record(self.run, inputs, results)
             return results
 
@@ -298,6 +301,7 @@ def _graph_of(
         regions,
         timestep,
         is_whole=not ends_at_break(gm),
+        has_side_effects=has_side_effects(),
         writes_to_inputs=has_writes,
         hoisted=code,
         copied=copied,

@@ -10,7 +10,8 @@ step of a generation, pass the guards.
 
 Shortcuts are safe if only the contents of the module's weights change between two steps of one generation: no adapter
 is set or scaled, no processor or layer exchanged, no `train()`, no hook added. Between generations all these changes
-are noticed.
+are noticed. A model that changes attributes, or containers of its caller's, does so past its graph, and takes no
+shortcut. Neither does one that writes to its inputs: it needs the guard on memory that these share.
 """
 
 from __future__ import annotations
@@ -130,8 +131,7 @@ class Shortcut:
 def learn(tensors: Sequence[torch.Tensor], executions: Sequence[Execution], result: Any) -> Shortcut | None:
     """The shortcut that a guarded call shows, which turned `tensors` into `result` by `executions`.
 
-    None if the call is more than one graph whose results are put together, as where dynamo keeps a result elsewhere: in
-    an attribute, or in a container of the caller's.
+    None if the call is more than one graph whose results are put together.
     """
     places = {id(tensor): place for place, tensor in enumerate(tensors)}
     if len(executions) != 1 or len(places) != len(tensors):
@@ -150,9 +150,6 @@ def learn(tensors: Sequence[torch.Tensor], executions: Sequence[Execution], resu
         if place is None and type(leaf) not in _PLAIN:
             return None
         leaves.append((place, leaf if place is None else None))
-    returned = {id(value) for value in (*values, *inputs)}  # a buffer that is assigned to itself is kept already
-    if any(isinstance(value, torch.Tensor) and id(value) not in returned for value in results):
-        return None
     return Shortcut(graph, inputs, slots, tuple(leaves), spec)
 
 
@@ -172,15 +169,8 @@ class Route:
         self._takes_shortcut = False
         self._executions: list[Execution] = []
 
-    def result(
-        self, look: Hashable, tensors: Sequence[torch.Tensor], guarded: Callable[[], Any], is_same: Callable[[], bool]
-    ) -> Any:
-        """The call's result: by a shortcut if one is open for the call's look, else from `guarded`, to learn one.
-
-        Args:
-            look: of the call before it.
-            is_same: whether the call has that look still. A shortcut puts nothing into containers of the caller's.
-        """
+    def result(self, look: Hashable, tensors: Sequence[torch.Tensor], guarded: Callable[[], Any]) -> Any:
+        """The call's result: by a shortcut if one is open for the call's look, else from `guarded`, to learn one."""
         session = self.call.session
         shortcut = session.shortcuts.get(look)
         if shortcut is not None and shortcut.is_open:
@@ -191,7 +181,7 @@ class Route:
                 self._takes_shortcut = False
                 self.call.restart()
         result = guarded()
-        lesson = learn(tensors, self._executions, result) if len(self.call.graphs) == 1 and is_same() else None
+        lesson = learn(tensors, self._executions, result) if len(self.call.graphs) == 1 else None
         shortcut = session.shortcuts.get(look)
         if lesson is None:
             session.shortcuts.pop(look, None)

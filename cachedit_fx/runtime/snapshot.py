@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import random
+from collections import deque
+from collections.abc import Callable, Iterable
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -20,7 +24,7 @@ def snapshot(arguments: Any) -> Callable[[], None]:
     """
     leaves = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
     copies = [(leaf, leaf.detach().clone(), _place_of(leaf)) for leaf in leaves]
-    generator = torch.get_rng_state()
+    generator, of_python, of_numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
     on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
     def restore() -> None:
@@ -31,6 +35,8 @@ def snapshot(arguments: Any) -> Callable[[], None]:
             if not torch.equal(leaf, copy):
                 leaf.detach().copy_(copy)
         torch.set_rng_state(generator)
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
         if on_devices:
             torch.cuda.set_rng_state_all(on_devices)
 
@@ -44,34 +50,81 @@ def _place_of(tensor: torch.Tensor) -> tuple[Any, ...] | None:
     return tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride()
 
 
+class _Reachable:
+    """What hangs on some values: containers, attributes of objects, tensors and random generators.
+
+    Objects in objects are not looked at: one may hold a whole program.
+
+    Attributes:
+        containers: lists, dicts, sets and queues; the attributes of an object are a dict.
+    """
+
+    def __init__(self) -> None:
+        self.containers: list[Any] = []
+        self.tensors: list[torch.Tensor] = []
+        self.generators: list[torch.Generator] = []
+        self._seen: set[int] = set()
+
+    def visit(self, value: Any, is_inside: bool = False) -> None:
+        """Note a value and what hangs on it; `is_inside` if an object holds it."""
+        if isinstance(value, _SIMPLE) or id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            self.tensors.append(value)
+        elif isinstance(value, torch.Generator):
+            self.generators.append(value)
+        elif isinstance(value, (list, tuple, set, frozenset, deque, dict)):
+            if not isinstance(value, (tuple, frozenset)):
+                self.containers.append(value)
+            for element in value.values() if isinstance(value, dict) else value:
+                self.visit(element, is_inside)
+        elif hasattr(value, "__dict__") and not is_inside and not type(value).__module__.startswith(_FOREIGN):
+            self.containers.append(vars(value))
+            for element in vars(value).values():
+                self.visit(element, True)
+
+
+_SIMPLE = (str, bytes, int, float, complex, type, nn.Module, FunctionType, MethodType, BuiltinFunctionType, ModuleType)
+"""Kinds of values that a call does not change, and modules, whose attributes are visited anyway."""
+_FOREIGN = ("torch.", "cachedit_fx.", "accelerate.", "diffusers.hooks.")
+"""Packages whose objects are no state of a model's."""
+
+
 def call_snapshot(module: nn.Module, args: Any, kwargs: Any) -> Callable[[], None]:
     """Copy what a call of `module` may change, its parameters left out. The result restores that state."""
-    restore_values = snapshot((args, kwargs, list(module.buffers()), attribute_tensors(module)))
+    reachable = _Reachable()
+    reachable.visit((args, kwargs))
+    for owner in module.modules():
+        for name, value in vars(owner).items():
+            if name not in _INTERNAL:
+                reachable.visit(value)
+    restore_values = snapshot((list(module.buffers()), reachable.tensors))
     restore_attributes = attribute_snapshot(module)
-    containers = [(container, container.copy()) for container in _containers_in((args, kwargs))]
+    containers = [(each, dict(each) if isinstance(each, dict) else list(each)) for each in reachable.containers]
+    generators = [(generator, generator.get_state()) for generator in reachable.generators]
 
     def restore() -> None:
         restore_attributes()
         _refill(containers)
         restore_values()
+        for generator, state in generators:
+            generator.set_state(state)
 
     return restore
 
 
-def _containers_in(value: Any) -> Iterator[Any]:
-    """Every list, dict and set in `value`, and in those."""
-    if type(value) in (list, dict, set):
-        yield value
-    if isinstance(value, (list, tuple, dict)):
-        for element in value.values() if isinstance(value, dict) else value:
-            yield from _containers_in(element)
-
-
 def _refill(containers: Iterable[tuple[Any, Any]]) -> None:
-    """Give containers the elements of their copies."""
-    for container, copy in containers:
-        container.clear()
-        container.extend(copy) if isinstance(container, list) else container.update(copy)
+    """Give containers the elements of their copies, where these are others."""
+    for container, elements in containers:
+        if _identities(container) != _identities(elements):
+            container.clear()
+            container.extend(elements) if isinstance(container, (list, deque)) else container.update(elements)
+
+
+def _identities(container: Any) -> list[Any]:
+    values = container.items() if isinstance(container, dict) else ((None, element) for element in container)
+    return [(name, id(value)) for name, value in values]
 
 
 def attribute_snapshot(module: nn.Module) -> Callable[[], None]:

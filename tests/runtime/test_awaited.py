@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from cachedit_fx import RankMissing
@@ -172,6 +173,22 @@ def test_holders_take_results_in_place(name):
     holder = make(tensor)
     assert arrived(holder) is holder and delivery.waits == 1
     assert type(content(holder)) is torch.Tensor and torch.equal(content(holder), VALUES)
+
+
+def test_a_view_of_a_result_that_was_read_is_no_view_of_the_wrapper():
+    """Dynamo looks at the tensor that a view is of."""
+    tensor, _ = awaited(VALUES)
+    assert torch.equal(tensor * 1, VALUES)
+    plain = arrived({"a": tensor[:, 1:]})["a"]
+    assert type(plain) is torch.Tensor and type(plain._base) in (torch.Tensor, type(None))
+    assert torch.equal(nn.Parameter(tensor, requires_grad=False) + 0, VALUES)
+
+
+def test_containers_that_hold_themselves_have_an_end():
+    tensor, _ = awaited(VALUES)
+    holder: list[Any] = [tensor]
+    holder.append(holder)
+    assert arrived(holder) is holder and type(holder[0]) is torch.Tensor
 
 
 def test_tuples_are_made_anew():

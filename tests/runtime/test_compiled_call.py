@@ -2,7 +2,10 @@
 
 import contextlib
 import inspect
+import random
 import warnings
+from collections import OrderedDict, deque
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -135,12 +138,20 @@ class Changes(Toy):
     def __init__(self, blocks):
         super().__init__(blocks)
         self.calls, self.sums, self.latest, self.scale = 0, torch.zeros(()), [], nn.Parameter(torch.ones(()))
+        self.table, self.queue = OrderedDict(inner={"calls": [0]}), deque([0], maxlen=2)
+        self.counter = SimpleNamespace(calls=0, sums=torch.zeros(()))
+        self.generator = torch.Generator().manual_seed(1)
 
     def forward(self, hidden_states, timestep, encoder_hidden_states, given=None):
         self.calls += 1
         self.sums.add_(1.0)
         self.latest.append(self.calls)
         given["calls"].append(self.calls)
+        self.table["inner"]["calls"].append(self.calls)
+        self.queue.append(self.calls)
+        self.counter.calls += 1
+        self.counter.sums.add_(1.0)
+        hidden_states = hidden_states + random.random() + torch.rand((), generator=self.generator)
         if self.writes:
             self.scale.mul_(0.5)
         torch.mul(hidden_states, 2.0, out=given["out"])
@@ -162,13 +173,16 @@ def test_a_call_that_is_captured_twice_changes_everything_once(writes):
         if is_enabled:
             enabled(model)
         given = {"calls": [0], "out": torch.empty(0)}
+        random.seed(1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             results = [model(noise(), torch.tensor([900.0]), noise(seed=2), given) for _ in range(2)]
-        found.append((results, given["out"], model.sums, model.scale, (model.calls, model.latest, given["calls"])))
-    assert all(map(torch.equal, found[0][0], found[1][0]))
-    assert all(map(torch.equal, found[0][1:4], found[1][1:4]))
-    assert found[0][4] == found[1][4] == (2, [1, 2], [0, 1, 2])
+        tensors = given["out"], model.sums, model.scale, model.counter.sums
+        counts = model.calls, model.counter.calls, list(model.queue)
+        found.append((results, tensors, counts, model.latest, given["calls"], model.table["inner"]["calls"]))
+    (results, tensors, *plain), (ours, our_tensors, *counted) = found
+    assert all(map(torch.equal, results, ours)) and all(map(torch.equal, tensors, our_tensors))
+    assert plain == counted == [(2, 2, [1, 2]), [1, 2], [0, 1, 2], [0, 1, 2]]
 
 
 @torch.no_grad()

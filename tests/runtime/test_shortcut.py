@@ -61,15 +61,23 @@ def test_results_and_decisions_are_those_of_guarded_calls():
 class KeepsElsewhere(Toy):
     """Keeps a value in an attribute, and puts one into a dict that it is given."""
 
-    latest = None
+    latest, first, second = None, torch.zeros(()), torch.ones(())
 
     def forward(self, hidden_states, timestep, encoder_hidden_states, memory=None):
-        self.latest = encoder_hidden_states * 2 if self.keeps else None
+        if self.keeps == "a result":
+            self.latest = encoder_hidden_states * 2
+        if self.keeps == "an argument":
+            self.latest = encoder_hidden_states
+        if self.keeps == "another place":
+            self.first, self.second = self.second, self.first
         memory["is_used"] = self.puts
         return super().forward(hidden_states, timestep, encoder_hidden_states)
 
 
-@pytest.mark.parametrize(("keeps", "puts"), [(True, True), (True, None), (False, True)])
+@pytest.mark.parametrize(
+    ("keeps", "puts"),
+    [("a result", True), ("a result", None), ("an argument", None), ("another place", None), ("", True)],
+)
 @torch.no_grad()
 def test_what_is_kept_elsewhere_is_that_of_the_present_call(keeps, puts):
     module = make(KeepsElsewhere)
@@ -79,8 +87,29 @@ def test_what_is_kept_elsewhere_is_that_of_the_present_call(keeps, puts):
         memory = {} if puts else {"is_used": None}
         module(noise(seed=step), torch.tensor([900.0 - 10 * step]), step * TEXT, memory)
         assert memory == {"is_used": puts}
-        assert not keeps or torch.equal(module.latest, 2 * step * TEXT)
+        assert keeps != "a result" or torch.equal(module.latest, 2 * step * TEXT)
+        assert keeps != "an argument" or torch.equal(module.latest, step * TEXT)
+        assert keeps != "another place" or module.first == (step + 1) % 2
     assert guarded.count == 6
+
+
+class AddsToAnInput(Toy):
+    def forward(self, hidden_states, timestep, encoder_hidden_states):
+        encoder_hidden_states.add_(1.0)
+        return super().forward(hidden_states * 1.0, timestep, encoder_hidden_states)
+
+
+@torch.no_grad()
+def test_inputs_that_begin_to_share_memory_are_noticed():
+    guarded, plain = Guarded(make(AddsToAnInput)), always(make(AddsToAnInput))
+    for step in range(6):
+        samples = [noise(seed=step) for _ in range(2)]
+        texts = [each.view_as(each) if step > 3 else each.clone() for each in samples]
+        calls = [
+            module(sample, torch.tensor([900.0 - step]), text)
+            for module, sample, text in zip((guarded.module, plain), samples, texts, strict=True)
+        ]
+        assert torch.equal(*calls)
 
 
 def test_two_branches_of_two_lengths():
