@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -77,12 +78,25 @@ def has_side_effects() -> bool:
 
 
 def _changed_outside() -> list[Any]:
-    """Dynamo's variables of the attributes and containers from outside the frame that it changes."""
+    """Dynamo's variables of the attributes and containers from outside the frame that it changes.
+
+    The frame's own `**kwargs` is a new dict at each call, which some models change (LoRA's scale).
+    """
+    from torch._dynamo.source import LocalSource
     from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
 
     output, new = _output_graph(), (AttributeMutationNew, ValueMutationNew)
-    modified = [] if output is None else output.side_effects._get_modified_vars()
-    return [var for var in modified if not isinstance(var.mutation_type, new)]
+    if output is None:
+        return []
+    code = output.root_tx.f_code
+    places = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
+    own = code.co_varnames[places] if code.co_flags & inspect.CO_VARKEYWORDS else None
+
+    def is_own(source: Any) -> bool:
+        return isinstance(source, LocalSource) and source.local_name == own
+
+    modified = output.side_effects._get_modified_vars()
+    return [var for var in modified if not isinstance(var.mutation_type, new) and not is_own(var.source)]
 
 
 def kept_results(gm: fx.GraphModule) -> frozenset[int]:
