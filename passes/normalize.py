@@ -257,13 +257,7 @@ class _Purifier:
                 copy = self.graph.call_method("clone", (root,))
             copy.meta = _meta_at(write, root)
             copies = {root: copy}
-            for name in names:
-                target = _target_of(name)
-                if target is not None:
-                    copies[name] = copies[target]
-                elif not written_by(name) and any(source in copies for source in name.all_input_nodes):
-                    copies[name] = self.graph.node_copy(name, lambda value: copies.get(value, value))
-                    copies[name].meta = _meta_at(write, name)
+            self._remake(names, copies, write)
         for old in write.all_input_nodes:
             if old in copies:
                 write.replace_input_with(old, copies[old])
@@ -274,23 +268,29 @@ class _Purifier:
                 self.graph.erase_node(name)
         return copies
 
+    def _remake(self, names: Sequence[fx.Node], copies: dict[fx.Node, fx.Node], place: fx.Node) -> None:
+        """Make names of some memory again, from new nodes and for the module of `place`.
+
+        Args:
+            names: in graph order.
+            copies: old node -> new one; gets those of the names.
+        """
+        for name in names:
+            target = _target_of(name)
+            if target is not None:
+                copies[name] = copies[target]
+            elif not written_by(name) and any(source in copies for source in name.all_input_nodes):
+                copies[name] = self.graph.node_copy(name, lambda value: copies.get(value, value))
+                copies[name].meta = _meta_at(place, name)
+
     def _return_views(self, source: fx.Node, result: fx.Node, output: fx.Node) -> None:
         """Let the graph return views of an input, in place of views of the value that it ends with.
 
         Others may hold the input, and write to it after the call: a buffer, or the caller's tensor.
         """
-        views, needed = {result: source}, {result}
-        for name in self._names_of(result):
-            if needed.isdisjoint(name.all_input_nodes) or name is output:
-                continue
-            target = _target_of(name)
-            if target is not None:
-                views[name] = views[target]
-            elif not written_by(name):
-                with self.graph.inserting_before(output):
-                    views[name] = self.graph.node_copy(name, lambda value: views.get(value, value))
-                views[name].meta = _meta_at(source, name)
-            needed.add(name)
+        views = {result: source}
+        with self.graph.inserting_before(output):
+            self._remake([name for name in self._names_of(result) if name not in (result, output)], views, output)
         for name, view in views.items():
             output.replace_input_with(name, view)
         for view in reversed(views.values()):
