@@ -130,16 +130,13 @@ def _identities(container: Any) -> list[Any]:
 def attribute_snapshot(module: nn.Module) -> Callable[[], None]:
     """Copy the attributes of `module` and its submodules. The result restores them, and drops those added since.
 
-    The tensors under the names of buffers are restored too, parameters are not. Lists, dicts and sets are copied one
-    level deep and restored in place. Values of tensors are not copied: give `attribute_tensors` to `snapshot` for that.
+    The tensors under the names of buffers are restored too, parameters are not. What the attributes hold is not copied.
     """
     owners = [
         (owner, {name: value for name, value in vars(owner).items() if name not in _INTERNAL})
         for owner in module.modules()
     ]
-    held = (value for _, attributes in owners for value in attributes.values() if type(value) in (list, dict, set))
-    registered = (owner._buffers for owner, _ in owners)  # an assignment to a buffer's name replaces its tensor
-    containers: list[tuple[Any, Any]] = [(value, value.copy()) for value in (*held, *registered)]
+    buffers = [(owner._buffers, owner._buffers.copy()) for owner, _ in owners]  # assignment to a name replaces a tensor
 
     def restore() -> None:
         for owner, attributes in owners:
@@ -147,7 +144,7 @@ def attribute_snapshot(module: nn.Module) -> Callable[[], None]:
             for name in [name for name in present if name not in _INTERNAL and name not in attributes]:
                 del present[name]
             present.update(attributes)
-        _refill(containers)
+        _refill(buffers)
 
     return restore
 
